@@ -1,0 +1,32 @@
+// Which ops exist. Every op fills outputs that its Python wrapper allocated and returns nothing, so that a schema and
+// its implementations cannot drift apart. Each csrc/cpu/<stem>.cpp ends with the registration of its own kernels.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(llava_cot_kernels, m) {
+  // paged_kv
+  m.def("store_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slot_mapping) -> ()");
+  m.def("copy_pages(Tensor(a!) kv_cache, Tensor copies) -> ()");
+  // attention
+  m.def(
+      "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor page_table, Tensor seq_lens, "
+      "Tensor cu_seqlens_q, Tensor? prefix_group, Tensor? prefix_lens, float softmax_scale, "
+      "Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def(
+      "shared_attention(Tensor query, Tensor key, Tensor value, Tensor group, Tensor cu_seqlens_k, "
+      "float softmax_scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  // sampling
+  m.def(
+      "sample(Tensor logits, Tensor row, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, "
+      "Tensor position, Tensor? tag_table, Tensor? tag_ends, Tensor? token_bytes, Tensor? token_offsets, "
+      "Tensor(a!) token, Tensor(b!) logprob, Tensor(c!) sampling_logprob, Tensor(d!) entropy, "
+      "Tensor(e!) tag_state, Tensor(f!) tag, Tensor(g!) overhang, Tensor(h!) status) -> ()");
+  // logprob
+  m.def("token_logprobs(Tensor logits, Tensor targets, Tensor(a!) logprobs) -> ()");
+  m.def(
+      "linear_logprobs(Tensor hidden, Tensor weight, Tensor targets, float temperature, "
+      "Tensor(a!) logprobs, Tensor(b!) lse, Tensor(c!) entropy) -> ()");
+  m.def(
+      "linear_logprobs_backward(Tensor grad_logprobs, Tensor? grad_entropy, Tensor hidden, Tensor weight, "
+      "Tensor targets, Tensor lse, Tensor entropy, float temperature, "
+      "Tensor(a!) grad_hidden, Tensor(b!) grad_weight) -> ()");
+}

@@ -1,0 +1,17 @@
+// What memory safety needs of an op's arguments; the public Python functions say the same in the user's words first.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#define CHECK_CONTIGUOUS(tensor) STD_TORCH_CHECK((tensor).is_contiguous(), #tensor " must be contiguous")
+
+#define CHECK_DIM(tensor, expected) \
+  STD_TORCH_CHECK((tensor).dim() == (expected), #tensor " must have ", (expected), " dimensions, got ", (tensor).dim())
+
+#define CHECK_SIZE(tensor, axis, expected)                                                                       \
+  STD_TORCH_CHECK((tensor).size(axis) == (expected), #tensor " must have size ", (expected), " in dimension ", \
+                  (axis), ", got ", (tensor).size(axis))
+
+#define CHECK_DTYPE(tensor, expected) \
+  STD_TORCH_CHECK((tensor).scalar_type() == torch::headeronly::ScalarType::expected, #tensor " must be " #expected)

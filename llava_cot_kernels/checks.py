@@ -1,0 +1,48 @@
+"""Argument checks of the public functions: each error names the argument, what it must be and what it was."""
+
+import torch
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Sizes:
+    """Named sizes shared by several tensors; the first tensor that shows a name binds it.
+
+    >>> sizes = Sizes()
+    >>> sizes.check("key", key, "T Hkv D", FLOATS)
+    >>> sizes.check("value", value, "T Hkv D", key.dtype)   # ValueError: value must have T=12 in dimension 0, got 10
+    """
+
+    def __init__(self, **bound: int):
+        self._bound = bound
+
+    def __getitem__(self, name: str) -> int:
+        return self._bound[name]
+
+    def check(
+        self,
+        name: str,
+        tensor: torch.Tensor,
+        dims: str,
+        dtype: torch.dtype | tuple[torch.dtype, ...],
+        device: torch.device | None = None,
+    ) -> None:
+        """``dims`` has a word per dimension: a name to bind or compare, a number, or ``_`` for any size."""
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor [{dims.replace(' ', ', ')}], got {type(tensor).__name__}")
+        dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
+        if tensor.dtype not in dtypes:
+            expected = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+            raise TypeError(f"{name} must be {expected}, got {str(tensor.dtype).removeprefix('torch.')}")
+        words = dims.split()
+        if tensor.dim() != len(words):
+            raise ValueError(f"{name} must have shape [{', '.join(words)}], got {list(tensor.shape)}")
+        for axis, (word, size) in enumerate(zip(words, tensor.shape)):
+            if word == "_":
+                continue
+            expected_size = int(word) if word.isdigit() else self._bound.setdefault(word, size)
+            if size != expected_size:
+                shown = word if word.isdigit() else f"{word}={expected_size}"
+                raise ValueError(f"{name} must have {shown} in dimension {axis}, got {size}")
+        if device is not None and tensor.device != device:
+            raise ValueError(f"{name} must be on {device}, got {tensor.device}")
