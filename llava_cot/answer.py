@@ -1,0 +1,30 @@
+"""What a search returns."""
+
+from dataclasses import dataclass
+
+from llava_cot.engine.job import Usage
+from llava_cot.search.tree import Trace
+from llava_cot.stages import StageText
+
+
+@dataclass(frozen=True)
+class Answer:
+    """``stages`` has all four stages by name, each with its ``text`` and its ``outcome``."""
+
+    text: str  # everything that was generated, tags included
+    tokens: list[int]
+    stages: dict[str, StageText]
+    trace: Trace
+    usage: Usage
+
+    @property
+    def conclusion(self) -> str:
+        """The stripped text of the CONCLUSION, empty if the model wrote none."""
+        return self.stages["CONCLUSION"].text
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The last event of a stream."""
+
+    answer: Answer

@@ -1,0 +1,177 @@
+"""The ``llava-cot`` command."""
+
+import random
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+
+PRESETS = ("published", "released", "prose")
+Search = Annotated[
+    str,
+    typer.Option(help="greedy, sample, best_of_n, swires, or a preset of it: swires:published, :released, :prose."),
+]
+Model = Annotated[str, typer.Option(help="A model folder or hub name; tiny is the bundled scale model.")]
+Seed = Annotated[int, typer.Option(min=0, help="Everything random comes from it.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Of the whole answer.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the live view.")]
+TraceFile = Annotated[Path | None, typer.Option(help="Write the search's trace as JSON to this file.")]
+
+
+@app.command()
+def answer(
+    image: Annotated[Path, typer.Argument(help="The image file.")],
+    question: Annotated[str, typer.Argument(help="The question about it.")],
+    search: Search = "swires",
+    model: Model = "tiny",
+    device: Annotated[str | None, typer.Option(help="For example cuda.")] = None,
+    seed: Seed = 0,
+    max_new_tokens: MaxNewTokens = 2048,
+    json: Json = False,
+    trace: TraceFile = None,
+) -> None:
+    """Answer a question about an image, stage by stage."""
+    _run(image, question, search, model, device, seed, max_new_tokens, json, trace)
+
+
+@app.command()
+def demo(
+    search: Search = "swires",
+    seed: Annotated[int | None, typer.Option(min=0, help="The sample of the shapes world; a fresh one by default.")] = None,
+    json: Json = False,
+    trace: TraceFile = None,
+) -> None:
+    """Make a fresh image, ask the bundled tiny model about it, search, and show the truth."""
+    from llava_cot.data import shapes
+
+    number = random.choice(shapes.TEST_SEEDS) if seed is None else seed
+    sample = shapes.sample(number)
+    with tempfile.TemporaryDirectory() as folder:
+        image = Path(folder) / "image.png"
+        sample.image.save(image)
+        if not json:
+            _show_image(sample.image, f"sample {number} of the shapes world")
+        conclusion = _run(image, sample.question, search, "tiny", None, 0, 256, json, trace)
+    if not json:
+        verdict = "right" if shapes.is_correct(sample, conclusion) else "wrong"
+        console = Console()
+        console.print(f"The truth is [bold]{sample.answer}[/]: the answer {conclusion!r} is [bold]{verdict}[/].")
+        console.print("[dim]The tiny model is a scale model with 1.5M parameters; it is right about three times in four.[/]")
+
+
+def main() -> None:
+    """Entry point: the errors of bad input are one line, not a traceback."""
+    try:
+        app()
+    except (ValueError, TypeError, OSError) as error:
+        Console(stderr=True).print(f"[red]error:[/] {error}", soft_wrap=True, highlight=False)
+        sys.exit(2)
+
+
+def _run(image, question, search, model, device, seed, max_new_tokens, json, trace) -> str:
+    from transformers.utils import logging
+
+    from llava_cot.generator import SwiresGenerator
+
+    logging.disable_progress_bar()
+    generator = SwiresGenerator.from_pretrained(model, device=device)
+    plan = _search(search)
+    if json:
+        result = generator.answer(image, question, plan, seed=seed, max_new_tokens=max_new_tokens)
+        print(_json(result))
+    else:
+        events = generator.stream(image, question, plan, seed=seed, max_new_tokens=max_new_tokens)
+        result = _watch(question, events)
+    if trace is not None:
+        trace.write_text(result.trace.to_json(indent=1) + "\n")
+    return result.conclusion
+
+
+def _search(name: str):
+    from llava_cot.search import SwiresConfig
+
+    policy, _, preset = name.partition(":")
+    if not preset:
+        return name
+    if policy != "swires" or preset not in PRESETS:
+        raise ValueError(f"search must be a policy or one of {[f'swires:{p}' for p in PRESETS]}, got {name!r}")
+    return getattr(SwiresConfig, preset)()
+
+
+def _json(result) -> str:
+    import json
+    from dataclasses import asdict
+
+    stages = {name: {"text": stage.text, "outcome": stage.outcome} for name, stage in result.stages.items()}
+    return json.dumps({"conclusion": result.conclusion, "stages": stages, "usage": asdict(result.usage)}, indent=1)
+
+
+def _watch(question: str, events):
+    """Show the search as it happens; returns its answer."""
+    from llava_cot.answer import Finished
+    from llava_cot.search.events import Candidates, Retrace, StageFinal, TextDelta
+
+    shown: list = [Panel(Text(question, style="bold"), title="question", title_align="left")]
+    typed = Text()
+    with Live(Group(*shown), refresh_per_second=8) as live:
+        for event in events:
+            if isinstance(event, Candidates):
+                shown.append(_candidates(event))
+            elif isinstance(event, Retrace):
+                shown.append(Text(f"↩ {event.stage} is not good enough: back to {event.to}, round {event.round}", "yellow"))
+            elif isinstance(event, TextDelta):
+                typed.append(event.text)
+                shown[1:] = [typed]
+            elif isinstance(event, StageFinal) and event.stage is None and not typed:
+                typed.append(event.text)
+            elif isinstance(event, Finished):
+                shown.append(_answer(event.answer))
+            live.update(Group(*shown))
+    return event.answer
+
+
+def _candidates(event) -> Table:
+    table = Table(title=f"{event.stage or 'ANSWERS'} · round {event.round}", title_justify="left", expand=True)
+    for name, options in (("", {"width": 1}), ("score", {"justify": "right", "width": 8}), ("candidate", {"ratio": 1})):
+        table.add_column(name, **options)
+    for candidate in event.candidates:
+        text = " ".join(candidate.text.split())
+        style = "green" if candidate.kept else "dim"
+        mark = "●" if candidate.kept else ("○" if candidate.closed else "✗")
+        table.add_row(mark, f"{candidate.score:.3f}", text, style=style)
+    return table
+
+
+def _answer(answer) -> Panel:
+    lines = Text()
+    for name, stage in answer.stages.items():
+        note = "" if stage.outcome == "complete" else f" ({stage.outcome})"
+        lines.append(f"{name}{note}  ", style="bold cyan").append(f"{stage.text}\n")
+    usage = answer.usage
+    lines.append(
+        f"{usage.generated_tokens} tokens drawn, {usage.image_encodings} image encoding, "
+        f"{len(answer.trace.data['retraces'])} retraces, {usage.seconds:.2f} s",
+        style="dim",
+    )
+    return Panel(lines, title=f"answer: {answer.conclusion}", title_align="left", border_style="green")
+
+
+def _show_image(image, title: str) -> None:
+    """The image in the terminal, two pixels a character."""
+    lines = Text()
+    pixels = image.load()
+    for y in range(0, image.height, 2):
+        for x in range(image.width):
+            top, bottom = pixels[x, y], pixels[x, y + 1]
+            lines.append("▀", style=f"rgb({top[0]},{top[1]},{top[2]}) on rgb({bottom[0]},{bottom[1]},{bottom[2]})")
+        lines.append("\n")
+    Console().print(lines, f"[dim]{title}[/]")

@@ -1,0 +1,57 @@
+"""The attention function that connects transformers' modelling code to the paged kernels."""
+
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from llava_cot.engine.batch import Batch
+from llava_cot.engine.cache import PagedLayer
+from llava_cot_kernels.attention import paged_attention, shared_attention
+
+NAME = "llava_cot_paged"
+
+
+def paged_attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    *,
+    paged_batch: Batch,
+    paged_layers: list,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attention of T flattened tokens: ``query`` [1, Hq, T, D] to [1, T, Hq, D].
+
+    Self-attention reads the pages. Cross-attention reads the image store in decoding; in prefill it is transformers'
+    own, over all tiles with the model's mask (the tokens before the image attend to padding tiles too).
+    """
+    layer = paged_layers[module.layer_idx]
+    rows = query[0].transpose(0, 1)  # [T, Hq, D]
+    if isinstance(layer, PagedLayer):
+        out = paged_attention(
+            rows,
+            layer.key_cache,
+            layer.value_cache,
+            paged_batch.page_table,
+            paged_batch.seq_lens,
+            softmax_scale=scaling,
+            cu_seqlens_q=paged_batch.cu_seqlens_q,
+        )
+    elif paged_batch.is_prefill:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+    else:
+        out = shared_attention(
+            rows,
+            key[0].transpose(0, 1),
+            value[0].transpose(0, 1),
+            paged_batch.image_group,
+            paged_batch.image_cu_seqlens,
+            softmax_scale=scaling,
+        )
+    return out.unsqueeze(0), None
+
+
+AttentionInterface.register(NAME, paged_attention_forward)

@@ -1,0 +1,21 @@
+"""What one forward pass needs to know, built once per step and passed as an argument."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """T tokens of B sequences, flattened to one row; filled by the engine, read by the cache and the attention."""
+
+    slot_mapping: torch.Tensor  # [T] int64, where each token's key and value go
+    page_table: torch.Tensor  # [B, max_pages] int32
+    seq_lens: torch.Tensor  # [B] int32, keys per sequence, this step's included
+    cu_seqlens_q: torch.Tensor | None  # [B + 1] int32; None in decoding, where T == B
+    image_group: torch.Tensor | None  # [T] int32, the image segment of each token; None in prefill
+    image_cu_seqlens: torch.Tensor | None  # [G + 1] int32, the segments of the image store; None in prefill
+
+    @property
+    def is_prefill(self) -> bool:
+        return self.image_group is None

@@ -1,0 +1,84 @@
+"""The vocabulary between a search program and the engine: branches of tokens, and requests to grow them."""
+
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import torch
+
+
+class Finish(StrEnum):
+    """Why a branch stopped growing."""
+
+    TAG = "tag"  # a stop tag closed
+    EOS = "eos"
+    LENGTH = "length"  # max_new_tokens
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """As in transformers' ``GenerationConfig``; ``temperature`` 0 is argmax, ``top_k`` 0 is off."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self):
+        for name, ok, bound in (
+            ("temperature", self.temperature >= 0, ">= 0"),
+            ("top_k", self.top_k >= 0, ">= 0"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+        ):
+            if not ok:
+                raise ValueError(f"{name} must be {bound}, got {getattr(self, name)}")
+
+
+@dataclass(eq=False)
+class Branch:
+    """Tokens sampled in a row under one seed, after those of ``parent``; the root holds the prompt.
+
+    ``seq`` is its sequence in the page pool: the keys and values of every token up to here but the last, which is
+    computed when the branch grows or is expanded. ``next_logits`` [V] is kept from the first expansion on, so that
+    expanding a branch again computes nothing.
+    """
+
+    parent: "Branch | None"
+    seq: int
+    length: int  # tokens from the start of the prompt to here
+    image: int = -1  # the image's segment in the store
+    seed: int = 0
+    tag_state: int = 0
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)  # under the model, nats
+    sampling_logprobs: list[float] = field(default_factory=list)  # under the filtered distribution drawn from, nats
+    entropies: list[float] = field(default_factory=list)  # nats
+    tag: int = -1  # the stop tag that closed
+    overhang: int = 0  # bytes of the last token behind that tag
+    finish: Finish | None = None
+    next_logits: torch.Tensor | None = None
+
+    def path(self) -> list[int]:
+        """Every token id from the end of the prompt to here."""
+        return [*(self.parent.path() if self.parent else ()), *self.tokens]
+
+
+@dataclass(frozen=True)
+class Expand:
+    """A request: grow one new branch from ``parent`` per seed, each until it finishes."""
+
+    parent: Branch
+    seeds: tuple[int, ...]
+    params: SamplingParams
+    max_new_tokens: int  # per branch
+    stop_at_tags: bool = True
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be >= 1, got {self.max_new_tokens}")
+
+
+# A search as a coroutine: it yields what it wants next and is sent the finished branches, one list per request.
+Program = Generator[list[Expand], list[list[Branch]], Any]

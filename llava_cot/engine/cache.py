@@ -1,0 +1,80 @@
+"""The paged cache as transformers sees it: a ``Cache`` of one forward pass, over pages and images that outlive it."""
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from llava_cot.engine.batch import Batch
+from llava_cot.engine.images import ImageStore
+from llava_cot_kernels.paged_kv import store_kv
+
+
+class _Layer(CacheLayerMixin):
+    """What a cache layer of a single forward pass need not do."""
+
+    is_sliding = False
+    is_compileable = False
+
+    def lazy_initialization(self, key_states, value_states) -> None:
+        self.is_initialized = True
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class PagedLayer(_Layer):
+    """Self-attention: new keys and values go to their slots, the attention function reads the pages."""
+
+    def __init__(self, key_cache: torch.Tensor, value_cache: torch.Tensor, batch: Batch):
+        super().__init__()
+        self.key_cache, self.value_cache = key_cache, value_cache  # [num_pages, page_size, Hkv, D]
+        self.batch = batch
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        # [1, Hkv, T, D], a strided view of the projection
+        key, value = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
+        store_kv(key, value, self.key_cache, self.value_cache, self.batch.slot_mapping)
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return 0 if self.batch.is_prefill else 1  # Mllama only asks whether there is anything
+
+
+class ImageLayer(_Layer):
+    """Cross-attention: filled by the prefill with every tile, read from the image store afterwards."""
+
+    def __init__(self, key: torch.Tensor | None = None, value: torch.Tensor | None = None):
+        super().__init__()
+        self.keys, self.values = key, value
+        self.is_initialized = key is not None
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        self.keys, self.values = key_states, value_states  # [1, Hkv, tiles * patches, D]
+        self.is_initialized = True
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[-2]
+
+
+class PagedCache(Cache):
+    """The cache of one forward pass over ``kv_cache`` [2, num_self_layers, num_pages, page_size, Hkv, D]."""
+
+    def __init__(self, kv_cache: torch.Tensor, images: ImageStore, cross_layers: list[int], batch: Batch):
+        layers: list[_Layer] = []
+        num_cross = 0
+        for index in range(kv_cache.shape[1] + len(cross_layers)):
+            if index in cross_layers:
+                stored = (None, None) if batch.is_prefill else images.kv[:, num_cross].transpose(1, 2).unsqueeze(1)
+                layers.append(ImageLayer(*stored))  # [1, Hkv, capacity, D]
+                num_cross += 1
+            else:
+                layers.append(PagedLayer(*kv_cache[:, index - num_cross], batch))
+        super().__init__(layers=layers)

@@ -1,0 +1,242 @@
+"""Continuous batching of search programs over one paged KV pool."""
+
+import time
+from collections import deque
+from collections.abc import Generator, Sequence
+from contextlib import closing
+
+import torch
+from transformers import PreTrainedModel
+
+from llava_cot.engine.batch import Batch
+from llava_cot.engine.branch import Branch, Expand, Finish
+from llava_cot.engine.job import Job, Slot
+from llava_cot.engine.model import ModelView
+from llava_cot_kernels.page_pool import OutOfPages, PagePool
+from llava_cot_kernels.paged_kv import copy_pages
+from llava_cot_kernels.sampling import SampleOutput, sample
+from llava_cot_kernels.stage_tags import StageTags
+
+
+class Engine:
+    """Runs jobs on an unmodified Mllama: ``engine.run(jobs)``, or ``for _ in engine.steps(jobs)`` to look in between.
+
+    A step is one forward pass over one token of every growing branch of every job, and one draw for each. ``tags`` are
+    the stop tags; their index is a branch's ``tag``. Pages and images are given back when a job ends, however it ends.
+    """
+
+    def __init__(self, model: PreTrainedModel, tags: StageTags, *, page_size: int = 16, num_pages: int | None = None):
+        if page_size < 1:
+            raise ValueError(f"page_size must be >= 1, got {page_size}")
+        if num_pages is not None and num_pages < 1:
+            raise ValueError(f"num_pages must be >= 1, got {num_pages}")
+        self.view = ModelView(model, page_size, num_pages)
+        self.pool = PagePool(self.view.num_pages, page_size)
+        self.tags = tags.to(self.view.device)
+        eos = model.generation_config.eos_token_id
+        self.eos_token_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        self.peak_pages = 0  # the most ever in use at once; may be reset
+        self._live: list[Job] = []  # running, in the order of their admission
+
+    @property
+    def pages_in_use(self) -> int:
+        return self.pool.num_pages - self.pool.num_free
+
+    @property
+    def images_in_use(self) -> int:
+        return len(self.view.images.starts())
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Run every job to its end."""
+        with closing(self.steps(jobs)) as steps:
+            for _ in steps:
+                pass
+
+    def steps(self, jobs: Sequence[Job]) -> Generator[None, None, None]:
+        """Run jobs, yielding after each step; closing the iterator frees everything they hold.
+
+        Raises ``OutOfPages`` when a job alone needs more pages than there are. Several jobs that together need too
+        many take turns: the youngest starts again when another has ended, with the same seeds and so the same result.
+        """
+        waiting, running, crowded = deque(jobs), list[Job](), False
+        try:
+            while waiting or running:
+                if not crowded:
+                    self._admit(waiting, running)
+                crowded |= self._step(waiting, running)
+                for job in [*running]:
+                    if not job.advance(time.perf_counter()):
+                        running.remove(job)
+                        self._release(job)
+                        crowded = False
+                yield
+        finally:
+            for job in jobs:
+                self._release(job)
+
+    def _admit(self, waiting: deque[Job], running: list[Job]) -> None:
+        """Prefill waiting jobs while their prompt and a page for every growing branch fit."""
+        while waiting:
+            growing = sum(len(job.slots) + sum(len(r.seeds) for r in job.requests) for job in running)
+            needed = -(-waiting[0].prompt_length // self.pool.page_size) + growing + 1
+            if running and needed > self.pool.num_free:
+                return
+            job = waiting.popleft()
+            self._live.append(job)
+            running.append(job)
+            now = time.perf_counter()
+            job.start(self._prefill(job), now)
+            job.advance(now)
+
+    def _prefill(self, job: Job) -> Branch:
+        root = Branch(None, self.pool.create(), job.prompt_length, tag_state=self.tags.start_state)
+        job.branches.append(root)
+        try:
+            batch = self._batch([root], [job.prompt_length])
+        except OutOfPages as error:
+            raise self._too_small(error) from None
+        inputs = {name: tensor.to(self.view.device) for name, tensor in job.inputs.items()}
+        root.next_logits, root.image = self.view.prefill(inputs, batch)
+        job.usage.prompt_tokens += job.prompt_length
+        job.usage.image_encodings += 1
+        return root
+
+    def _step(self, waiting: deque[Job], running: list[Job]) -> bool:
+        """Compute the last token of every branch that grows or is opened, then draw one token for every growing one.
+
+        Returns whether a job had to go back to ``waiting`` for want of pages.
+        """
+        preempted = False
+        while True:
+            try:
+                logits, sources = self._compute(running)
+                break
+            except OutOfPages as error:
+                if len(running) == 1:
+                    raise self._too_small(error) from None
+                waiting.appendleft(running.pop())
+                self._release(waiting[0])
+                preempted = True
+        for job in running:
+            for request in job.requests:
+                job.open(request, self._fork(job, request))
+            job.requests = []
+        slots = [slot for job in running for slot in job.slots]
+        if not slots:
+            return preempted
+        rows = [sources[slot.branch if slot.branch.tokens else slot.request.parent] for slot in slots]
+        self._grow(slots, self._draw(logits, rows, slots))
+        for job in running:
+            job.usage.steps += 1
+            job.usage.generated_tokens += len(job.slots)
+            job.slots = [slot for slot in job.slots if slot.branch.finish is None]
+        return preempted
+
+    def _compute(self, running: list[Job]) -> tuple[torch.Tensor, dict[Branch, int]]:
+        """The logits to draw from, [R, V], and the row of each branch that is drawn from.
+
+        Raises ``OutOfPages`` before anything has changed.
+        """
+        opened = [(job, request.parent) for job in running for request in job.requests if request.seeds]
+        rows = {slot.branch: job for job in running for slot in job.slots}
+        rows |= {parent: job for job, parent in opened if parent.next_logits is None}
+        parts = []
+        if rows:
+            batch = self._batch([*rows], [1] * len(rows))
+            parts.append(self.view.decode([b.tokens[-1] for b in rows], [b.length - 1 for b in rows], batch))
+            for job in rows.values():
+                job.usage.decoded_tokens += 1
+        sources = {branch: row for row, branch in enumerate(rows)}
+        for _, parent in opened:
+            if parent.next_logits is None:
+                parent.next_logits = parts[0][sources[parent]].clone()
+            elif parent not in sources:
+                sources[parent] = len(sources)
+                parts.append(parent.next_logits.unsqueeze(0))
+        return torch.cat(parts) if parts else self.view.kv_cache.new_empty(0, self.view.vocab_size), sources
+
+    def _batch(self, branches: list[Branch], counts: list[int]) -> Batch:
+        """Make room for ``counts`` new tokens of each branch, copying what is shared, and describe the forward pass."""
+        device, seqs = self.view.device, [branch.seq for branch in branches]
+        slots, copies = self.pool.append(seqs, counts)
+        self.peak_pages = max(self.peak_pages, self.pages_in_use)
+        if len(copies):
+            copy_pages(self.view.kv_cache, copies.to(device))
+        is_prefill = branches[0].next_logits is None and branches[0].parent is None
+        group, cu_seqlens = (None, None) if is_prefill else self.view.images.segments([b.image for b in branches])
+        cu_seqlens_q = torch.tensor([0, *counts], dtype=torch.int32, device=device) if is_prefill else None
+        return Batch(
+            slot_mapping=slots.to(device),
+            page_table=self.pool.page_table(seqs).to(device),
+            seq_lens=torch.tensor([b.length for b in branches], dtype=torch.int32, device=device),
+            cu_seqlens_q=cu_seqlens_q,
+            image_group=group,
+            image_cu_seqlens=cu_seqlens,
+        )
+
+    def _fork(self, job: Job, request: Expand) -> list[Branch]:
+        parent = request.parent
+        seqs = self.pool.fork(parent.seq, len(request.seeds))
+        kids = [
+            Branch(parent, seq, parent.length, parent.image, seed=seed, tag_state=parent.tag_state)
+            for seq, seed in zip(seqs, request.seeds)
+        ]
+        job.branches += kids
+        return kids
+
+    @torch.inference_mode()
+    def _draw(self, logits: torch.Tensor, rows: list[int], slots: list[Slot]) -> SampleOutput:
+        def column(values, dtype) -> torch.Tensor:
+            return torch.tensor(list(values), dtype=dtype, device=logits.device)
+
+        params = [slot.request.params for slot in slots]
+        return sample(
+            logits,
+            row=column(rows, torch.int64),
+            temperature=column((p.temperature for p in params), torch.float32),
+            top_k=column((p.top_k for p in params), torch.int32),
+            top_p=column((p.top_p for p in params), torch.float32),
+            min_p=column((p.min_p for p in params), torch.float32),
+            seed=column((slot.branch.seed for slot in slots), torch.int64),
+            position=column((slot.branch.length for slot in slots), torch.int64),
+            tags=self.tags,
+            tag_state=column((slot.branch.tag_state for slot in slots), torch.int32),
+        )
+
+    def _grow(self, slots: list[Slot], drawn: SampleOutput) -> None:
+        """Note the drawn tokens; the host looks at the device here, once a step."""
+        columns = (drawn.token, drawn.logprob, drawn.sampling_logprob, drawn.entropy)
+        tag_columns = (drawn.tag_state, drawn.tag, drawn.overhang)
+        for slot, (token, logprob, sampling_logprob, entropy, tag_state, tag, overhang) in zip(
+            slots, zip(*(column.tolist() for column in (*columns, *tag_columns)))
+        ):
+            branch, request = slot.branch, slot.request
+            branch.tokens.append(token)
+            branch.logprobs.append(logprob)
+            branch.sampling_logprobs.append(sampling_logprob)
+            branch.entropies.append(entropy)
+            branch.length += 1
+            branch.tag_state = tag_state
+            if token in self.eos_token_ids:
+                branch.finish = Finish.EOS
+            elif tag >= 0 and request.stop_at_tags:
+                branch.finish, branch.tag, branch.overhang = Finish.TAG, tag, overhang
+            elif len(branch.tokens) == request.max_new_tokens:
+                branch.finish = Finish.LENGTH
+
+    def _release(self, job: Job) -> None:
+        """Take back everything ``job`` holds; then also what an interrupt left between its making and its noting."""
+        job.reset()
+        self._live = [other for other in self._live if other is not job]
+        owned = {branch.seq for job in self._live for branch in job.branches}
+        for seq in self.pool.sequences():
+            if seq not in owned:
+                self.pool.free(seq)
+        images = {job.branches[0].image for job in self._live if job.branches}
+        for image in self.view.images.starts():
+            if image not in images:
+                self.view.images.free(image)
+
+    def _too_small(self, error: OutOfPages) -> OutOfPages:
+        size = f"num_pages={self.pool.num_pages} of page_size={self.pool.page_size}"
+        return OutOfPages(f"the KV cache ({size}) is too small for this search alone: {error}; raise num_pages")

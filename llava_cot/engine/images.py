@@ -1,0 +1,50 @@
+"""Cross-attention keys and values: one read-only segment per image, shared by every candidate of its question."""
+
+import torch
+
+
+class ImageStore:
+    """Segments of one growing buffer ``kv`` [2, num_cross_layers, capacity, num_kv_heads, head_dim]."""
+
+    def __init__(self, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
+        self.kv = torch.empty(2, num_layers, 0, num_kv_heads, head_dim, dtype=dtype, device=device)
+        self._segments: dict[int, int] = {}  # start -> end
+        self._cu_seqlens: torch.Tensor | None = None
+
+    def starts(self) -> list[int]:
+        """The segments in use, by their start."""
+        return list(self._segments)
+
+    def add(self, key_value: torch.Tensor) -> int:
+        """Copy ``key_value`` [2, num_cross_layers, S, num_kv_heads, head_dim] in; returns the segment's start."""
+        length = key_value.shape[2]
+        start = self._first_fit(length)
+        if start + length > self.kv.shape[2]:
+            grown = self.kv.new_empty(*self.kv.shape[:2], max(start + length, 2 * self.kv.shape[2]), *self.kv.shape[3:])
+            grown[:, :, : self.kv.shape[2]] = self.kv
+            self.kv = grown
+        self.kv[:, :, start : start + length] = key_value
+        self._segments[start] = start + length
+        self._cu_seqlens = None
+        return start
+
+    def free(self, start: int) -> None:
+        del self._segments[start]
+        self._cu_seqlens = None
+
+    def segments(self, starts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(group [len(starts)] int32, cu_seqlens [G + 1] int32): free gaps count as segments that nobody reads."""
+        bounds = sorted({0, *self._segments, *self._segments.values()})
+        if self._cu_seqlens is None:
+            self._cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=self.kv.device)
+        index = {start: group for group, start in enumerate(bounds)}
+        group = torch.tensor([index[start] for start in starts], dtype=torch.int32, device=self.kv.device)
+        return group, self._cu_seqlens
+
+    def _first_fit(self, length: int) -> int:
+        start = 0
+        for used_start, used_end in sorted(self._segments.items()):
+            if used_start - start >= length:
+                break
+            start = used_end
+        return start

@@ -1,0 +1,86 @@
+"""One question and the search that runs on it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from llava_cot.engine.branch import Branch, Expand, Program
+
+
+@dataclass
+class Usage:
+    """What a search cost. A search that was restarted for want of pages pays again."""
+
+    prompt_tokens: int = 0  # tokens prefilled
+    decoded_tokens: int = 0  # tokens computed after the prefill
+    generated_tokens: int = 0  # tokens drawn
+    image_encodings: int = 0
+    steps: int = 0  # forward passes this search took part in
+    seconds: float = 0.0  # from its first prefill to its end
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
+
+
+@dataclass(eq=False)
+class Slot:
+    """A growing branch and the request it answers."""
+
+    branch: Branch
+    request: Expand
+
+
+@dataclass(eq=False)
+class Job:
+    """``inputs`` are the processor's for one sample, without padding; ``result`` is what the program returned.
+
+    The engine fills the rest: every branch it made (they own pages until the job ends), the requests it has not opened yet, the growing branches, and the reply that collects them.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    program: Callable[[Branch], Program]
+    usage: Usage = field(default_factory=Usage)
+    result: Any = None
+    branches: list[Branch] = field(default_factory=list)
+    requests: list[Expand] = field(default_factory=list)
+    slots: list[Slot] = field(default_factory=list)
+    _reply: list[list[Branch]] | None = None
+    _coroutine: Program | None = None
+    _start: float = 0.0
+
+    @property
+    def prompt_length(self) -> int:
+        return self.inputs["input_ids"].shape[1]
+
+    def start(self, root: Branch, now: float) -> None:
+        self._coroutine, self._start = self.program(root), now
+
+    def open(self, request: Expand, kids: list[Branch]) -> None:
+        """Note that ``kids`` now grow to answer ``request``; requests are opened in order."""
+        assert self._reply is not None
+        self._reply.append(kids)
+        self.slots += [Slot(kid, request) for kid in kids]
+
+    def advance(self, now: float) -> bool:
+        """Once nothing grows, send the finished branches and take the next requests; False when the program is done."""
+        assert self._coroutine is not None
+        while not self.slots and not self.requests:
+            try:
+                self.requests = list(self._coroutine.send(self._reply))  # type: ignore[arg-type]
+            except StopIteration as stop:
+                self.result = stop.value
+                self.usage.seconds += now - self._start
+                return False
+            self._reply = []
+        return True
+
+    def reset(self) -> None:
+        """Forget all progress; the pages it owned are the engine's to free."""
+        for branch in self.branches:
+            branch.next_logits = None
+        if self._coroutine is not None:
+            self._coroutine.close()
+        self.branches, self.requests, self.slots = [], [], []
+        self._coroutine = self._reply = None

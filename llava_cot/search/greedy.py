@@ -1,0 +1,18 @@
+"""Greedy decoding: the most likely token, to EOS or the token limit."""
+
+from dataclasses import dataclass
+
+from llava_cot.engine.branch import SamplingParams
+from llava_cot.search.search import Search
+
+
+@dataclass(frozen=True)
+class GreedyConfig:
+    max_new_tokens: int = 2048
+
+
+def greedy(search: Search, config: GreedyConfig):
+    (node,) = yield from search.expand([search.root], 1, None, params=SamplingParams(temperature=0.0))
+    node.kept = True
+    search.final(node)
+    return node

@@ -1,0 +1,79 @@
+"""The tree of a search: every candidate that was drawn, kept or not, and the trace made of it."""
+
+import json
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+from llava_cot.engine.branch import Branch, Finish
+from llava_cot.stages import STAGES, Stage
+
+TRACE_VERSION = 1
+
+
+def candidate_seed(seed: int, stage: Stage | None, round: int, parent: int, index: int) -> int:
+    """A candidate's own seed, in [0, 2**63): a hash of where it stands in the tree, never of a batch row."""
+    place = f"{seed}/{stage or ''}/{round}/{parent}/{index}".encode()
+    return int.from_bytes(blake2b(place, digest_size=8).digest(), "little") >> 1
+
+
+@dataclass(eq=False)
+class Node:
+    """A candidate: one stage (``stage`` None: a whole answer) drawn from ``parent``. The root has no parent."""
+
+    id: int
+    parent: "Node | None"
+    stage: Stage | None
+    round: int
+    index: int
+    branch: Branch
+    text: str = ""  # what it added, tags included
+    score: float | None = None
+    kept: bool = False
+    seconds: float = 0.0  # from the start of the search to its last token
+
+    @property
+    def closed(self) -> bool:
+        """Whether it ended as its stage should: with its own closing tag, or with EOS for a whole answer."""
+        if self.stage is None:
+            return self.branch.finish is Finish.EOS
+        return self.branch.finish is Finish.TAG and self.branch.tag == STAGES.index(self.stage)
+
+    def path(self) -> list["Node"]:
+        """The nodes from the first stage to this one, without the root."""
+        return [*self.parent.path(), self] if self.parent else []
+
+    def rank(self) -> tuple:
+        """Sorts the best first: closed ones, then by score; ties go to the lowest (round, parent, index)."""
+        assert self.score is not None and self.parent is not None
+        return (not self.closed, -self.score, self.round, self.parent.id, self.index)
+
+    def to_dict(self) -> dict[str, Any]:
+        branch = self.branch
+        return {
+            "id": self.id,
+            "parent": self.parent.id if self.parent else None,
+            "stage": self.stage and self.stage.value,
+            "round": self.round,
+            "index": self.index,
+            "seed": branch.seed,
+            "text": self.text,
+            "tokens": branch.tokens,
+            "logprobs": branch.logprobs,
+            "entropies": branch.entropies,
+            "finish": branch.finish and branch.finish.value,
+            "closed": self.closed,
+            "score": self.score,
+            "kept": self.kept,
+            "seconds": self.seconds,
+        }
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Everything a search did: its settings, every candidate, every retrace, and what it cost."""
+
+    data: dict[str, Any]
+
+    def to_json(self, indent: int | None = None) -> str:
+        return json.dumps(self.data, indent=indent)

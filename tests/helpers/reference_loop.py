@@ -1,0 +1,227 @@
+"""SWIRES as a plain loop over ``model.generate``: no paging, no sharing, no engine, nothing of its code.
+
+``PublishedWay`` is what the authors' script does: every candidate is its own ``generate`` call at batch 1, which encodes
+the image and the whole prefix again and decodes the text to a string after every token to look for a closing tag.
+``CachedWay`` is the careful version of the same loop: the prompt's cache, image included, is kept and copied, and the
+candidates of one parent run as a batch of transformers' own. Both draw with the package's seeded sampler, so that they
+can be compared token for token.
+"""
+
+import copy
+import math
+from dataclasses import dataclass, field
+
+import torch
+from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
+
+from llava_cot.search.tree import candidate_seed
+from llava_cot_kernels.sampling import sample
+
+ORDER = ["SUMMARY", "CAPTION", "REASONING", "CONCLUSION"]
+CLOSING = [f"</{stage}>" for stage in ORDER]
+
+
+@dataclass
+class Text:
+    """A candidate: the token ids it added, their log-probs, and how it ended."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    top2_gaps: list[float]  # of the logits each token was drawn from
+    closed_by: str | None  # the first closing tag in its text
+    ended: bool  # with EOS
+
+
+@dataclass
+class Counts:
+    """What ``generate`` had to compute."""
+
+    prefilled: int = 0
+    decoded: int = 0
+    image_encodings: int = 0
+
+
+class SeededDraw(LogitsProcessor):
+    """Leaves one token possible in each row: the one that this row's seed draws."""
+
+    def __init__(self, seeds, params, backend):
+        self.seeds, self.params, self.backend = torch.tensor(seeds), params, backend
+        self.logprobs, self.gaps = [], []
+
+    def __call__(self, input_ids, scores):
+        p = self.params
+        drawn = sample(
+            scores,
+            temperature=p.temperature,
+            top_k=p.top_k,
+            top_p=p.top_p,
+            min_p=p.min_p,
+            seed=self.seeds,
+            position=input_ids.shape[1],
+            backend=self.backend,
+        )
+        self.logprobs.append(drawn.logprob.tolist())
+        best = scores.float().topk(2).values
+        self.gaps.append((best[:, 0] - best[:, 1]).tolist())
+        return torch.full_like(scores, -math.inf).scatter(1, drawn.token[:, None], 0.0)
+
+
+class StopOnTags(StoppingCriteria):
+    """Decodes what was generated, in every row and after every token, and looks for a closing tag."""
+
+    def __init__(self, tokenizer, start):
+        self.tokenizer, self.start = tokenizer, start
+
+    def __call__(self, input_ids, scores, **kwargs):
+        texts = self.tokenizer.batch_decode(input_ids[:, self.start :], skip_special_tokens=True)
+        return torch.tensor([any(tag in text for tag in CLOSING) for text in texts])
+
+
+class PublishedWay:
+    """One ``generate`` call per candidate, from pixels."""
+
+    def __init__(self, model, tokenizer, inputs, backend="reference"):
+        self.model, self.tokenizer, self.inputs, self.backend = model, tokenizer, dict(inputs), backend
+        self.prompt = self.inputs.pop("input_ids")
+        self.counts = Counts()
+
+    def draw(self, prefix, seeds, params, limit, stop_at_tags=True):
+        return [self._generate(prefix, [seed], params, limit, stop_at_tags, {})[0] for seed in seeds]
+
+    def _generate(self, prefix, seeds, params, limit, stop_at_tags, cache):
+        ids = torch.cat([self.prompt, torch.tensor([prefix], dtype=torch.int64)], dim=1).expand(len(seeds), -1)
+        start = ids.shape[1]
+        mask = self.inputs["cross_attention_mask"]
+        mask = torch.cat([mask, mask[:, -1:].expand(-1, start - mask.shape[1], -1, -1)], dim=1)
+        given = cache or {k: v for k, v in self.inputs.items() if k not in ("cross_attention_mask", "attention_mask")}
+        draw = SeededDraw(seeds, params, self.backend)
+        out = self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            cross_attention_mask=mask.expand(len(seeds), -1, -1, -1),
+            **given,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            max_new_tokens=limit,
+            logits_processor=[draw],
+            stopping_criteria=[StopOnTags(self.tokenizer, start)] if stop_at_tags else [],
+        )
+        if not cache:
+            self.counts.image_encodings += len(seeds)
+            self.counts.prefilled += ids.numel()
+        self.counts.decoded += (out.shape[1] - start - 1) * len(seeds)
+        return [self._text(row, out[row, start:].tolist(), draw) for row in range(len(seeds))]
+
+    def _text(self, row, tokens, draw):
+        eos = self.model.generation_config.eos_token_id
+        eos = eos if isinstance(eos, list) else [eos]
+        for end in range(1, len(tokens) + 1):
+            text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
+            found = [tag for tag in CLOSING if tag in text]
+            if found or tokens[end - 1] in eos:
+                break
+        logprobs = [step[row] for step in draw.logprobs[:end]]
+        gaps = [step[row] for step in draw.gaps[:end]]
+        ended = tokens[end - 1] in eos
+        closed_by = min(found, key=text.index) if found and not ended else None
+        return Text(tokens[:end], logprobs, gaps, closed_by, ended)
+
+
+class CachedWay(PublishedWay):
+    """The prompt and its image are computed once; the candidates of a parent are one batch."""
+
+    def __init__(self, model, tokenizer, inputs, backend="reference"):
+        super().__init__(model, tokenizer, inputs, backend)
+        self.cache = DynamicCache(config=model.config.get_text_config())
+        given = {k: v for k, v in self.inputs.items() if k != "attention_mask"}
+        given["cross_attention_mask"] = given["cross_attention_mask"][:, :-1]
+        with torch.inference_mode():
+            model(input_ids=self.prompt[:, :-1], **given, past_key_values=self.cache, use_cache=True)
+        self.counts.image_encodings += 1
+        self.counts.prefilled += self.prompt.shape[1] - 1
+
+    def draw(self, prefix, seeds, params, limit, stop_at_tags=True):
+        cache = copy.deepcopy(self.cache)
+        cache.batch_repeat_interleave(len(seeds))
+        self.counts.prefilled += (len(prefix) + 1) * len(seeds)
+        return self._generate(prefix, seeds, params, limit, stop_at_tags, {"past_key_values": cache})
+
+
+@dataclass
+class PlainNode:
+    id: int
+    parent: "PlainNode | None"
+    stage: str
+    round: int
+    index: int
+    text: Text
+    score: float = 0.0
+    kept: bool = False
+
+    def path(self):
+        return (self.parent.path() if self.parent else []) + [self]
+
+    def tokens(self):
+        return [token for node in self.path() for token in node.text.tokens]
+
+    def closed(self):
+        return self.text.closed_by == f"</{self.stage}>"
+
+    def order(self):
+        return (not self.closed(), -self.score, self.round, self.parent.id if self.parent else 0, self.index)
+
+
+@dataclass
+class Result:
+    nodes: list[PlainNode] = field(default_factory=list)
+    retraces: list[tuple[str, str, int]] = field(default_factory=list)
+    answer: PlainNode | None = None
+
+
+def mean_logprob(nodes):
+    """The confidence scorer: of the texts of these nodes together."""
+    logprobs = [value for node in nodes for value in node.text.logprobs]
+    return sum(logprobs) / len(logprobs)
+
+
+def swires(way, config, *, cutoff, seed, score=mean_logprob):
+    """The search, written down again from the paper: ``cutoff(stage)`` is a number or None."""
+    result, known = Result(), {}
+    parents = {"SUMMARY": [None]}
+    pools = {stage: [] for stage in ORDER}
+    at, round_ = 0, 1
+    while True:
+        stage = ORDER[at]
+        new = []
+        for parent in parents[stage]:
+            prefix = parent.tokens() if parent else []
+            count = max(1, config.candidates[stage] // len(parents[stage]))
+            parent_id = parent.id if parent else 0
+            seeds = [candidate_seed(seed, stage, round_, parent_id, index) for index in range(count)]
+            limit = min(config.max_new_tokens - len(prefix), config.max_stage_tokens.get(stage, config.max_new_tokens))
+            for index, text in enumerate(way.draw(prefix, seeds, config.params(), limit)):
+                new.append(PlainNode(len(result.nodes) + len(new) + 1, parent, stage, round_, index, text))
+        result.nodes += new
+        whole = stage == "CONCLUSION" and config.final_scope == "path"
+        for node in new:
+            node.score = known.setdefault((whole, tuple(node.tokens())), score(node.path() if whole else [node]))
+        pools[stage] += new
+        good = sorted((n.score for n in pools[stage] if n.closed()), reverse=True)
+        limit = cutoff(stage)
+        passed = limit is None or (len(good) >= config.pass_rank and good[config.pass_rank - 1] > limit)
+        if not passed and stage in config.retrace and round_ < config.max_rounds:
+            round_ += 1
+            at = ORDER.index(config.retrace[stage])
+            result.retraces.append((stage, ORDER[at], round_))
+            continue
+        kept = sorted(pools[stage], key=PlainNode.order)[: config.keep[stage]]
+        pools[stage] = []
+        for node in kept:
+            node.kept = True
+        growing = [n for n in kept if not n.text.ended and len(n.tokens()) < config.max_new_tokens]
+        if stage == "CONCLUSION" or not growing:
+            result.answer = kept[0]
+            return result
+        at += 1
+        parents[ORDER[at]] = growing
