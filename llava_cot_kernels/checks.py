@@ -46,3 +46,23 @@ class Sizes:
                 raise ValueError(f"{name} must have {shown} in dimension {axis}, got {size}")
         if device is not None and tensor.device != device:
             raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+
+
+def check_last_dim_contiguous(name: str, tensor: torch.Tensor) -> None:
+    """Views into a bigger tensor are welcome as long as the innermost vectors are dense."""
+    if tensor.numel() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name} must have stride 1 in its last dimension, got strides {tensor.stride()}")
+
+
+def check_contiguous(name: str, tensor: torch.Tensor) -> None:
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got shape {list(tensor.shape)} with strides {tensor.stride()}")
+
+
+def check_range(name: str, tensor: torch.Tensor, low: int, high: int) -> None:
+    """All values in ``[low, high]``; only on CPU, since elsewhere reading them would wait for the device."""
+    if tensor.device.type != "cpu" or not tensor.numel():
+        return
+    smallest, largest = (int(bound) for bound in torch.aminmax(tensor))
+    if smallest < low or largest > high:
+        raise ValueError(f"{name} must be in [{low}, {high}], got {smallest if smallest < low else largest}")

@@ -1,0 +1,207 @@
+"""Attention of many candidates to the keys they share: paged text, and images that are stored once."""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from llava_cot_kernels.backend import choose
+from llava_cot_kernels.checks import FLOATS, Sizes, check_contiguous, check_last_dim_contiguous, check_range
+from llava_cot_kernels.reference import attention as reference
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    softmax_scale: float,
+    cu_seqlens_q: Tensor | None = None,
+    prefix_group: Tensor | None = None,
+    prefix_lens: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal attention of ``B`` sequences' newest queries to their paged keys and values.
+
+    Query ``i`` of the ``n`` queries of sequence ``b`` sits at position ``p = seq_lens[b] - n + i``; its head ``h``
+    reads key head ``h // (Hq // Hkv)``; key ``j`` is at offset ``j % page_size`` of page
+    ``page_table[b, j // page_size]``:
+
+        out = sum over j <= p of softmax_j(softmax_scale * query . key_j) * value_j
+
+    Args:
+        query: ``[T, Hq, D]``, float32, bfloat16 or float16; ``Hq`` is a multiple of ``Hkv``.
+        key_cache, value_cache: ``[num_pages, page_size, Hkv, D]`` of the same dtype, contiguous.
+        page_table: int32 ``[B, P]``, padded with 0.
+        seq_lens: int32 ``[B]``, tokens of each sequence, those of ``query`` included.
+        softmax_scale: usually ``D ** -0.5``.
+        cu_seqlens_q: int32 ``[B + 1]``, the queries of ``b`` are rows ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``;
+            None: one query per sequence.
+        prefix_group: int32 ``[B]``, the group that a sequence shares its leading pages with, -1 for none.
+        prefix_lens: int32 ``[G]``, the leading tokens that the members of a group share. Both are hints that change
+            the speed, never the result: only pages that the table shows to be the same are read together.
+        return_lse: also return the logsumexp of the scaled scores.
+        backend: ``"auto"``, ``"native"`` or ``"reference"``.
+
+    Returns:
+        ``[T, Hq, D]`` of the query's dtype and, if asked, ``lse`` float32 ``[T, Hq]`` (natural log). A query without
+        a key (its position is negative) gives 0 and -inf.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or device does not fit, or (on CPU) an index is out of range.
+
+    Source: PagedAttention, arXiv:2309.06180; the online softmax of FlashAttention, arXiv:2205.14135; the shared
+    prefix as in Hydragen, arXiv:2402.05099.
+    """
+    sizes = Sizes()
+    sizes.check("query", query, "T Hq D", FLOATS)
+    sizes.check("key_cache", key_cache, "num_pages page_size Hkv D", query.dtype, query.device)
+    sizes.check("value_cache", value_cache, "num_pages page_size Hkv D", query.dtype, query.device)
+    sizes.check("page_table", page_table, "B P", torch.int32, query.device)
+    sizes.check("seq_lens", seq_lens, "B", torch.int32, query.device)
+    check_contiguous("key_cache", key_cache)
+    check_contiguous("value_cache", value_cache)
+    _check_heads(sizes["Hq"], sizes["Hkv"])
+    if cu_seqlens_q is None:
+        if sizes["T"] != sizes["B"]:
+            raise ValueError(
+                f"query must have one row per sequence, B={sizes['B']}, without cu_seqlens_q, got {sizes['T']}"
+            )
+        cu_seqlens_q = torch.arange(sizes["B"] + 1, dtype=torch.int32, device=query.device)
+    else:
+        sizes.check("cu_seqlens_q", cu_seqlens_q, str(sizes["B"] + 1), torch.int32, query.device)
+        _check_offsets("cu_seqlens_q", cu_seqlens_q, sizes["T"], whole=True)
+    check_range("seq_lens", seq_lens, 0, sizes["P"] * sizes["page_size"])
+    check_range("page_table", page_table, 0, max(sizes["num_pages"] - 1, 0))
+    if (prefix_group is None) != (prefix_lens is None):
+        raise ValueError("prefix_group and prefix_lens must be given together, got only one of them")
+    if prefix_group is not None and prefix_lens is not None:
+        sizes.check("prefix_group", prefix_group, "B", torch.int32, query.device)
+        sizes.check("prefix_lens", prefix_lens, "G", torch.int32, query.device)
+        check_range("prefix_group", prefix_group, -1, sizes["G"] - 1)
+    if choose("paged_attention", query.device, backend) == "native":
+        out, lse = _empty_results(query)
+        torch.ops.llava_cot_kernels.paged_attention(
+            query, key_cache, value_cache, page_table, seq_lens, cu_seqlens_q, prefix_group, prefix_lens,
+            softmax_scale, out, lse,
+        )  # fmt: skip
+    else:
+        out, lse = reference.paged_attention(
+            query, key_cache, value_cache, page_table, seq_lens, cu_seqlens_q, softmax_scale
+        )
+    return (out, lse) if return_lse else out
+
+
+def shared_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    group: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    softmax_scale: float,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of ``N`` query rows to the packed keys of the image that each belongs to, without a mask.
+
+    Row ``n`` reads the keys ``j`` from ``cu_seqlens_k[group[n]]`` to ``cu_seqlens_k[group[n] + 1]``; the rows of one
+    group are stacked, wherever they stand, so that an image is read once for all of them:
+
+        out = sum over j of softmax_j(softmax_scale * query . key_j) * value_j
+
+    Args:
+        query: ``[N, Hq, D]``, float32, bfloat16 or float16; ``Hq`` is a multiple of ``Hkv``.
+        key, value: ``[S, Hkv, D]`` of the same dtype; views with a dense last dimension are read in place.
+        group: int32 ``[N]``, the image of each row; -1 is an idle row.
+        cu_seqlens_k: int32 or int64 ``[G + 1]``, where each image's keys start; a group may have no rows.
+        softmax_scale: usually ``D ** -0.5``.
+        return_lse: also return the logsumexp of the scaled scores.
+        backend: ``"auto"``, ``"native"`` or ``"reference"``.
+
+    Returns:
+        ``[N, Hq, D]`` of the query's dtype and, if asked, ``lse`` float32 ``[N, Hq]`` (natural log). An idle row and
+        a row of an empty image give 0 and -inf.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or device does not fit, or (on CPU) an index is out of range.
+
+    Source: Hydragen's batched attention to a shared prefix, arXiv:2402.05099.
+    """
+    sizes = Sizes()
+    sizes.check("query", query, "N Hq D", FLOATS)
+    sizes.check("key", key, "S Hkv D", query.dtype, query.device)
+    sizes.check("value", value, "S Hkv D", query.dtype, query.device)
+    sizes.check("group", group, "N", torch.int32, query.device)
+    sizes.check("cu_seqlens_k", cu_seqlens_k, "_", (torch.int32, torch.int64), query.device)
+    _check_heads(sizes["Hq"], sizes["Hkv"])
+    check_last_dim_contiguous("key", key)
+    check_last_dim_contiguous("value", value)
+    if not cu_seqlens_k.numel():
+        raise ValueError("cu_seqlens_k must have G + 1 >= 1 entries, got 0")
+    _check_offsets("cu_seqlens_k", cu_seqlens_k, sizes["S"], whole=False)
+    check_range("group", group, -1, cu_seqlens_k.numel() - 2)
+    if choose("shared_attention", query.device, backend) == "native":
+        out, lse = _empty_results(query)
+        torch.ops.llava_cot_kernels.shared_attention(
+            query, key, value, group, cu_seqlens_k.long(), softmax_scale, out, lse
+        )
+    else:
+        out, lse = reference.shared_attention(query, key, value, group, cu_seqlens_k, softmax_scale)
+    return (out, lse) if return_lse else out
+
+
+def _empty_results(query: Tensor) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    return out, torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+
+
+def _check_heads(query_heads: int, kv_heads: int) -> None:
+    if not kv_heads or query_heads % kv_heads:
+        raise ValueError(f"query must have a multiple of Hkv={kv_heads} heads in dimension 1, got {query_heads}")
+
+
+def _check_offsets(name: str, offsets: Tensor, end: int, *, whole: bool) -> None:
+    """Non-decreasing within ``[0, end]``, and from 0 to ``end`` if ``whole``; only on CPU, as ``check_range``."""
+    if offsets.device.type != "cpu":
+        return
+    got = offsets.tolist()
+    if any(begin > stop for begin, stop in pairwise(got)):
+        raise ValueError(f"{name} must not decrease, got {got}")
+    if whole and (got[0] != 0 or got[-1] != end):
+        raise ValueError(f"{name} must start at 0 and end at {end}, got {got[0]} and {got[-1]}")
+    check_range(name, offsets, 0, end)
+
+
+@torch.library.register_fake("llava_cot_kernels::paged_attention")
+def _(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    prefix_group: Tensor | None,
+    prefix_lens: Tensor | None,
+    softmax_scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    return None
+
+
+@torch.library.register_fake("llava_cot_kernels::shared_attention")
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    group: Tensor,
+    cu_seqlens_k: Tensor,
+    softmax_scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    return None

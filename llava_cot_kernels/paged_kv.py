@@ -1,0 +1,93 @@
+"""Writing keys and values into their pages, and copying the pages that a fork shares."""
+
+import torch
+from torch import Tensor
+
+from llava_cot_kernels.backend import choose
+from llava_cot_kernels.checks import FLOATS, Sizes, check_contiguous, check_last_dim_contiguous, check_range
+from llava_cot_kernels.reference import paged_kv as reference
+
+
+def store_kv(
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    *,
+    backend: str = "auto",
+) -> None:
+    """Write the keys and values of ``T`` new tokens into one layer's pages, in place.
+
+        for t in range(T):
+            if slot_mapping[t] != -1:
+                page, offset = divmod(slot_mapping[t], page_size)
+                key_cache[page, offset], value_cache[page, offset] = key[t], value[t]
+
+    Args:
+        key, value: ``[T, Hkv, D]``, float32, bfloat16 or float16; views with a dense last dimension are read in place.
+        key_cache, value_cache: ``[num_pages, page_size, Hkv, D]`` of the same dtype, contiguous, for instance
+            ``kv_cache[0, layer]`` and ``kv_cache[1, layer]``.
+        slot_mapping: int64 ``[T]``, page * page_size + offset; -1 is padding and writes nothing. Slots are distinct:
+            of two tokens with one slot, either may win.
+        backend: ``"auto"``, ``"native"`` or ``"reference"``.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype or device does not fit, or (on CPU) a slot is out of range.
+
+    Source: the slot mapping of vLLM, Kwon et al. 2023, arXiv:2309.06180.
+    """
+    sizes = Sizes()
+    sizes.check("key", key, "T Hkv D", FLOATS)
+    sizes.check("value", value, "T Hkv D", key.dtype, key.device)
+    sizes.check("key_cache", key_cache, "num_pages page_size Hkv D", key.dtype, key.device)
+    sizes.check("value_cache", value_cache, "num_pages page_size Hkv D", key.dtype, key.device)
+    sizes.check("slot_mapping", slot_mapping, "T", torch.int64, key.device)
+    for name, tensor in (("key", key), ("value", value)):
+        check_last_dim_contiguous(name, tensor)
+    for name, tensor in (("key_cache", key_cache), ("value_cache", value_cache), ("slot_mapping", slot_mapping)):
+        check_contiguous(name, tensor)
+    check_range("slot_mapping", slot_mapping, -1, sizes["num_pages"] * sizes["page_size"] - 1)
+    if choose("store_kv", key.device, backend) == "native":
+        torch.ops.llava_cot_kernels.store_kv(key, value, key_cache, value_cache, slot_mapping)
+    else:
+        reference.store_kv(key, value, key_cache, value_cache, slot_mapping)
+
+
+def copy_pages(kv_cache: Tensor, copies: Tensor, *, backend: str = "auto") -> None:
+    """Copy whole pages, for all layers, keys and values at once, in place.
+
+        for source, target in copies:
+            kv_cache[:, :, target] = kv_cache[:, :, source]
+
+    Args:
+        kv_cache: ``[2, num_layers, num_pages, page_size, Hkv, D]``, float32, bfloat16 or float16, contiguous.
+        copies: int32 ``[m, 2]``, (source page, target page) as ``PagePool.append`` returns them, on the CPU or on
+            the cache's device. Targets are distinct and never sources, so the order of copies is free.
+        backend: ``"auto"``, ``"native"`` or ``"reference"``.
+
+    Raises:
+        ValueError, TypeError: a shape or dtype does not fit, or (if ``copies`` is on the CPU) a page is out of range.
+    """
+    sizes = Sizes()
+    sizes.check("kv_cache", kv_cache, "2 num_layers num_pages page_size Hkv D", FLOATS)
+    sizes.check("copies", copies, "m 2", torch.int32)
+    check_contiguous("kv_cache", kv_cache)
+    check_range("copies", copies, 0, sizes["num_pages"] - 1)
+    if sizes["m"] == 0:
+        return
+    copies = copies.to(kv_cache.device, non_blocking=True).contiguous()
+    if choose("copy_pages", kv_cache.device, backend) == "native":
+        torch.ops.llava_cot_kernels.copy_pages(kv_cache, copies)
+    else:
+        reference.copy_pages(kv_cache, copies)
+
+
+@torch.library.register_fake("llava_cot_kernels::store_kv")
+def _(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("llava_cot_kernels::copy_pages")
+def _(kv_cache: Tensor, copies: Tensor) -> None:
+    return None
