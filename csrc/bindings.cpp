@@ -26,7 +26,7 @@ STABLE_TORCH_LIBRARY(llava_cot_kernels, m) {
       "linear_logprobs(Tensor hidden, Tensor weight, Tensor targets, float temperature, "
       "Tensor(a!) logprobs, Tensor(b!) lse, Tensor(c!) entropy) -> ()");
   m.def(
-      "linear_logprobs_backward(Tensor grad_logprobs, Tensor? grad_entropy, Tensor hidden, Tensor weight, "
+      "linear_logprobs_backward(Tensor grad_logprobs, Tensor grad_entropy, Tensor hidden, Tensor weight, "
       "Tensor targets, Tensor lse, Tensor entropy, float temperature, "
-      "Tensor(a!) grad_hidden, Tensor(b!) grad_weight) -> ()");
+      "Tensor(a!)? grad_hidden, Tensor(b!)? grad_weight) -> ()");
 }

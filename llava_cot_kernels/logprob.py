@@ -1,0 +1,176 @@
+"""Log-probs of given tokens without a softmax tensor: from logits, or from hidden states and the output embedding."""
+
+import math
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from llava_cot_kernels.backend import choose
+from llava_cot_kernels.checks import FLOATS, Sizes
+from llava_cot_kernels.reference import logprob as reference
+from llava_cot_kernels.reference.logprob import IGNORE_INDEX
+
+_ops = torch.ops.llava_cot_kernels
+
+
+def token_logprobs(logits: torch.Tensor, targets: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
+    """Log-probs of one token per row of logits, differentiable in the logits.
+
+    ``logprobs[t] = logits[t, targets[t]] - logsumexp(logits[t])``; no softmax is stored on the way forward (the
+    gradient of the logits is itself [T, V]).
+
+    Args:
+        logits: [T, V], float32, bfloat16 or float16. ``-inf`` is a masked token: as a target it gives ``-inf``. A row
+            with a NaN, with ``+inf`` or of only ``-inf`` gives NaN.
+        targets: int64 [T], token ids in [0, V), or -100 for a row to leave out: it gives 0 and no gradient.
+        backend: ``"auto"``, ``"native"`` or ``"reference"``.
+
+    Returns:
+        logprobs: float32 [T], in nats.
+
+    Raises:
+        ValueError, TypeError: an argument has another shape, dtype, device or range than stated here.
+
+    Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018 (arXiv:1805.02867).
+    """
+    sizes = Sizes()
+    sizes.check("logits", logits, "T V", FLOATS)
+    sizes.check("targets", targets, "T", torch.int64, logits.device)
+    _check_targets(targets, sizes["V"])
+    if choose("token_logprobs", logits.device, backend) == "reference":
+        return reference.token_logprobs(logits, targets)
+    return _TokenLogprobs.apply(_unit_stride(logits), targets.contiguous())
+
+
+def linear_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs of one token per hidden state under a linear output layer, differentiable in both.
+
+    ``logits = hidden @ weight.T / temperature``; ``logprobs[t] = logits[t, targets[t]] - logsumexp(logits[t])``;
+    ``entropy[t] = -sum_v p[t, v] log p[t, v]``. [T, V] never exists: a running maximum, sum and entropy are carried
+    over vocabulary tiles, whose logits the backward computes again from the saved logsumexp. Products and sums are
+    float32 in every dtype, in a fixed order: with the same number of threads, equal inputs give equal bits.
+
+    Args:
+        hidden: [T, H], float32, bfloat16 or float16.
+        weight: [V, H], dtype of ``hidden``.
+        targets: int64 [T], token ids in [0, V), or -100 for a row to leave out: it costs nothing and gives 0 and no
+            gradient.
+        temperature: divides the logits; finite, > 0.
+        entropy: also return the entropy of the whole distribution.
+        backend: ``"auto"``, ``"native"`` or ``"reference"``.
+
+    Returns:
+        logprobs: float32 [T], in nats; with ``entropy=True`` the pair (logprobs, entropy), both float32 [T].
+
+    Raises:
+        ValueError, TypeError: an argument has another shape, dtype, device or range than stated here.
+
+    Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", 2024 (arXiv:2411.09009).
+    """
+    sizes = Sizes()
+    sizes.check("hidden", hidden, "T H", FLOATS)
+    sizes.check("weight", weight, "V H", hidden.dtype, hidden.device)
+    sizes.check("targets", targets, "T", torch.int64, hidden.device)
+    _check_targets(targets, sizes["V"])
+    if not isinstance(temperature, int | float):
+        raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be finite and > 0, got {temperature}")
+    if choose("linear_logprobs", hidden.device, backend) == "reference":
+        return reference.linear_logprobs(hidden, weight, targets, temperature=temperature, entropy=entropy)
+    logprobs, entropies = _LinearLogprobs.apply(
+        _unit_stride(hidden), _unit_stride(weight), targets.contiguous(), float(temperature)
+    )
+    return (logprobs, entropies) if entropy else logprobs
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logprobs = torch.empty_like(targets, dtype=torch.float32)
+        _ops.token_logprobs(logits, targets, logprobs)
+        ctx.save_for_backward(logits, targets)
+        return logprobs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logprobs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logits, targets = ctx.saved_tensors
+        kept = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+        grad = grad_logprobs[kept, None]
+        grad_kept = torch.softmax(logits[kept], dim=-1, dtype=torch.float32).mul_(-grad)
+        grad_kept.scatter_add_(1, targets[kept, None], grad)
+        return torch.zeros_like(logits).index_copy_(0, kept, grad_kept.to(logits.dtype)), None
+
+
+class _LinearLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs, lse, entropy = (torch.empty_like(targets, dtype=torch.float32) for _ in range(3))
+        _ops.linear_logprobs(hidden, weight, targets, temperature, logprobs, lse, entropy)
+        ctx.save_for_backward(hidden, weight, targets, lse, entropy)
+        ctx.temperature = temperature
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logprobs: torch.Tensor, grad_entropy: torch.Tensor):
+        hidden, weight, targets, lse, entropy = ctx.saved_tensors
+        grad_hidden, grad_weight = (
+            torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed else None
+            for tensor, needed in zip((hidden, weight), ctx.needs_input_grad)
+        )
+        _ops.linear_logprobs_backward(
+            grad_logprobs.contiguous(),
+            grad_entropy.contiguous(),
+            hidden,
+            weight,
+            targets,
+            lse,
+            entropy,
+            ctx.temperature,
+            grad_hidden,
+            grad_weight,
+        )
+        return grad_hidden, grad_weight, None, None
+
+
+def _unit_stride(matrix: torch.Tensor) -> torch.Tensor:
+    """The kernels read rows anywhere, each row's elements side by side."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _check_targets(targets: torch.Tensor, vocab_size: int) -> None:
+    bad = (targets != IGNORE_INDEX) & ((targets < 0) | (targets >= vocab_size))
+    if bad.any():
+        position = int(bad.nonzero()[0])
+        raise ValueError(
+            f"targets must be {IGNORE_INDEX} or in [0, V={vocab_size}), got {int(targets[position])} at {position}"
+        )
+
+
+@torch.library.register_fake("llava_cot_kernels::token_logprobs")
+def _(logits, targets, logprobs) -> None:
+    return None
+
+
+@torch.library.register_fake("llava_cot_kernels::linear_logprobs")
+def _(hidden, weight, targets, temperature, logprobs, lse, entropy) -> None:
+    return None
+
+
+@torch.library.register_fake("llava_cot_kernels::linear_logprobs_backward")
+def _(
+    grad_logprobs, grad_entropy, hidden, weight, targets, lse, entropy, temperature, grad_hidden, grad_weight
+) -> None:
+    return None
