@@ -36,4 +36,7 @@ extension = CppExtension(
         "-Wno-unknown-pragmas",
     ],
 )
-setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension.with_options(use_ninja=find_spec("ninja") is not None)})
+setup(
+    ext_modules=[extension],
+    cmdclass={"build_ext": BuildExtension.with_options(use_ninja=find_spec("ninja") is not None)},
+)

@@ -46,7 +46,9 @@ def answer(
 @app.command()
 def demo(
     search: Search = "swires",
-    seed: Annotated[int | None, typer.Option(min=0, help="The sample of the shapes world; a fresh one by default.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="The sample of the shapes world; a fresh one by default.")
+    ] = None,
     json: Json = False,
     trace: TraceFile = None,
 ) -> None:
@@ -65,7 +67,9 @@ def demo(
         verdict = "right" if shapes.is_correct(sample, conclusion) else "wrong"
         console = Console()
         console.print(f"The truth is [bold]{sample.answer}[/]: the answer {conclusion!r} is [bold]{verdict}[/].")
-        console.print("[dim]The tiny model is a scale model with 1.5M parameters; it is right about three times in four.[/]")
+        console.print(
+            "[dim]The tiny model is a scale model with 1.5M parameters; it is right about three times in four.[/]"
+        )
 
 
 def main() -> None:
@@ -127,7 +131,9 @@ def _watch(question: str, events):
             if isinstance(event, Candidates):
                 shown.append(_candidates(event))
             elif isinstance(event, Retrace):
-                shown.append(Text(f"↩ {event.stage} is not good enough: back to {event.to}, round {event.round}", "yellow"))
+                shown.append(
+                    Text(f"↩ {event.stage} is not good enough: back to {event.to}, round {event.round}", "yellow")
+                )
             elif isinstance(event, TextDelta):
                 typed.append(event.text)
                 shown[1:] = [typed]

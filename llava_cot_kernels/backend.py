@@ -1,6 +1,5 @@
 """Which back end runs an op: the compiled one, Triton's, or the reference."""
 
-
 import torch
 
 

@@ -117,6 +117,13 @@ int64_t PagePool::ref_count(int64_t page) const {
   return ref_count_[page];
 }
 
+std::vector<int64_t> PagePool::sequences() const {
+  std::vector<int64_t> handles;
+  for (const auto& [handle, _] : sequences_) handles.push_back(handle);
+  std::sort(handles.begin(), handles.end());
+  return handles;
+}
+
 const PagePool::Sequence& PagePool::find(int64_t seq) const {
   const auto found = sequences_.find(seq);
   if (found == sequences_.end()) throw UnknownSequence("sequence " + std::to_string(seq) + " is freed or unknown");
@@ -243,6 +250,7 @@ needs, ValueError for repeated sequences, negative counts or lists of unlike len
 
 With out, a CPU int32 tensor [len(seqs), at least as wide], fills and returns that one.)")
       .def("length", &PagePool::length, py::arg("seq"), "Tokens in the sequence.")
+      .def("sequences", &PagePool::sequences, "The handles created and not yet freed, oldest first.")
       .def("ref_count", &PagePool::ref_count, py::arg("page"), "How many sequences hold the page; 0 if it is free.")
       .def_property_readonly("num_pages", &PagePool::num_pages)
       .def_property_readonly("page_size", &PagePool::page_size)

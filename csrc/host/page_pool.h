@@ -46,6 +46,7 @@ class PagePool {
   int64_t page_size() const { return page_size_; }
   int64_t num_free() const { return static_cast<int64_t>(free_.size()); }
   int64_t num_sequences() const { return static_cast<int64_t>(sequences_.size()); }
+  std::vector<int64_t> sequences() const;
 
  private:
   struct Sequence {

@@ -35,7 +35,6 @@ class PagedLayer(_Layer):
         super().__init__()
         self.key_cache, self.value_cache = key_cache, value_cache  # [num_pages, page_size, Hkv, D]
         self.batch = batch
-        self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
         # [1, Hkv, T, D], a strided view of the projection

@@ -50,7 +50,9 @@ class SwiresConfig(Decoding):
             mapping = getattr(self, name)
             unknown = set(mapping) - set(STAGES)
             if unknown:
-                raise ValueError(f"{name} must have stages {[str(s) for s in STAGES]} as keys, got {sorted(unknown)[0]!r}")
+                raise ValueError(
+                    f"{name} must have stages {[str(s) for s in STAGES]} as keys, got {sorted(unknown)[0]!r}"
+                )
             low = [stage for stage, count in mapping.items() if name != "retrace" and count < 1]
             if low:
                 raise ValueError(f"{name}[{low[0]!r}] must be >= 1, got {mapping[low[0]]}")
@@ -144,4 +146,3 @@ def _cutoff(search: Search, config: SwiresConfig, stage: Stage) -> float | None:
     if config.cutoff is not None:
         return config.cutoff
     return search.calibration.cutoff(stage, config.cutoff_quantile) if search.calibration else None
-

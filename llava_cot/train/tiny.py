@@ -62,7 +62,10 @@ def build_model(processor: MllamaProcessor, seed: int) -> MllamaForConditionalGe
             if name.endswith(("cross_attn_attn_gate", "cross_attn_mlp_gate", "gate_attn", "gate_ffn")):
                 parameter.fill_(1.0)
     generation = model.generation_config
-    generation.bos_token_id, generation.pad_token_id = processor.tokenizer.bos_token_id, processor.tokenizer.pad_token_id
+    generation.bos_token_id, generation.pad_token_id = (
+        processor.tokenizer.bos_token_id,
+        processor.tokenizer.pad_token_id,
+    )
     generation.eos_token_id = processor.tokenizer.eos_token_id
     return model
 

@@ -31,6 +31,9 @@ class PagePool:
     def num_sequences(self) -> int:
         return len(self._pages)
 
+    def sequences(self) -> list[int]:
+        return sorted(self._pages)
+
     def create(self) -> int:
         seq = self._next
         self._next += 1
