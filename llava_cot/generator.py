@@ -156,9 +156,9 @@ class SwiresGenerator:
         """Where ``model.generate(**inputs)`` stood: prompts and their continuations, right-padded, int64 [B, T + new].
 
         Model inputs and decoding arguments keep transformers' names and meaning (``max_new_tokens``, ``temperature``,
-        ``top_k``, ``top_p``, ``min_p``, ``num_return_sequences`` with ``search="sample"``); other fields of the search's
-        configuration may be given too. What is not supported raises by name. Without ``seed`` one is drawn from torch's
-        global generator, so that ``torch.manual_seed`` makes a run repeatable.
+        ``top_k``, ``top_p``, ``min_p``, ``num_return_sequences`` with ``search="sample"``); other fields of the
+        search's configuration may be given too. What is not supported raises by name. Without ``seed`` one is drawn
+        from torch's global generator, so that ``torch.manual_seed`` makes a run repeatable.
         """
         inputs = {name: kwargs.pop(name) for name in MODEL_INPUTS[1:] if name in kwargs}
         rows = split_rows({"input_ids": input_ids, **inputs})  # type: ignore[dict-item]

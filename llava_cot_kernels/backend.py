@@ -12,7 +12,7 @@ def available(op: str, device_type: str) -> tuple[str, ...]:
 
 
 def choose(op: str, device: torch.device, backend: str) -> str:
-    """The back end for ``op``; ``"auto"`` takes the fastest. An explicit choice that can't run raises ``ValueError``."""
+    """The back end for ``op``: ``"auto"`` is the fastest, an explicit choice that can't run raises ``ValueError``."""
     candidates = available(op, device.type)
     if backend == "auto":
         return candidates[0]

@@ -29,3 +29,13 @@ def fresh_tiny():
 def random_model():
     """A random Mllama with four tiles an image and opened gates."""
     return build_random_mllama(**TINY_SHAPE, seed=0)
+
+
+@pytest.fixture
+def bare_generator(tiny):
+    """A generator on any model; its processor only stands in for a tokenizer."""
+
+    def make(model, **kwargs):
+        return SwiresGenerator(model, tiny.processor, **kwargs)
+
+    return make

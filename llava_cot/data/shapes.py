@@ -8,7 +8,9 @@ Seeds 800,000 to 899,999 are the public test range and seeds from 900,000 up are
 trained, calibrated or tuned on either.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
@@ -23,6 +25,7 @@ CELLS = (
 CELL = 16  # pixels
 SIZE = 3 * CELL
 TEST_SEEDS = range(800_000, 900_000)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class _Stream:
     def below(self, n: int) -> int:
         return (int(self._bits.random_raw()) >> 32) * n >> 32
 
-    def pick(self, items):
+    def pick(self, items: Sequence[T]) -> T:
         return items[self.below(len(items))]
 
     def pixel_noise(self) -> np.ndarray:
@@ -149,31 +152,32 @@ def _question(objects: list[_Object], stream: _Stream) -> tuple[str, str, str, s
     one = stream.pick((f"The number of {x} is {n}.", f"I count {n} {x}."))
     two = stream.pick((f"The number of {x} is {n} and of {y} is {m}.", f"I count {n} {x} and {m} {y}."))
     task = stream.below(4)
+    questions: tuple[str, ...]
     if task == 0:
-        question = (f"How many {x} are there?", f"Count the {x}.", f"What is the number of {x}?")
-        summary = (f"I will count the {x} in the image.", f"The question asks for the number of {x}.")
-        return stream.pick(question), stream.pick(summary), f"{in_all} {one}", str(n)
+        questions = (f"How many {x} are there?", f"Count the {x}.", f"What is the number of {x}?")
+        summaries = (f"I will count the {x} in the image.", f"The question asks for the number of {x}.")
+        return stream.pick(questions), stream.pick(summaries), f"{in_all} {one}", str(n)
     if task == 1:
-        question = (
+        questions = (
             f"Subtract all {x}. How many objects are left?",
             f"Remove all {x}. How many objects remain?",
             f"How many objects are not {x}?",
         )
-        summary = (f"I will count all objects and subtract the {x}.", f"I will remove the {x} and count the rest.")
+        summaries = (f"I will count all objects and subtract the {x}.", f"I will remove the {x} and count the rest.")
         left = f"{total} - {n} = {total - n}."
-        return stream.pick(question), stream.pick(summary), f"{in_all} {one} {left}", str(total - n)
+        return stream.pick(questions), stream.pick(summaries), f"{in_all} {one} {left}", str(total - n)
     if task == 2:
-        question = (
+        questions = (
             f"Subtract all {x} and all {y}. How many objects are left?",
             f"Remove all {x} and all {y}. How many objects remain?",
         )
-        summary = (f"I will subtract the {x} and the {y} from all objects.", f"I will remove the {x} and the {y}.")
+        summaries = (f"I will subtract the {x} and the {y} from all objects.", f"I will remove the {x} and the {y}.")
         left = f"{total} - {n} - {m} = {total - n - m}."
-        return stream.pick(question), stream.pick(summary), f"{in_all} {two} {left}", str(total - n - m)
-    question = (f"Are there more {x} than {y}?", f"Do the {x} outnumber the {y}?")
-    summary = (f"I will count the {x} and the {y} and compare.", f"The question compares the {x} with the {y}.")
+        return stream.pick(questions), stream.pick(summaries), f"{in_all} {two} {left}", str(total - n - m)
+    questions = (f"Are there more {x} than {y}?", f"Do the {x} outnumber the {y}?")
+    summaries = (f"I will count the {x} and the {y} and compare.", f"The question compares the {x} with the {y}.")
     verdict = f"{n} is {'' if n > m else 'not '}more than {m}."
-    return stream.pick(question), stream.pick(summary), f"{two} {verdict}", "yes" if n > m else "no"
+    return stream.pick(questions), stream.pick(summaries), f"{two} {verdict}", "yes" if n > m else "no"
 
 
 def _caption(objects: list[_Object], stream: _Stream) -> str:

@@ -1,5 +1,7 @@
 """The attention function that connects transformers' modelling code to the paged kernels."""
 
+from typing import Any
+
 import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -12,7 +14,7 @@ NAME = "llava_cot_paged"
 
 
 def paged_attention_forward(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -31,7 +33,7 @@ def paged_attention_forward(
     layer = paged_layers[module.layer_idx]
     rows = query[0].transpose(0, 1)  # [T, Hq, D]
     if isinstance(layer, PagedLayer):
-        out = paged_attention(
+        out: Any = paged_attention(
             rows,
             layer.key_cache,
             layer.value_cache,
@@ -40,7 +42,7 @@ def paged_attention_forward(
             softmax_scale=scaling,
             cu_seqlens_q=paged_batch.cu_seqlens_q,
         )
-    elif paged_batch.is_prefill:
+    elif paged_batch.image_group is None or paged_batch.image_cu_seqlens is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
     else:
         out = shared_attention(

@@ -71,9 +71,9 @@ class PagedCache(Cache):
         num_cross = 0
         for index in range(kv_cache.shape[1] + len(cross_layers)):
             if index in cross_layers:
-                stored = (None, None) if batch.is_prefill else images.kv[:, num_cross].transpose(1, 2).unsqueeze(1)
-                layers.append(ImageLayer(*stored))  # [1, Hkv, capacity, D]
+                key, value = images.kv[:, num_cross].transpose(1, 2).unsqueeze(1)  # [1, Hkv, capacity, D]
+                layers.append(ImageLayer() if batch.is_prefill else ImageLayer(key, value))
                 num_cross += 1
             else:
-                layers.append(PagedLayer(*kv_cache[:, index - num_cross], batch))
+                layers.append(PagedLayer(kv_cache[0, index - num_cross], kv_cache[1, index - num_cross], batch))
         super().__init__(layers=layers)

@@ -36,7 +36,8 @@ class Slot:
 class Job:
     """``inputs`` are the processor's for one sample, without padding; ``result`` is what the program returned.
 
-    The engine fills the rest: every branch it made (they own pages until the job ends), the requests it has not opened yet, the growing branches, and the reply that collects them.
+    The engine fills the rest: every branch it made (they own pages until the job ends), the requests it has not opened
+    yet, the growing branches, and the reply that collects them.
     """
 
     inputs: dict[str, torch.Tensor]

@@ -20,7 +20,7 @@ def _kv_budget(device: torch.device) -> int:
 
 
 class ModelView:
-    """Runs an Mllama on flattened batches. The caller's model is never touched: this is a copy that shares every tensor."""
+    """Runs an Mllama on flattened batches: a copy of the caller's model that shares every tensor with it."""
 
     def __init__(self, model: PreTrainedModel, page_size: int, num_pages: int | None):
         if model.config.model_type != "mllama":

@@ -9,7 +9,7 @@ from llava_cot.search.search import Scope, Search
 from llava_cot.search.tree import Node
 from llava_cot.stages import STAGES, Stage
 
-# InternLM-XComposer2.5-7B-reward on REASONING (appendix D): mean -0.77, standard deviation 2.08, z of the 60th percentile
+# InternLM-XComposer2.5-7B-reward on REASONING (appendix D): mean + z * std, z of the 60th percentile
 XCOMPOSER_REWARD_CUTOFF = -0.77 + 0.2533 * 2.08
 
 

@@ -1,7 +1,7 @@
 """SWIRES as a plain loop over ``model.generate``: no paging, no sharing, no engine, nothing of its code.
 
-``PublishedWay`` is what the authors' script does: every candidate is its own ``generate`` call at batch 1, which encodes
-the image and the whole prefix again and decodes the text to a string after every token to look for a closing tag.
+``PublishedWay`` is what the authors' script does: every candidate is its own ``generate`` call at batch 1, which
+encodes the image and the whole prefix again and decodes the text after every token to look for a closing tag.
 ``CachedWay`` is the careful version of the same loop: the prompt's cache, image included, is kept and copied, and the
 candidates of one parent run as a batch of transformers' own. Both draw with the package's seeded sampler, so that they
 can be compared token for token.

@@ -1,0 +1,50 @@
+"""Comparing with transformers, token for token and logit for logit."""
+
+from contextlib import contextmanager
+
+import torch
+
+NEAR_TIE = 1e-4
+
+
+def greedy_differences(model, inputs, got, expected) -> int:
+    """0 if the sequences are equal or first differ where transformers' own top-2 gap is a near tie (that is printed)."""
+    if torch.equal(got, expected):
+        return 0
+    width = min(got.shape[1], expected.shape[1])
+    differs = (got[0, :width] != expected[0, :width]).nonzero()
+    at = int(differs[0]) if len(differs) else width
+    ids = expected[:, :at]
+    mask = inputs["cross_attention_mask"]
+    mask = torch.cat([mask, mask[:, -1:].expand(-1, at - mask.shape[1], -1, -1)], dim=1)
+    again = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids), "cross_attention_mask": mask}
+    with torch.inference_mode():
+        best = model(**again).logits[0, -1].topk(2).values
+    gap = float(best[0] - best[1])
+    print(
+        f"excused: first difference at token {at}, top-2 gap {gap:.1e}" if gap < NEAR_TIE else f"gap {gap:.1e} at {at}"
+    )
+    return int(gap >= NEAR_TIE)
+
+
+@contextmanager
+def record_logits(engine):
+    """Collects the logits [V] of every step of a search that grows a single branch."""
+    view, logits = engine.view, []
+    prefill, decode = view.prefill, view.decode
+
+    def recording_prefill(*args):
+        row, image = prefill(*args)
+        logits.append(row)
+        return row, image
+
+    def recording_decode(*args):
+        rows = decode(*args)
+        logits.append(rows[0])
+        return rows
+
+    view.prefill, view.decode = recording_prefill, recording_decode
+    try:
+        yield logits
+    finally:
+        del view.prefill, view.decode
