@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from weakref import WeakSet
 
 import torch
 from transformers import PreTrainedModel
@@ -36,7 +37,8 @@ class Engine:
         eos = model.generation_config.eos_token_id
         self.eos_token_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
         self.peak_pages = 0  # the most ever in use at once; may be reset
-        self._live: list[Job] = []  # running, in the order of their admission
+        # Weak, so that a job whose cleaning up was itself interrupted owns nothing once its caller has let go of it.
+        self._live: WeakSet[Job] = WeakSet()
 
     @property
     def pages_in_use(self) -> int:
@@ -73,6 +75,7 @@ class Engine:
         finally:
             for job in jobs:
                 self._release(job)
+            self._free_unowned()
 
     def _admit(self, waiting: deque[Job], running: list[Job]) -> None:
         """Prefill waiting jobs while their prompt and a page for every growing branch fit."""
@@ -82,7 +85,7 @@ class Engine:
             if running and needed > self.pool.num_free:
                 return
             job = waiting.popleft()
-            self._live.append(job)
+            self._live.add(job)
             running.append(job)
             now = time.perf_counter()
             job.start(self._prefill(job), now)
@@ -225,9 +228,13 @@ class Engine:
                 branch.finish = Finish.LENGTH
 
     def _release(self, job: Job) -> None:
-        """Take back everything ``job`` holds; then also what an interrupt left between its making and its noting."""
+        """Take back everything ``job`` holds."""
+        self._live.discard(job)
         job.reset()
-        self._live = [other for other in self._live if other is not job]
+        self._free_unowned()
+
+    def _free_unowned(self) -> None:
+        """Free what no live job owns: also what an interrupt left between its making and its noting."""
         owned = {branch.seq for job in self._live for branch in job.branches}
         for seq in self.pool.sequences():
             if seq not in owned:

@@ -1,0 +1,109 @@
+"""Pages and images are given back in every outcome."""
+
+import random
+import signal
+
+import pytest
+
+from llava_cot import SwiresConfig
+from llava_cot.data import shapes
+from llava_cot.engine import engine as engine_module
+from llava_cot_kernels import OutOfPages
+
+CONFIG = SwiresConfig.published(max_new_tokens=160)
+SAMPLE = shapes.sample(802_000)
+
+
+class Interruption(KeyboardInterrupt):
+    pass
+
+
+def _assert_nothing_held(generator):
+    assert generator.engine.pages_in_use == 0
+    assert generator.engine.pool.num_sequences == 0
+    assert generator.engine.images_in_use == 0
+
+
+@pytest.mark.parametrize("where", ["sample", "copy_pages"])
+def test_an_interrupt_at_any_call_of_an_op(tiny, monkeypatch, where):
+    original, calls = getattr(engine_module, where), 0
+
+    def counting(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(engine_module, where, counting)
+    expected = tiny.answer(SAMPLE.image, SAMPLE.question, CONFIG).tokens
+    for stop_at in range(1, calls + 1, max(1, calls // 40)):
+        remaining = stop_at
+
+        def interrupting(*args, **kwargs):
+            nonlocal remaining
+            remaining -= 1
+            if remaining == 0:
+                raise Interruption
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(engine_module, where, interrupting)
+        with pytest.raises(Interruption):
+            tiny.answer(SAMPLE.image, SAMPLE.question, CONFIG)
+        _assert_nothing_held(tiny)
+    monkeypatch.setattr(engine_module, where, original)
+    assert tiny.answer(SAMPLE.image, SAMPLE.question, CONFIG).tokens == expected
+
+
+def test_a_signal_at_any_time(tiny):
+    """Ctrl-C between any two bytecodes, 100 times, at random."""
+    clock = random.Random(0)
+    interrupted = 0
+
+    def handler(signum, frame):
+        raise Interruption
+
+    previous = signal.signal(signal.SIGALRM, handler)
+    try:
+        for _ in range(100):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, clock.uniform(0.001, 0.15))
+                tiny.answer(SAMPLE.image, SAMPLE.question, CONFIG)
+            except Interruption:
+                interrupted += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            tiny.engine.run([])  # a second interrupt can't come, so the next run finishes what an interrupt cut short
+            _assert_nothing_held(tiny)
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert interrupted > 20
+
+
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+def test_a_scorer_that_raises(tiny, call):
+    calls = 0
+
+    def scorer(spans):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise RuntimeError("no score today")
+        return [0.0] * len(spans)
+
+    with pytest.raises(RuntimeError, match="no score today"):
+        tiny.answer(SAMPLE.image, SAMPLE.question, SwiresConfig.published(max_new_tokens=160, scorer=scorer, cutoff=-1.0))
+    _assert_nothing_held(tiny)
+
+
+def test_too_few_pages(tiny, bare_generator):
+    generator = bare_generator(tiny.model, page_size=4, num_pages=12)
+    with pytest.raises(OutOfPages, match=r"num_pages=12 of page_size=4.*too small.*raise num_pages"):
+        generator.answer(SAMPLE.image, SAMPLE.question, "greedy", max_new_tokens=160)
+    _assert_nothing_held(generator)
+
+
+def test_a_closed_stream(tiny):
+    stream = tiny.stream(SAMPLE.image, SAMPLE.question, CONFIG)
+    next(stream)
+    assert tiny.engine.pages_in_use > 0
+    stream.close()
+    _assert_nothing_held(tiny)
