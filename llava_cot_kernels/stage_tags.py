@@ -139,10 +139,9 @@ def _vocabulary_bytes(tokenizer: Any) -> list[bytes]:
     token_bytes = [b""] * (max(vocabulary.values(), default=-1) + 1)
     for piece, token in vocabulary.items():
         token_bytes[token] = piece_bytes(piece)
-    special = set(tokenizer.all_special_ids)
     for token, added in tokenizer.added_tokens_decoder.items():
         token_bytes[token] = b"" if added.special else added.content.encode()
-    for token in special:
+    for token in tokenizer.all_special_ids:
         token_bytes[token] = b""
     return token_bytes
 
