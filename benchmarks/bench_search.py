@@ -1,7 +1,7 @@
 """The same SWIRES, same seeds and same tokens, on the engine and as a plain loop over ``model.generate``.
 
-``python benchmarks/bench_search.py --report`` runs it on a random Mllama of about 100M parameters with real image sizes.
-Random weights close no tag, so every stage is cut at 24 / 96 / 160 / 16 tokens. The peers are transformers' own:
+``python benchmarks/bench_search.py --report`` runs it on a random Mllama of about 100M parameters with real image
+sizes. Random weights close no tag, so every stage is cut at 24 / 96 / 160 / 16 tokens. The peers are transformers' own:
 
 - published: every candidate is a ``generate`` call at batch 1, from pixels, and the text is decoded after every token.
 - cached: the prompt's cache, image included, is computed once and copied; a parent's candidates run as one batch.
@@ -108,9 +108,7 @@ def bench(questions, rounds, threads, log=print):
         max_new_tokens=sum(STAGE_TOKENS.values()), max_stage_tokens=STAGE_TOKENS, cutoff=0.0, max_rounds=rounds
     )
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    log(
-        f"{size:.0f}M parameters, {questions} question(s), {rounds} round(s), {threads} thread(s), torch {torch.__version__}"
-    )
+    log(f"{size:.0f}M parameters, {questions} questions, {rounds} rounds, {threads} threads, torch {torch.__version__}")
     warm = random_inputs(model, length=PROMPT_TOKENS, ratio_id=TWO_BY_ONE_TILES, seed=99)
     model.generate(**warm, max_new_tokens=2, do_sample=False)
     generator.generate(**warm, search="greedy", max_new_tokens=2)
