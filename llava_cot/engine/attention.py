@@ -10,6 +10,11 @@ from llava_cot.engine.batch import Batch
 from llava_cot.engine.cache import PagedLayer
 from llava_cot_kernels.attention import paged_attention, shared_attention
 
+try:
+    from flash_attn import flash_attn_func  # the [flash] extra
+except ImportError:
+    flash_attn_func = None
+
 NAME = "llava_cot_paged"
 
 
@@ -27,11 +32,14 @@ def paged_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """Attention of T flattened tokens: ``query`` [1, Hq, T, D] to [1, T, Hq, D].
 
-    Self-attention reads the pages. Cross-attention reads the image store in decoding; in prefill it is transformers'
+    Self-attention reads the pages; the prefill, where all keys are at hand, is flash-attn's if it is installed. Cross-attention reads the image store in decoding; in prefill it is transformers'
     own, over all tiles with the model's mask (the tokens before the image attend to padding tiles too).
     """
     layer = paged_layers[module.layer_idx]
     rows = query[0].transpose(0, 1)  # [T, Hq, D]
+    if isinstance(layer, PagedLayer) and paged_batch.is_prefill and flash_attn_func and _flash_attn_takes(query):
+        packed = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))  # [1, T, H, D]
+        return flash_attn_func(*packed, softmax_scale=scaling, causal=True), None
     if isinstance(layer, PagedLayer):
         out: Any = paged_attention(
             rows,
@@ -54,6 +62,10 @@ def paged_attention_forward(
             softmax_scale=scaling,
         )
     return out.unsqueeze(0), None
+
+
+def _flash_attn_takes(query: torch.Tensor) -> bool:
+    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
 
 
 AttentionInterface.register(NAME, paged_attention_forward)
