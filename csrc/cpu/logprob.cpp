@@ -32,6 +32,8 @@ constexpr int64_t kPiece = 4096;
 constexpr int64_t kTileBytes = 8 << 20;
 // Elements per task below which a thread costs more than it brings.
 constexpr int64_t kGrain = 32768;
+// Merging a piece costs about as much as reducing this many elements.
+constexpr int64_t kMergeCost = 64;
 
 int64_t grain(int64_t elements) { return kGrain / std::clamp<int64_t>(elements, 1, kGrain); }
 
@@ -178,12 +180,14 @@ void token_logprobs(Tensor logits, Tensor targets, Tensor logprobs) {
 
   const int64_t* target = targets.const_data_ptr<int64_t>();
   float* out = logprobs.mutable_data_ptr<float>();
-  for (int64_t k = 0; k < num_kept; ++k) {
-    Softmax softmax;
-    for (int64_t p = 0; p < pieces_per_row; ++p) softmax.merge(pieces[k * pieces_per_row + p]);
-    float buffer;
-    out[kept[k]] = softmax.logprob(*source.read(kept[k], target[kept[k]], 1, &buffer));
-  }
+  parallel_for(0, num_kept, grain(kMergeCost * pieces_per_row), [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      Softmax softmax;
+      for (int64_t p = 0; p < pieces_per_row; ++p) softmax.merge(pieces[k * pieces_per_row + p]);
+      float buffer;
+      out[kept[k]] = softmax.logprob(*source.read(kept[k], target[kept[k]], 1, &buffer));
+    }
+  });
 }
 
 // ---- linear_logprobs ----
