@@ -2,6 +2,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+TARGET_ABI: int
+
 class OutOfPages(RuntimeError): ...
 
 class PagePool:

@@ -213,6 +213,7 @@ std::string repr(const PagePool& pool) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  m.attr("TARGET_ABI") = static_cast<uint64_t>(TORCH_TARGET_VERSION);
   py::register_exception<llava_cot::OutOfPages>(m, "OutOfPages", PyExc_RuntimeError).doc() =
       "An append needs more pages than are free; it has changed nothing.";
   py::register_exception_translator([](std::exception_ptr error) {
