@@ -15,7 +15,7 @@ PROMPT_LENGTH = 10
 
 @dataclass
 class Draft:
-    """What one candidate turns out to be: ``length`` times one token, which no other candidate has unless it is named."""
+    """What one candidate turns out to be: ``length`` times one token, which nobody else has unless it is named."""
 
     score: float = 0.0
     finish: Finish = Finish.TAG
