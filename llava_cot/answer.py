@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+import torch
+from transformers.utils import ModelOutput
+
 from llava_cot.engine.job import Usage
 from llava_cot.search.tree import Trace
 from llava_cot.stages import StageText
@@ -21,6 +24,14 @@ class Answer:
     def conclusion(self) -> str:
         """The stripped text of the CONCLUSION, empty if the model wrote none."""
         return self.stages["CONCLUSION"].text
+
+
+@dataclass
+class SearchOutput(ModelOutput):
+    """``generate(..., return_dict_in_generate=True)``: what it returns otherwise, and every row's answer."""
+
+    sequences: torch.Tensor | None = None  # int64 [B, T + new]
+    answers: tuple[Answer, ...] | None = None  # of B rows
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoProcessor, MllamaForConditionalGeneration
 
-from llava_cot.answer import Answer, Finished
+from llava_cot.answer import Answer, Finished, SearchOutput
 from llava_cot.engine.branch import Branch
 from llava_cot.engine.engine import Engine
 from llava_cot.engine.job import Job
@@ -117,7 +117,7 @@ class SwiresGenerator:
             for image, question in zip(images, questions)
         ]
         self.engine.run(jobs)
-        return [self._answer(job, plan, seed) for job in jobs]
+        return [self._answer(job, job.result[1][0], plan, seed) for job in jobs]
 
     def stream(
         self, image: ImageLike, question: str, search: Any = "swires", *, seed: int = 0, **settings
@@ -140,7 +140,7 @@ class SwiresGenerator:
                 yield from events
                 events.clear()
         yield from events
-        yield Finished(self._answer(job, plan, seed))
+        yield Finished(self._answer(job, job.result[1][0], plan, seed))
 
     def generate(
         self,
@@ -151,8 +151,9 @@ class SwiresGenerator:
         do_sample: bool | None = None,
         max_length: int | None = None,
         pad_token_id: int | None = None,
+        return_dict_in_generate: bool = False,
         **kwargs,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | SearchOutput:
         """Where ``model.generate(**inputs)`` stood: prompts and their continuations, right-padded, int64 [B, T + new].
 
         Model inputs and decoding arguments keep transformers' names and meaning (``max_new_tokens``, ``temperature``,
@@ -176,7 +177,11 @@ class SwiresGenerator:
         paths = [(row, node.branch.path()) for row, job in enumerate(jobs) for node in job.result[1]]
         longest = max(len(path) for _, path in paths)
         padded = torch.tensor([path + [pad] * (longest - len(path)) for _, path in paths], device=input_ids.device)
-        return torch.cat([input_ids[[row for row, _ in paths]], padded], dim=1)
+        sequences = torch.cat([input_ids[[row for row, _ in paths]], padded], dim=1)
+        if not return_dict_in_generate:
+            return sequences
+        answers = [self._answer(job, node, plan, seed) for job in jobs for node in job.result[1]]
+        return SearchOutput(sequences=sequences, answers=tuple(answers))
 
     def calibrate(
         self, images: Sequence[ImageLike], questions: Sequence[str], *, data: str, seed: int = 0, **settings
@@ -245,8 +250,8 @@ class SwiresGenerator:
 
         return Job(inputs, program)
 
-    def _answer(self, job: Job, plan: _Plan, seed: int) -> Answer:
-        search, (node, *_) = job.result
+    def _answer(self, job: Job, node: Node, plan: _Plan, seed: int) -> Answer:
+        search = job.result[0]
         tokens = node.branch.path()
         text = self._decode(tokens)
         calibration = search.calibration

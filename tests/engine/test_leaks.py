@@ -90,7 +90,9 @@ def test_a_scorer_that_raises(tiny, call):
         return [0.0] * len(spans)
 
     with pytest.raises(RuntimeError, match="no score today"):
-        tiny.answer(SAMPLE.image, SAMPLE.question, SwiresConfig.published(max_new_tokens=160, scorer=scorer, cutoff=-1.0))
+        tiny.answer(
+            SAMPLE.image, SAMPLE.question, SwiresConfig.published(max_new_tokens=160, scorer=scorer, cutoff=-1.0)
+        )
     _assert_nothing_held(tiny)
 
 

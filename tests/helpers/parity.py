@@ -8,7 +8,7 @@ NEAR_TIE = 1e-4
 
 
 def greedy_differences(model, inputs, got, expected) -> int:
-    """0 if the sequences are equal or first differ where transformers' own top-2 gap is a near tie (that is printed)."""
+    """0 if the sequences are equal, or first differ at a near tie of transformers' own top two (which is printed)."""
     if torch.equal(got, expected):
         return 0
     width = min(got.shape[1], expected.shape[1])

@@ -23,6 +23,7 @@ def build_random_mllama(
     vision_hidden=16,
     vision_layers=2,
     ffn=None,
+    std=0.3,
 ):
     """An Mllama with random weights whose image matters: every gate is opened."""
     torch.manual_seed(seed)
@@ -39,7 +40,7 @@ def build_random_mllama(
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
-        initializer_range=0.3,
+        initializer_range=std,
         tie_word_embeddings=False,
     )
     vision = MllamaVisionConfig(
@@ -54,7 +55,7 @@ def build_random_mllama(
         supported_aspect_ratios=ASPECT_RATIOS,
         intermediate_layers_indices=[0],
         vision_output_dim=2 * vision_hidden,
-        initializer_range=0.3,
+        initializer_range=std,
     )
     model = MllamaForConditionalGeneration(
         MllamaConfig(text_config=text, vision_config=vision, image_token_index=vocab)

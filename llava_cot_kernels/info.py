@@ -1,0 +1,92 @@
+"""What was built and what each op uses here: ``python -m llava_cot_kernels.info``."""
+
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_cot_kernels import _C
+from llava_cot_kernels.backend import available
+
+OPS = (
+    "store_kv",
+    "copy_pages",
+    "paged_attention",
+    "shared_attention",
+    "sample",
+    "token_logprobs",
+    "linear_logprobs",
+)
+DEVICE_TYPES = ("cpu", "cuda")
+
+# The compiler's own definition of the levels that csrc/cpu/vec.h compiles for, in the words of /proc/cpuinfo.
+_V3 = {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+
+
+def info() -> dict[str, Any]:
+    """Versions, the extension, threads, CUDA devices, and each op's back ends by device type, that of "auto" first."""
+    return {
+        "versions": {"llava-cot": _package_version(), "torch": torch.__version__, "python": platform.python_version()},
+        "extension": {
+            "file": _C.__file__,
+            "target_abi": _target_abi(getattr(_C, "TARGET_ABI", None)),
+            "instruction_set": _instruction_set(),
+        },
+        "threads": torch.get_num_threads(),
+        "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "backends": {op: {device: list(available(op, device)) for device in DEVICE_TYPES} for op in OPS},
+    }
+
+
+def render(found: dict[str, Any]) -> str:
+    """``info()`` as text; a cell of the table shows what "auto" uses and, in brackets, the other choices."""
+    extension = found["extension"]
+    lines = [
+        *(f"{name:16} {text}" for name, text in found["versions"].items()),
+        f"{'extension':16} {extension['file']}",
+        f"{'target ABI':16} {extension['target_abi']}",
+        f"{'instruction set':16} {extension['instruction_set']}",
+        f"{'threads':16} {found['threads']}",
+        f"{'CUDA':16} {', '.join(found['cuda_devices']) or 'no device'}",
+        "",
+        f"{'op':18}" + "".join(f"{device:24}" for device in DEVICE_TYPES),
+    ]
+    for op, devices in found["backends"].items():
+        lines.append(f"{op:18}" + "".join(f"{_cell(devices[device]):24}" for device in DEVICE_TYPES))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(choices: list[str]) -> str:
+    return choices[0] + (f" ({', '.join(choices[1:])})" if choices[1:] else "")
+
+
+def _package_version() -> str:
+    try:
+        return version("llava-cot")
+    except PackageNotFoundError:
+        return "not installed (source tree)"
+
+
+def _target_abi(target: int | None) -> str:
+    """The oldest LibTorch the extension runs on: 0x020b000000000000 is 2.11."""
+    return "unknown" if target is None else f"LibTorch {target >> 56}.{target >> 48 & 0xFF}"
+
+
+def _instruction_set() -> str:
+    """Which of the three versions that GCC compiled of each vectorised loop the loader chose."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if platform.machine() != "x86_64" or not cpuinfo.exists():
+        return "the compiler's default"
+    line = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "")
+    flags = set(line.split())
+    if flags >= _V4:
+        return "x86-64-v4 (AVX-512)"
+    return "x86-64-v3 (AVX2)" if flags >= _V3 else "x86-64 (SSE2)"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(render(info()) + "\n")
