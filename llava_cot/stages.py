@@ -56,16 +56,13 @@ def render(stages: dict[str, str]) -> str:
 
 
 def _parse_stage(text: str, stage: Stage) -> StageText:
-    start = text.find(stage.open_tag)
-    if start < 0:
+    _, opened, rest = text.partition(stage.open_tag)
+    first, repeated, _ = rest.partition(stage.open_tag)
+    body, closed, _ = first.partition(stage.close_tag)
+    if not opened:
         return StageText(stage, "", Outcome.MISSING)
-    start += len(stage.open_tag)
-    end = text.find(stage.close_tag, start)
-    if text.find(stage.open_tag, start) >= 0:
-        outcome = Outcome.REPEATED
-    else:
-        outcome = Outcome.COMPLETE if end >= 0 else Outcome.UNCLOSED
-    if end < 0:
+    if not closed:
         tags = [tag for other in STAGES for tag in (other.open_tag, other.close_tag)]
-        end = min((at for tag in tags if (at := text.find(tag, start)) >= 0), default=len(text))
-    return StageText(stage, text[start:end].strip(), outcome)
+        body = body[: min((at for tag in tags if (at := body.find(tag)) >= 0), default=None)]
+    outcome = Outcome.REPEATED if repeated else Outcome.COMPLETE if closed else Outcome.UNCLOSED
+    return StageText(stage, body.strip(), outcome)

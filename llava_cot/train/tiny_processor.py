@@ -4,7 +4,7 @@ A byte-level BPE with Llama 3's special tokens and its way of cutting words, so 
 in the 11B model: no tag is one token, ``</`` takes the space before it and ``>`` the line breaks after it.
 """
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import MllamaImageProcessorPil, MllamaProcessor, PreTrainedTokenizerFast
 
 from llava_cot.data import shapes
@@ -54,6 +54,10 @@ def build_tokenizer(corpus_seeds: range = range(4000)) -> PreTrainedTokenizerFas
     reserved = VOCAB_SIZE - len(SPECIAL_TOKENS) - tokenizer.get_vocab_size()
     tokenizer.add_special_tokens(
         [*SPECIAL_TOKENS, *(f"<|reserved_special_token_{i}|>" for i in range(reserved)), IMAGE_TOKEN]
+    )
+    bos = SPECIAL_TOKENS[0]  # as in Llama 3, add_special_tokens=True puts one in front, whether there is one or not
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, tokenizer.token_to_id(bos))]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
