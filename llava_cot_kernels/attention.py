@@ -62,8 +62,10 @@ def paged_attention(
     sizes.check("value_cache", value_cache, "num_pages page_size Hkv D", query.dtype, query.device)
     sizes.check("page_table", page_table, "B P", torch.int32, query.device)
     sizes.check("seq_lens", seq_lens, "B", torch.int32, query.device)
-    check_contiguous("key_cache", key_cache)
-    check_contiguous("value_cache", value_cache)
+    check_last_dim_contiguous("query", query)
+    check_last_dim_contiguous("page_table", page_table)
+    for name, tensor in (("key_cache", key_cache), ("value_cache", value_cache), ("seq_lens", seq_lens)):
+        check_contiguous(name, tensor)
     _check_heads(sizes["Hq"], sizes["Hkv"])
     if cu_seqlens_q is None:
         if sizes["T"] != sizes["B"]:
@@ -73,6 +75,7 @@ def paged_attention(
         cu_seqlens_q = torch.arange(sizes["B"] + 1, dtype=torch.int32, device=query.device)
     else:
         sizes.check("cu_seqlens_q", cu_seqlens_q, str(sizes["B"] + 1), torch.int32, query.device)
+        check_contiguous("cu_seqlens_q", cu_seqlens_q)
         _check_offsets("cu_seqlens_q", cu_seqlens_q, sizes["T"], whole=True)
     check_range("seq_lens", seq_lens, 0, sizes["P"] * sizes["page_size"])
     check_range("page_table", page_table, 0, max(sizes["num_pages"] - 1, 0))
@@ -81,6 +84,8 @@ def paged_attention(
     if prefix_group is not None and prefix_lens is not None:
         sizes.check("prefix_group", prefix_group, "B", torch.int32, query.device)
         sizes.check("prefix_lens", prefix_lens, "G", torch.int32, query.device)
+        check_contiguous("prefix_group", prefix_group)
+        check_contiguous("prefix_lens", prefix_lens)
         check_range("prefix_group", prefix_group, -1, sizes["G"] - 1)
     if choose("paged_attention", query.device, backend) == "native":
         out, lse = _empty_results(query)
@@ -138,8 +143,10 @@ def shared_attention(
     sizes.check("group", group, "N", torch.int32, query.device)
     sizes.check("cu_seqlens_k", cu_seqlens_k, "_", (torch.int32, torch.int64), query.device)
     _check_heads(sizes["Hq"], sizes["Hkv"])
-    check_last_dim_contiguous("key", key)
-    check_last_dim_contiguous("value", value)
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_last_dim_contiguous(name, tensor)
+    check_contiguous("group", group)
+    check_contiguous("cu_seqlens_k", cu_seqlens_k)
     if not cu_seqlens_k.numel():
         raise ValueError("cu_seqlens_k must have G + 1 >= 1 entries, got 0")
     _check_offsets("cu_seqlens_k", cu_seqlens_k, sizes["S"], whole=False)

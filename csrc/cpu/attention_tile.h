@@ -1,0 +1,263 @@
+// A tile of query rows at work: from the plan (who reads what) through blocks of keys to finished rows of `out`.
+#pragma once
+
+#include "cpu/attention_block.h"
+#include "cpu/vec.h"
+
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+namespace llava_cot {
+namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+
+constexpr int MAX_SLABS = 4;
+
+// [tokens, heads, head_dim] with a dense last dimension.
+struct Rows {
+  const char* data;
+  int64_t token_stride, head_stride;  // bytes
+
+  const char* at(int64_t token, int64_t head) const { return data + token * token_stride + head * head_stride; }
+};
+
+template <typename T>
+ALWAYS_INLINE void widen_from(const void* source, int64_t size, float* target) {
+  for (int64_t i = 0; i < size; ++i) target[i] = static_cast<float>(static_cast<const T*>(source)[i]);
+}
+
+MULTIVERSION void widen(ScalarType dtype, const void* source, int64_t size, float* target) {
+  if (dtype == ScalarType::BFloat16) return widen_from<BFloat16>(source, size, target);
+  if (dtype == ScalarType::Half) return widen_from<Half>(source, size, target);
+  widen_from<float>(source, size, target);
+}
+
+void narrow(ScalarType dtype, const float* source, int64_t size, void* target, int64_t offset) {
+  if (dtype == ScalarType::BFloat16) {
+    std::copy_n(source, size, static_cast<BFloat16*>(target) + offset);
+  } else if (dtype == ScalarType::Half) {
+    std::copy_n(source, size, static_cast<Half*>(target) + offset);
+  } else {
+    std::copy_n(source, size, static_cast<float*>(target) + offset);
+  }
+}
+
+// Key t of a sequence is token first + pages[t / page_size] * page_size + t % page_size of the cache. Packed keys are
+// one page that starts at `first`.
+struct Keys {
+  const int32_t* pages;
+  int64_t first;
+};
+
+struct Call {
+  ScalarType dtype;
+  Rows query, key, value;
+  void* out;   // [tokens, num_heads, head_dim]
+  float* lse;  // [tokens, num_heads]
+  int64_t num_heads, heads_per_kv, head_dim, page_size;
+  float softmax_scale;
+};
+
+struct Query {
+  int64_t token, sequence, limit;  // sees the keys [0, limit) of its sequence
+};
+
+// Queries that are stacked: of one sequence, or of several that share the keys [0, shared).
+struct Unit {
+  int64_t begin, end;  // of Plan::queries
+  int64_t leader, shared;
+};
+
+struct Tile {
+  const Unit* unit;
+  int64_t first_row, end_row;  // row r of a unit is its query r / heads_per_kv, head r % heads_per_kv of the kv head
+};
+
+// Who reads what. Tiles point into units, which must therefore be complete before they are cut.
+struct Plan {
+  std::vector<Keys> sequences;
+  std::vector<Query> queries;
+  std::vector<Unit> units;
+  std::vector<Tile> tiles;
+
+  void clear() {
+    sequences.clear();
+    queries.clear();
+    units.clear();
+    tiles.clear();
+  }
+
+  void cut(int64_t heads_per_kv, int64_t rows_per_tile) {
+    tiles.clear();
+    for (const Unit& unit : units) {
+      const int64_t num_rows = (unit.end - unit.begin) * heads_per_kv;
+      for (int64_t row = 0; row < num_rows; row += rows_per_tile) {
+        tiles.push_back({&unit, row, std::min(row + rows_per_tile, num_rows)});
+      }
+    }
+  }
+};
+
+// The rows at work. Lanes beyond num_rows compute too, on whatever they find, and are never read.
+struct Stack {
+  int64_t num_rows;
+  std::vector<Lanes> memory;
+  Slab slabs[MAX_SLABS];
+  const Query* queries[MAX_SLABS * LANES];
+  int64_t heads[MAX_SLABS * LANES];
+
+  void clear(int64_t head_dim) {
+    num_rows = 0;
+    const int64_t padded_dim = round_up(head_dim, UNROLL);
+    memory.resize(MAX_SLABS * 2 * padded_dim);
+    for (int i = 0; i < MAX_SLABS; ++i) {
+      Slab& slab = slabs[i];
+      slab.query = memory.data() + i * 2 * padded_dim;
+      slab.weighted = slab.query + padded_dim;
+      for (int lane = 0; lane < LANES; ++lane) {
+        slab.max.of[lane] = -INF;
+        slab.sum.of[lane] = 0;
+        slab.limit[lane] = 0;
+      }
+    }
+  }
+
+  int64_t num_slabs() const { return (num_rows + LANES - 1) / LANES; }
+
+  void push(const Query& query, int64_t head) {
+    slabs[num_rows / LANES].limit[num_rows % LANES] = query.limit;
+    queries[num_rows] = &query;
+    heads[num_rows++] = head;
+  }
+};
+
+struct Scratch {
+  Stack stacked, own;
+  std::vector<float> keys, values, row;
+};
+
+void load_rows(const Call& call, const Plan& plan, const Tile& tile, int64_t kv_head, Scratch& scratch) {
+  Stack& stack = scratch.stacked;
+  stack.clear(call.head_dim);
+  scratch.row.resize(call.head_dim);
+  for (int64_t row = tile.first_row; row < tile.end_row; ++row) {
+    const Query& query = plan.queries[tile.unit->begin + row / call.heads_per_kv];
+    const int64_t head = kv_head * call.heads_per_kv + row % call.heads_per_kv;
+    const Slab& slab = stack.slabs[stack.num_rows / LANES];
+    const int64_t lane = stack.num_rows % LANES;
+    widen(call.dtype, call.query.at(query.token, head), call.head_dim, scratch.row.data());
+    for (int64_t d = 0; d < call.head_dim; ++d) {
+      slab.query[d].of[lane] = scratch.row[d] * call.softmax_scale;
+      slab.weighted[d].of[lane] = 0;
+    }
+    stack.push(query, head);
+  }
+}
+
+// Moves the rows [begin, end), with their softmax so far, into a stack of their own.
+void take_rows(const Stack& from, int64_t begin, int64_t end, int64_t head_dim, Stack& to) {
+  to.clear(head_dim);
+  for (int64_t row = begin; row < end; ++row) {
+    const Slab& source = from.slabs[row / LANES];
+    Slab& target = to.slabs[to.num_rows / LANES];
+    const int64_t source_lane = row % LANES, lane = to.num_rows % LANES;
+    target.max.of[lane] = source.max.of[source_lane];
+    target.sum.of[lane] = source.sum.of[source_lane];
+    for (int64_t d = 0; d < head_dim; ++d) {
+      target.query[d].of[lane] = source.query[d].of[source_lane];
+      target.weighted[d].of[lane] = source.weighted[d].of[source_lane];
+    }
+    to.push(*from.queries[row], from.heads[row]);
+  }
+}
+
+// Float32 rows are used where they lie; others, and those that UNROLL would overrun, go through scratch.
+void load_block(const Call& call, const Keys& keys, int64_t kv_head, int64_t first, int64_t count, Scratch& scratch,
+                KeyBlock& block) {
+  const int64_t padded_dim = round_up(call.head_dim, UNROLL);
+  const bool in_place = call.dtype == ScalarType::Float && padded_dim == call.head_dim;
+  scratch.keys.resize(KEY_BLOCK * padded_dim);
+  scratch.values.resize(KEY_BLOCK * padded_dim);
+  block.first = first;
+  block.count = count;
+  const int32_t* page = keys.pages + first / call.page_size;
+  int64_t offset = first % call.page_size;
+  for (int64_t j = 0; j < count; ++j) {
+    const int64_t token = keys.first + *page * call.page_size + offset;
+    const char *key = call.key.at(token, kv_head), *value = call.value.at(token, kv_head);
+    if (in_place) {
+      block.keys[j] = reinterpret_cast<const float*>(key);
+      block.values[j] = reinterpret_cast<const float*>(value);
+    } else {
+      float* wide_key = scratch.keys.data() + j * padded_dim;
+      float* wide_value = scratch.values.data() + j * padded_dim;
+      widen(call.dtype, key, call.head_dim, wide_key);
+      widen(call.dtype, value, call.head_dim, wide_value);
+      block.keys[j] = wide_key;
+      block.values[j] = wide_value;
+    }
+    if (++offset == call.page_size) {
+      offset = 0;
+      ++page;
+    }
+  }
+  for (int64_t j = count; j < round_up(count, UNROLL); ++j) block.keys[j] = block.keys[count - 1];
+}
+
+// All rows of the stack read the keys [first, end), as far as each sees them.
+void attend(const Call& call, const Keys& keys, int64_t kv_head, int64_t first, int64_t end, Stack& stack,
+            Scratch& scratch) {
+  int64_t slab_end[MAX_SLABS], last = 0;
+  for (int64_t i = 0; i < stack.num_slabs(); ++i) {
+    slab_end[i] = *std::max_element(stack.slabs[i].limit, stack.slabs[i].limit + LANES);
+    last = std::max(last, slab_end[i]);
+  }
+  end = std::min(end, last);
+  KeyBlock block;
+  for (; first < end; first += KEY_BLOCK) {
+    load_block(call, keys, kv_head, first, std::min<int64_t>(KEY_BLOCK, end - first), scratch, block);
+    for (int64_t i = 0; i < stack.num_slabs(); ++i) {
+      if (slab_end[i] > first) attend_block(block, call.head_dim, stack.slabs[i]);
+    }
+  }
+}
+
+void store_rows(const Call& call, const Stack& stack, std::vector<float>& out) {
+  out.resize(call.head_dim);
+  for (int64_t row = 0; row < stack.num_rows; ++row) {
+    const Slab& slab = stack.slabs[row / LANES];
+    const int64_t lane = row % LANES;
+    const float sum = slab.sum.of[lane];
+    const int64_t result = stack.queries[row]->token * call.num_heads + stack.heads[row];
+    for (int64_t d = 0; d < call.head_dim; ++d) out[d] = sum == 0.0f ? 0.0f : slab.weighted[d].of[lane] / sum;
+    narrow(call.dtype, out.data(), call.head_dim, call.out, result * call.head_dim);
+    call.lse[result] = slab.max.of[lane] + std::log(sum);  // -inf for a row without keys
+  }
+}
+
+void run_tile(const Call& call, const Plan& plan, const Tile& tile, int64_t kv_head, Scratch& scratch) {
+  Stack& stacked = scratch.stacked;
+  const Unit& unit = *tile.unit;
+  load_rows(call, plan, tile, kv_head, scratch);
+  attend(call, plan.sequences[unit.leader], kv_head, 0, unit.shared, stacked, scratch);
+  for (int64_t begin = 0, end; begin < stacked.num_rows; begin = end) {
+    const int64_t sequence = stacked.queries[begin]->sequence;
+    for (end = begin + 1; end < stacked.num_rows && stacked.queries[end]->sequence == sequence;) ++end;
+    const bool alone = end - begin == stacked.num_rows;
+    if (!alone) take_rows(stacked, begin, end, call.head_dim, scratch.own);
+    Stack& stack = alone ? stacked : scratch.own;
+    attend(call, plan.sequences[sequence], kv_head, unit.shared, std::numeric_limits<int64_t>::max(), stack, scratch);
+    store_rows(call, stack, scratch.row);
+  }
+}
+
+}  // namespace
+}  // namespace llava_cot
