@@ -32,8 +32,9 @@ def paged_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """Attention of T flattened tokens: ``query`` [1, Hq, T, D] to [1, T, Hq, D].
 
-    Self-attention reads the pages; the prefill, where all keys are at hand, is flash-attn's if it is installed. Cross-attention reads the image store in decoding; in prefill it is transformers'
-    own, over all tiles with the model's mask (the tokens before the image attend to padding tiles too).
+    Self-attention reads the pages; the prefill, where all keys are at hand, is flash-attn's if it is installed.
+    Cross-attention reads the image store in decoding; in prefill it is transformers' own, over all tiles with the
+    model's mask (the tokens before the image attend to padding tiles too).
     """
     layer = paged_layers[module.layer_idx]
     rows = query[0].transpose(0, 1)  # [T, Hq, D]
