@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -66,7 +67,9 @@ def demo(
     if not json:
         verdict = "right" if shapes.is_correct(sample, conclusion) else "wrong"
         console = Console()
-        console.print(f"The truth is [bold]{sample.answer}[/]: the answer {conclusion!r} is [bold]{verdict}[/].")
+        console.print(
+            f"The truth is [bold]{sample.answer}[/]: the answer {escape(repr(conclusion))} is [bold]{verdict}[/]."
+        )
         console.print(
             "[dim]The tiny model is a scale model with 1.5M parameters; it is right about three times in four.[/]"
         )
@@ -77,7 +80,7 @@ def main() -> None:
     try:
         app()
     except (ValueError, TypeError, OSError) as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}", soft_wrap=True, highlight=False)
+        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)
 
 
@@ -150,7 +153,7 @@ def _candidates(event) -> Table:
     for name, options in (("", {"width": 1}), ("score", {"justify": "right", "width": 8}), ("candidate", {"ratio": 1})):
         table.add_column(name, **options)
     for candidate in event.candidates:
-        text = " ".join(candidate.text.split())
+        text = Text(" ".join(candidate.text.split()))
         style = "green" if candidate.kept else "dim"
         mark = "●" if candidate.kept else ("○" if candidate.closed else "✗")
         table.add_row(mark, f"{candidate.score:.3f}", text, style=style)
@@ -168,7 +171,7 @@ def _answer(answer) -> Panel:
         f"{len(answer.trace.data['retraces'])} retraces, {usage.seconds:.2f} s",
         style="dim",
     )
-    return Panel(lines, title=f"answer: {answer.conclusion}", title_align="left", border_style="green")
+    return Panel(lines, title=Text(f"answer: {answer.conclusion}"), title_align="left", border_style="green")
 
 
 def _show_image(image, title: str) -> None:

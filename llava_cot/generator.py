@@ -1,7 +1,7 @@
 """The public face: a model, its processor, and every search on them."""
 
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -132,9 +132,11 @@ class SwiresGenerator:
         shown = ""
         with closing(self.engine.steps([job])) as steps:
             for _ in steps:
-                if plan.name in ("greedy", "sample") and job.branches:
-                    text = self._decode(job.branches[1].tokens)
-                    if text.startswith(shown) and not text.endswith("\ufffd"):  # not in the middle of a character
+                if plan.name in ("greedy", "sample"):
+                    branch = job.branches[1] if job.branches else job.result[1][0].branch  # a job that ended has none
+                    text = self._decode(branch.tokens)
+                    whole = branch.finish is not None or not text.endswith("\ufffd")  # or in the middle of a character
+                    if whole and text != shown and text.startswith(shown):
                         events.insert(0, TextDelta(text[len(shown) :]))
                         shown = text
                 yield from events
@@ -218,7 +220,8 @@ class SwiresGenerator:
         config = replace(config_type() if search == name else search, **settings)
         if config.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be >= 1, got {config.max_new_tokens}")
-        if name == "swires" and config.cutoff is None and config.retrace and self._calibration_for(config) is None:
+        retraces = name == "swires" and config.retrace and config.max_rounds > 1
+        if retraces and config.cutoff is None and self._calibration_for(config) is None:
             warnings.warn(
                 f"no calibration of scorer {_name(config.scorer)!r} for this model: nothing will be retraced. "
                 "Use generator.calibrate(...) or SwiresConfig(cutoff=...)",
@@ -258,7 +261,7 @@ class SwiresGenerator:
         trace = {
             "version": TRACE_VERSION,
             "search": plan.name,
-            "config": plan.config and _plain(asdict(plan.config)),
+            "config": plan.config and _plain(plan.config),
             "seed": seed,
             "bos": self.bos,
             "calibration": calibration and {"scorer": calibration.scorer, "data": calibration.data},
@@ -278,5 +281,7 @@ def _name(scorer: Any) -> str:
     return scorer if isinstance(scorer, str) else getattr(scorer, "__name__", type(scorer).__name__)
 
 
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: _name(value) if key == "scorer" else value for key, value in config.items()}
+def _plain(config: Any) -> dict[str, Any]:
+    """The settings as JSON has them; a scorer, which may hold a model, by its name."""
+    plain = {key: dict(value) if isinstance(value, Mapping) else value for key, value in vars(config).items()}
+    return {key: _name(value) if key == "scorer" else value for key, value in plain.items()}

@@ -1,6 +1,7 @@
 """The tree of a search: every candidate that was drawn, kept or not, and the trace made of it."""
 
 import json
+import math
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -76,4 +77,13 @@ class Trace:
     data: dict[str, Any]
 
     def to_json(self, indent: int | None = None) -> str:
-        return json.dumps(self.data, indent=indent)
+        """As strict JSON, which has no infinities: they become the strings "inf" and "-inf"."""
+        return json.dumps(_finite(self.data), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

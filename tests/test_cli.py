@@ -1,0 +1,96 @@
+"""The command line: what it prints, what it writes, and how it fails."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from llava_cot import cli
+from llava_cot.data import shapes
+
+SAMPLE = shapes.sample(804_000)
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images") / "shapes.png"
+    SAMPLE.image.save(path)
+    return str(path)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command in this process; returns its exit status, stdout and stderr."""
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["llava-cot", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code, *capsys.readouterr()
+
+    return command
+
+
+def test_answer_as_json_in_a_process_of_its_own(image):
+    command = [sys.executable, "-c", "from llava_cot.cli import main; main()"]
+    arguments = ["answer", image, SAMPLE.question, "--json", "--search", "greedy", "--max-new-tokens", "30"]
+    done = subprocess.run(
+        [*command, *arguments], env={"PYTHONPATH": ":".join(sys.path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert list(answer["stages"]) == ["SUMMARY", "CAPTION", "REASONING", "CONCLUSION"]
+    assert answer["conclusion"] == answer["stages"]["CONCLUSION"]["text"]
+    assert answer["usage"]["image_encodings"] == 1 and 0 < answer["usage"]["generated_tokens"] <= 30
+
+
+def test_answer_and_its_trace(run, image, tmp_path):
+    file = tmp_path / "trace.json"
+    limits = ["--search", "swires:published", "--seed", "3", "--max-new-tokens", "60"]
+    status, out, _ = run("answer", image, SAMPLE.question, *limits, "--trace", str(file))
+    assert status == 0 and SAMPLE.question in out
+    trace = json.loads(file.read_text())
+    assert (trace["search"], trace["seed"]) == ("swires", 3)
+    assert trace["config"]["pass_rank"] == 2 and trace["config"]["max_new_tokens"] == 60
+    assert f"{trace['usage']['generated_tokens']} tokens drawn" in out
+
+
+def test_demo_shows_the_stages_and_the_truth(run):
+    status, out, _ = run("demo", "--seed", "800001")
+    assert status == 0
+    for stage in ("SUMMARY", "CAPTION", "REASONING", "CONCLUSION"):
+        assert stage in out
+    verdict = " ".join(out.split()).partition(f"The truth is {shapes.sample(800_001).answer}: the answer ")[2]
+    assert " is right. " in verdict or " is wrong. " in verdict
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"--search": "beam"}, "error: search must be one of ['best_of_n', 'greedy', 'sample', 'swires'"),
+        ({"--search": "swires:mine"}, "error: search must be a policy or one of ['swires:published'"),
+        ({"--search": "greedy:published"}, "error: search must be a policy or one of ['swires:published'"),
+        ({"image": "no [such] file[/].png"}, "error: image must be a readable image file, got 'no [such] file[/].png'"),
+        ({"question": " "}, "error: question must be a non-empty string, got ' '"),
+        ({"--model": "no/such/folder/at/all"}, "error: "),
+    ],
+)
+def test_bad_input_is_one_line_on_stderr(run, image, change, message):
+    given = {"image": image, "question": "?", "--search": "greedy", "--model": "tiny", **change}
+    image, question = given.pop("image"), given.pop("question")
+    status, _, err = run("answer", image, question, *(part for option in given.items() for part in option))
+    assert status == 2 and err.startswith(message)
+    assert "Traceback" not in err and (err.count("\n") == 1 or "--model" in change)
+
+
+def test_what_a_model_writes_is_never_markup(run, image, monkeypatch):
+    """Brackets in a candidate or an answer are text, also where they look like rich's markup."""
+    from llava_cot.generator import SwiresGenerator
+
+    monkeypatch.setattr(SwiresGenerator, "_decode", lambda self, tokens: "<CONCLUSION> [A] or [/b] </CONCLUSION>")
+    for search in ("swires", "greedy"):
+        status, out, _ = run("answer", image, SAMPLE.question, "--search", search, "--max-new-tokens", "4")
+        assert status == 0 and "answer: [A] or [/b]" in out
+    status, out, _ = run("demo", "--seed", "800001", "--search", "greedy")
+    assert status == 0 and "the answer '[A] or [/b]' is wrong." in out
