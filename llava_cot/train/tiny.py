@@ -95,13 +95,15 @@ def prompt(processor: MllamaProcessor, question: str) -> str:
     return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
 
-def train(model, processor, *, steps: int, first_seed: int, batch_size: int, lr: float, bf16: bool) -> None:
+def train(
+    model, processor, *, steps: int, stop: int | None, first_seed: int, batch_size: int, lr: float, bf16: bool
+) -> None:
     """AdamW with warm-up and cosine, on fresh samples from ``first_seed`` up; ``bf16`` computes in bfloat16."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=80, num_training_steps=steps)
     model.train()
     start = time.monotonic()
-    for step in range(steps):
+    for step in range(min(steps, stop or steps)):
         start_seed = first_seed + step * batch_size
         batch = make_batch(processor, list(range(start_seed, start_seed + batch_size)))
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -121,6 +123,7 @@ def main() -> None:
     parser.add_argument("--init", type=Path, help="go on from this model instead of a random one")
     parser.add_argument("--first-seed", type=int, default=0, help="of the training samples")
     parser.add_argument("--steps", type=int, default=4800)
+    parser.add_argument("--stop", type=int, help="leave the schedule after so many steps: a model that still errs")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
@@ -135,7 +138,7 @@ def main() -> None:
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters")
     if args.first_seed + args.steps * args.batch_size > shapes.TEST_SEEDS.start:
         parser.error("training must not reach the test seeds")
-    schedule = {"steps": args.steps, "first_seed": args.first_seed, "lr": args.lr}
+    schedule = {"steps": args.steps, "stop": args.stop, "first_seed": args.first_seed, "lr": args.lr}
     train(model, processor, **schedule, batch_size=args.batch_size, bf16=args.bf16)
     model.save_pretrained(args.out)
     processor.save_pretrained(args.out)
