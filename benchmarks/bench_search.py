@@ -31,7 +31,7 @@ from llava_cot.train.tiny_processor import build_processor
 STAGE_TOKENS = {"SUMMARY": 24, "CAPTION": 96, "REASONING": 160, "CONCLUSION": 16}
 MODEL = dict(
     hidden=640, layers=12, heads=10, kv_heads=5, cross=[3, 7, 11], vocab=32000, ffn=1792,
-    image=560, vision_hidden=320, vision_layers=8, std=0.06,
+    image=560, vision_hidden=160, vision_layers=8, std=0.06,
 )  # fmt: skip
 TWO_BY_ONE_TILES = 5
 PROMPT_TOKENS = 40
@@ -154,8 +154,8 @@ def report(size, rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--questions", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of SWIRES: without a closed stage none passes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--report", action="store_true", help="print the table")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
