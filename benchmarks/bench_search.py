@@ -31,7 +31,7 @@ from llava_cot.train.tiny_processor import build_processor
 STAGE_TOKENS = {"SUMMARY": 24, "CAPTION": 96, "REASONING": 160, "CONCLUSION": 16}
 MODEL = dict(
     hidden=640, layers=12, heads=10, kv_heads=5, cross=[3, 7, 11], vocab=32000, ffn=1792,
-    image=560, vision_hidden=160, vision_layers=8, std=0.06,
+    image=560, vision_hidden=160, vision_layers=8, std=0.15,
 )  # fmt: skip
 TWO_BY_ONE_TILES = 5
 PROMPT_TOKENS = 40
@@ -122,8 +122,14 @@ def bench(questions, rounds, threads, log=print):
         ways = [engine]
         for name, way in (("cached", CachedWay), ("published", PublishedWay)):
             ways.append(run_loop(name, way, model, processor.tokenizer, inputs, config, seed))
-            assert ways[-1].tokens == engine.tokens, f"{name} found another answer"
-            log(f"question {seed}: {name} {ways[-1].seconds:.1f} s, engine {engine.seconds:.1f} s, same tokens")
+            same = ways[-1].tokens == engine.tokens
+            log(
+                f"question {seed}: {name} {ways[-1].seconds:.1f} s, engine {engine.seconds:.1f} s, "
+                f"{'the same' if same else 'OTHER'} tokens",
+                flush=True,
+            )
+            if not same:
+                raise SystemExit("a ratio between different searches means nothing")
         rows.append(ways)
     return size, rows
 

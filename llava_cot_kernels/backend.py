@@ -1,8 +1,11 @@
 """Which back end runs an op: the compiled one, Triton's, or the reference."""
 
+from functools import cache
+
 import torch
 
 
+@cache
 def available(op: str, device_type: str) -> tuple[str, ...]:
     """The back ends that can run ``op`` on tensors of ``device_type`` here, the fastest first."""
     found = []
