@@ -20,7 +20,7 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/mypy
 
 bench: $(VENV)/.ready
-	$(VENV)/bin/python benchmarks/bench_search.py --report
+	$(VENV)/bin/python benchmarks/bench_search.py
 
 info: $(VENV)/.ready
 	$(VENV)/bin/python -m llava_cot_kernels.info
