@@ -32,8 +32,12 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     return (center - half) / (1 + z * z / n), (center + half) / (1 + z * z / n)
 
 
+CELL = "|".join(sorted(shapes.CELLS, key=len, reverse=True))
+
+
 def objects(caption: str) -> list[tuple[str, ...]]:
-    return re.findall(r"([a-z ]+): (\w+) (\w+)", caption.split(":", 1)[-1] if "shows:" in caption else caption)
+    """(cell, colour, shape) of every object, whatever the words around them."""
+    return re.findall(rf"({CELL}): (\w+) (\w+)", caption)
 
 
 def measure(generator: SwiresGenerator, config, seeds: range) -> dict:

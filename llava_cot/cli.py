@@ -71,7 +71,7 @@ def demo(
             f"The truth is [bold]{sample.answer}[/]: the answer {escape(repr(conclusion))} is [bold]{verdict}[/]."
         )
         console.print(
-            "[dim]The tiny model is a scale model with 1.5M parameters; it is right about three times in four.[/]"
+            "[dim]The tiny model is a scale model with 1.5M parameters; it is right about two times in three.[/]"
         )
 
 
