@@ -5,7 +5,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 Bos = Literal["one", "released"]
 ImageLike = Image.Image | np.ndarray | str | PathLike
@@ -22,11 +22,13 @@ MODEL_INPUTS = (
 def open_image(image: ImageLike) -> Image.Image:
     """An RGB image; raises ``ValueError`` or ``TypeError`` when there is none to be had."""
     if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise ValueError(f"image must be a uint8 array [H, W, 3], got {image.dtype} {list(image.shape)}")
         image = Image.fromarray(image)
     if isinstance(image, (str, PathLike)):
         try:
             image = Image.open(image)
-        except (OSError, UnidentifiedImageError) as error:
+        except (OSError, Image.DecompressionBombError) as error:
             raise ValueError(f"image must be a readable image file, got {str(image)!r}: {error}") from None
     if not isinstance(image, Image.Image):
         raise TypeError(f"image must be a PIL image, an array or a path, got {type(image).__name__}")

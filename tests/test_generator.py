@@ -60,6 +60,10 @@ def files(tmp_path_factory):
     data = (folder / "good.png").read_bytes()
     (folder / "truncated.png").write_bytes(data[: len(data) // 2])
     (folder / "text.png").write_text("no image at all")
+    SAMPLE.image.save(folder / "bomb.bmp")
+    data = bytearray((folder / "bomb.bmp").read_bytes())
+    data[18:26] = (60_000).to_bytes(4, "little") * 2  # its width and height
+    (folder / "bomb.bmp").write_bytes(data)
     return folder
 
 
@@ -77,6 +81,17 @@ BAD_ANSWERS = {
         "image must be a readable image file, got",
     ),
     "half an image": (lambda g, f: g.answer(f / "truncated.png", "?"), ValueError, "image must be .* breaks off"),
+    "a bomb": (lambda g, f: g.answer(f / "bomb.bmp", "?"), ValueError, "image must be .*bomb.bmp.* exceeds limit"),
+    "floats": (
+        lambda g, f: g.answer(np.zeros((48, 48, 3)), "?"),
+        ValueError,
+        r"\[H, W, 3\], got float64 \[48, 48, 3\]",
+    ),
+    "channels first": (
+        lambda g, f: g.answer(np.zeros((3, 48, 48), np.uint8), "?"),
+        ValueError,
+        r"image must be a uint8 array \[H, W, 3\], got uint8 \[3, 48, 48\]",
+    ),
     "a folder": (lambda g, f: g.answer(f, "?"), ValueError, "image must be a readable image file"),
     "no file": (lambda g, f: g.answer(f / "none.png", "?"), ValueError, "image must be .*none.png.*No such file"),
     "no question": (lambda g, f: ask_this(g, ""), ValueError, "question must be a non-empty string, got ''"),
