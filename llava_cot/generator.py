@@ -175,7 +175,9 @@ class SwiresGenerator:
             seed = int(torch.randint(2**62, ()))
         jobs = [self._job(row, plan, seed) for row in rows]
         self.engine.run(jobs)
-        pad = self.model.generation_config.pad_token_id if pad_token_id is None else pad_token_id
+        # Without a pad token EOS pads, as in transformers; rows of one length need neither.
+        pads = (pad_token_id, self.model.generation_config.pad_token_id, *self.engine.eos_token_ids)
+        pad = next((token for token in pads if token is not None), None)
         paths = [(row, node.branch.path()) for row, job in enumerate(jobs) for node in job.result[1]]
         longest = max(len(path) for _, path in paths)
         padded = torch.tensor([path + [pad] * (longest - len(path)) for _, path in paths], device=input_ids.device)
@@ -199,6 +201,9 @@ class SwiresGenerator:
             for node in answer.trace.data["nodes"]:
                 if node["closed"]:
                     scores[node["stage"]].append(node["score"])
+        silent = [stage for stage, values in scores.items() if not values]
+        if silent:
+            raise ValueError(f"calibration needs closed candidates of every stage, got none of {silent[0]} on {data!r}")
         self.calibration = Calibration.fit(_name(config.scorer), data, scores)
         return self.calibration
 
