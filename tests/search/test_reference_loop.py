@@ -13,31 +13,32 @@ CONFIGS = {
     "released": SwiresConfig.released(max_new_tokens=160),
     "prose": SwiresConfig.prose(max_new_tokens=160),
 }
-NEAR_TIE = 1e-4
+NEAR_TIE = 1e-4  # of logits
+SCORE_TIE = 1e-6  # of scores: the rounding of float32 log-probs, of which a sure CONCLUSION's are as small as 1e-8
 EXCUSED: list[str] = []
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_fifty_questions(tiny, fresh_tiny, name):
-    config, retraces = CONFIGS[name], 0
+    config, cutoff, retraces = CONFIGS[name], _cutoff(tiny, CONFIGS[name]), 0
     samples = [shapes.sample(seed) for seed in range(801_000, 801_050)]
     answers = tiny.answer_batch([s.image for s in samples], [s.question for s in samples], config, seed=7)
     for sample, answer in zip(samples, answers):
         way = PublishedWay(fresh_tiny, tiny.processor.tokenizer, _inputs(tiny, sample))
-        plain = swires(way, config, cutoff=_cutoff(tiny, config), seed=7)
+        plain = swires(way, config, cutoff=cutoff, seed=7)
         retraces += len(plain.retraces)
-        _compare(plain, answer)
+        _compare(plain, answer, cutoff)
     print(f"{name}: {retraces} retraces over 50 questions, {len(EXCUSED)} excused near ties so far {EXCUSED}")
     assert retraces > 0
 
 
 def test_the_cached_way_is_the_same_search(tiny, fresh_tiny):
-    config = CONFIGS["published"]
+    config, cutoff = CONFIGS["published"], _cutoff(tiny, CONFIGS["published"])
     for seed in range(801_100, 801_105):
         sample = shapes.sample(seed)
         way = CachedWay(fresh_tiny, tiny.processor.tokenizer, _inputs(tiny, sample))
-        plain = swires(way, config, cutoff=_cutoff(tiny, config), seed=7)
-        _compare(plain, tiny.answer(sample.image, sample.question, config, seed=7))
+        plain = swires(way, config, cutoff=cutoff, seed=7)
+        _compare(plain, tiny.answer(sample.image, sample.question, config, seed=7), cutoff)
         assert way.counts.image_encodings == 1
 
 
@@ -49,7 +50,13 @@ def _cutoff(tiny, config):
     return lambda stage: tiny.calibration.cutoff(stage, config.cutoff_quantile)
 
 
-def _compare(plain, answer):
+def _decision_gap(plain, node, cutoff):
+    """How close in score the plain loop's fate for ``node`` was to another: to a rival's, or to the cutoff."""
+    rivals = [n.score for n in plain.nodes if n.stage == node.stage and n.kept != node.kept]
+    return min(abs(node.score - other) for other in [*rivals, cutoff(node.stage)])
+
+
+def _compare(plain, answer, cutoff):
     """Every node's tokens, score, round and fate; a first difference is excused by a near tie in the plain loop."""
     nodes = answer.trace.data["nodes"]
     for expected, got in zip(plain.nodes, nodes):
@@ -62,7 +69,12 @@ def _compare(plain, answer):
         place = (expected.parent.id if expected.parent else 0, expected.stage, expected.round, expected.index)
         assert (got["parent"], got["stage"], got["round"], got["index"]) == place
         assert got["score"] == pytest.approx(expected.score, abs=1e-4)
-        assert (got["closed"], got["kept"]) == (expected.closed(), expected.kept)
+        assert got["closed"] == expected.closed()
+        if got["kept"] != expected.kept:
+            gap = _decision_gap(plain, expected, cutoff)
+            assert gap < SCORE_TIE, (expected, got)
+            EXCUSED.append(f"node {got['id']} kept, score gap {gap:.1e}")
+            return
     assert len(nodes) == len(plain.nodes)
     assert [(r["stage"], r["to"], r["round"]) for r in answer.trace.data["retraces"]] == plain.retraces
     assert answer.trace.data["answer"] == plain.answer.id
