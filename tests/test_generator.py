@@ -395,7 +395,7 @@ def test_a_calibration_is_of_one_scorer(bare_generator, tiny):
     with pytest.warns(UserWarning, match="no calibration of scorer 'confidence'"):
         assert ask(generator, search="swires", max_new_tokens=20).trace.data["calibration"] is None
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         calibration = generator.calibrate(images, questions, data="five images", max_stage_tokens=LIMITS)
     assert generator.calibration is calibration
     answer = ask(generator, search="swires", retrace={}, max_new_tokens=20)
