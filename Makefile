@@ -20,7 +20,7 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/mypy
 
 bench: $(VENV)/.ready
-	$(VENV)/bin/python benchmarks/bench_search.py
+	$(VENV)/bin/python benchmarks/bench_search.py --questions 3
 
 info: $(VENV)/.ready
 	$(VENV)/bin/python -m llava_cot_kernels.info
