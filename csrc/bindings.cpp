@@ -1,8 +1,8 @@
 // Which ops exist. Every op fills outputs that its Python wrapper allocated and returns nothing, so that a schema and
-// its implementations cannot drift apart. Each csrc/cpu/<stem>.cpp ends with the registration of its own kernels.
-#include <torch/csrc/stable/library.h>
+// its implementations cannot drift apart. Each csrc/{cpu,cuda}/<stem> ends with the registration of its own kernels.
+#include "registration.h"
 
-STABLE_TORCH_LIBRARY(llava_cot_kernels, m) {
+DEFINE_OPS(m) {
   // paged_kv
   m.def("store_kv(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slot_mapping) -> ()");
   m.def("copy_pages(Tensor(a!) kv_cache, Tensor copies) -> ()");

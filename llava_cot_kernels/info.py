@@ -3,7 +3,6 @@
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +21,6 @@ OPS = (
 )
 DEVICE_TYPES = ("cpu", "cuda")
 
-# The compiler's own definition of the levels that csrc/cpu/vec.h compiles for, in the words of /proc/cpuinfo.
-_V3 = {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
-_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-
 
 def info() -> dict[str, Any]:
     """Versions, the extension, threads, CUDA devices, and each op's back ends by device type, that of "auto" first."""
@@ -34,7 +29,7 @@ def info() -> dict[str, Any]:
         "extension": {
             "file": _C.__file__,
             "target_abi": _target_abi(getattr(_C, "TARGET_ABI", None)),
-            "instruction_set": _instruction_set(),
+            "instruction_set": _C.isa(),
         },
         "threads": torch.get_num_threads(),
         "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
@@ -74,18 +69,6 @@ def _package_version() -> str:
 def _target_abi(target: int | None) -> str:
     """The oldest LibTorch the extension runs on: 0x020b000000000000 is 2.11."""
     return "unknown" if target is None else f"LibTorch {target >> 56}.{target >> 48 & 0xFF}"
-
-
-def _instruction_set() -> str:
-    """Which of the three versions that GCC compiled of each vectorised loop the loader chose."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if platform.machine() != "x86_64" or not cpuinfo.exists():
-        return "the compiler's default"
-    line = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "")
-    flags = set(line.split())
-    if flags >= _V4:
-        return "x86-64-v4 (AVX-512)"
-    return "x86-64-v3 (AVX2)" if flags >= _V3 else "x86-64 (SSE2)"
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <numeric>
 #include <optional>
+#include <utility>
 #include <vector>
 
 namespace llava_cot {
@@ -35,6 +36,12 @@ Rows cache_rows(const Tensor& cache) {
   return {static_cast<const char*>(cache.const_data_ptr()), cache.size(2) * head_bytes, head_bytes};
 }
 
+// Not inlined, or its address would be looked up again at every use.
+__attribute__((noinline)) Scratch& thread_scratch() {
+  static thread_local Scratch scratch;
+  return scratch;
+}
+
 void run(const Call& call, Plan& plan) {
   constexpr int64_t WORKER_COST = 1 << 20;  // multiply-adds that are worth waking a thread for
   int64_t cost = 0;
@@ -50,7 +57,7 @@ void run(const Call& call, Plan& plan) {
   const int64_t num_tiles = static_cast<int64_t>(plan.tiles.size()), num_items = num_tiles * num_kv_heads;
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, std::min(num_workers, num_items), 1, [&](int64_t, int64_t) {
-    static thread_local Scratch scratch;
+    Scratch& scratch = thread_scratch();
     for (int64_t item; (item = next++) < num_items;) {
       run_tile(call, plan, plan.tiles[num_tiles - 1 - item % num_tiles], item / num_tiles, scratch);
     }
@@ -66,9 +73,7 @@ void check_tensors(const Tensor& query, const Tensor& key, const Tensor& value, 
   CHECK_CONTIGUOUS(out);
   CHECK_CONTIGUOUS(lse);
   CHECK_DTYPE(lse, Float);
-  const ScalarType dtype = query.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                  "query must be Float, BFloat16 or Half");
+  const auto dtype = query.scalar_type();
   STD_TORCH_CHECK(key.scalar_type() == dtype && value.scalar_type() == dtype && out.scalar_type() == dtype,
                   "query, keys, values and out must share a dtype");
   const int64_t heads_dim = key.dim() - 2, head_dim = query.size(2);
@@ -128,9 +133,13 @@ void plan_unit(Plan& plan, const int64_t* begin, const int64_t* end, const int32
 // One unit for each group, and for each sequence without one.
 void plan_units(Plan& plan, const int32_t* groups, const int32_t* prefix_lens, const int32_t* lens,
                 const int32_t* starts, int64_t page_size) {
-  std::vector<int64_t> order(plan.sequences.size());
+  std::vector<int64_t>& order = plan.order;
+  order.resize(plan.sequences.size());
   std::iota(order.begin(), order.end(), 0);
-  if (groups) std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return groups[a] < groups[b]; });
+  if (groups) {  // not stable_sort, which allocates
+    std::sort(order.begin(), order.end(),
+              [&](int64_t a, int64_t b) { return std::pair(groups[a], a) < std::pair(groups[b], b); });
+  }
   const int64_t *begin = order.data(), *stop = begin + order.size();
   for (const int64_t* end; begin < stop; begin = end) {
     end = begin + 1;
@@ -175,7 +184,7 @@ void paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor 
   plan_sequences(plan, page_table, seq_lens, cu_seqlens_q, query.size(0), key_cache.size(0), page_size);
   plan_units(plan, groups, prefixes, seq_lens.const_data_ptr<int32_t>(), cu_seqlens_q.const_data_ptr<int32_t>(),
              page_size);
-  const Call call{query.scalar_type(), strided_rows(query), cache_rows(key_cache), cache_rows(value_cache),
+  const Call call{dtype_of(query, "query"), strided_rows(query), cache_rows(key_cache), cache_rows(value_cache),
                   out.mutable_data_ptr(), lse.mutable_data_ptr<float>(), query.size(1),
                   query.size(1) / key_cache.size(2), query.size(2), page_size, static_cast<float>(softmax_scale)};
   run(call, plan);
@@ -209,14 +218,15 @@ void shared_attention(Tensor query, Tensor key, Tensor value, Tensor group, Tens
     const int64_t sequence = groups[row] < 0 ? num_groups : groups[row];
     plan.queries.push_back({row, sequence, groups[row] < 0 ? 0 : starts[sequence + 1] - starts[sequence]});
   }
-  std::stable_sort(plan.queries.begin(), plan.queries.end(),
-                   [](const Query& a, const Query& b) { return a.sequence < b.sequence; });
+  std::sort(plan.queries.begin(), plan.queries.end(), [](const Query& a, const Query& b) {
+    return std::pair(a.sequence, a.token) < std::pair(b.sequence, b.token);
+  });
   for (int64_t begin = 0, end; begin < num_rows; begin = end) {
     const int64_t sequence = plan.queries[begin].sequence;
     for (end = begin + 1; end < num_rows && plan.queries[end].sequence == sequence;) ++end;
     plan.units.push_back({begin, end, sequence, 0});
   }
-  const Call call{query.scalar_type(), strided_rows(query), strided_rows(key), strided_rows(value),
+  const Call call{dtype_of(query, "query"), strided_rows(query), strided_rows(key), strided_rows(value),
                   out.mutable_data_ptr(), lse.mutable_data_ptr<float>(), query.size(1), query.size(1) / key.size(1),
                   query.size(2), std::max<int64_t>(key.size(0), 1), static_cast<float>(softmax_scale)};
   run(call, plan);

@@ -1,10 +1,11 @@
 // A tile of query rows at work: from the plan (who reads what) through blocks of keys to finished rows of `out`.
 #pragma once
 
-#include "cpu/attention_block.h"
-#include "cpu/vec.h"
+#include "cpu/dtype.h"
+#include "cpu/isa.h"
 
-#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cmath>
@@ -17,9 +18,8 @@ namespace {
 
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
 
-constexpr int MAX_SLABS = 4;
+constexpr float INF = std::numeric_limits<float>::infinity();
 
 // [tokens, heads, head_dim] with a dense last dimension.
 struct Rows {
@@ -29,21 +29,10 @@ struct Rows {
   const char* at(int64_t token, int64_t head) const { return data + token * token_stride + head * head_stride; }
 };
 
-template <typename T>
-ALWAYS_INLINE void widen_from(const void* source, int64_t size, float* target) {
-  for (int64_t i = 0; i < size; ++i) target[i] = static_cast<float>(static_cast<const T*>(source)[i]);
-}
-
-MULTIVERSION void widen(ScalarType dtype, const void* source, int64_t size, float* target) {
-  if (dtype == ScalarType::BFloat16) return widen_from<BFloat16>(source, size, target);
-  if (dtype == ScalarType::Half) return widen_from<Half>(source, size, target);
-  widen_from<float>(source, size, target);
-}
-
-void narrow(ScalarType dtype, const float* source, int64_t size, void* target, int64_t offset) {
-  if (dtype == ScalarType::BFloat16) {
+void narrow(Dtype dtype, const float* source, int64_t size, void* target, int64_t offset) {
+  if (dtype == Dtype::BFLOAT16) {
     std::copy_n(source, size, static_cast<BFloat16*>(target) + offset);
-  } else if (dtype == ScalarType::Half) {
+  } else if (dtype == Dtype::FLOAT16) {
     std::copy_n(source, size, static_cast<Half*>(target) + offset);
   } else {
     std::copy_n(source, size, static_cast<float*>(target) + offset);
@@ -58,7 +47,7 @@ struct Keys {
 };
 
 struct Call {
-  ScalarType dtype;
+  Dtype dtype;
   Rows query, key, value;
   void* out;   // [tokens, num_heads, head_dim]
   float* lse;  // [tokens, num_heads]
@@ -87,6 +76,7 @@ struct Plan {
   std::vector<Query> queries;
   std::vector<Unit> units;
   std::vector<Tile> tiles;
+  std::vector<int64_t> order;  // of the sequences, by group
 
   void clear() {
     sequences.clear();
@@ -141,19 +131,20 @@ struct Stack {
 
 struct Scratch {
   Stack stacked, own;
-  std::vector<float> keys, values, row;
+  std::vector<float> block, row;
 };
 
 void load_rows(const Call& call, const Plan& plan, const Tile& tile, int64_t kv_head, Scratch& scratch) {
   Stack& stack = scratch.stacked;
   stack.clear(call.head_dim);
   scratch.row.resize(call.head_dim);
+  scratch.block.resize(KeyBlock::scratch_size(call.head_dim));
   for (int64_t row = tile.first_row; row < tile.end_row; ++row) {
     const Query& query = plan.queries[tile.unit->begin + row / call.heads_per_kv];
     const int64_t head = kv_head * call.heads_per_kv + row % call.heads_per_kv;
     const Slab& slab = stack.slabs[stack.num_rows / LANES];
     const int64_t lane = stack.num_rows % LANES;
-    widen(call.dtype, call.query.at(query.token, head), call.head_dim, scratch.row.data());
+    loops().widen(call.dtype, call.query.at(query.token, head), call.head_dim, scratch.row.data());
     for (int64_t d = 0; d < call.head_dim; ++d) {
       slab.query[d].of[lane] = scratch.row[d] * call.softmax_scale;
       slab.weighted[d].of[lane] = 0;
@@ -165,51 +156,37 @@ void load_rows(const Call& call, const Plan& plan, const Tile& tile, int64_t kv_
 // Moves the rows [begin, end), with their softmax so far, into a stack of their own.
 void take_rows(const Stack& from, int64_t begin, int64_t end, int64_t head_dim, Stack& to) {
   to.clear(head_dim);
-  for (int64_t row = begin; row < end; ++row) {
-    const Slab& source = from.slabs[row / LANES];
+  while (begin < end) {
+    const Slab& source = from.slabs[begin / LANES];
     Slab& target = to.slabs[to.num_rows / LANES];
-    const int64_t source_lane = row % LANES, lane = to.num_rows % LANES;
-    target.max.of[lane] = source.max.of[source_lane];
-    target.sum.of[lane] = source.sum.of[source_lane];
+    const int64_t first = begin % LANES, lane = to.num_rows % LANES;
+    const int64_t count = std::min({end - begin, LANES - first, LANES - lane});  // lanes side by side in both
+    std::copy_n(source.max.of + first, count, target.max.of + lane);
+    std::copy_n(source.sum.of + first, count, target.sum.of + lane);
     for (int64_t d = 0; d < head_dim; ++d) {
-      target.query[d].of[lane] = source.query[d].of[source_lane];
-      target.weighted[d].of[lane] = source.weighted[d].of[source_lane];
+      for (int64_t i = 0; i < count; ++i) {
+        target.query[d].of[lane + i] = source.query[d].of[first + i];
+        target.weighted[d].of[lane + i] = source.weighted[d].of[first + i];
+      }
     }
-    to.push(*from.queries[row], from.heads[row]);
+    for (int64_t i = 0; i < count; ++i, ++begin) to.push(*from.queries[begin], from.heads[begin]);
   }
 }
 
-// Float32 rows are used where they lie; others, and those that UNROLL would overrun, go through scratch.
-void load_block(const Call& call, const Keys& keys, int64_t kv_head, int64_t first, int64_t count, Scratch& scratch,
-                KeyBlock& block) {
-  const int64_t padded_dim = round_up(call.head_dim, UNROLL);
-  const bool in_place = call.dtype == ScalarType::Float && padded_dim == call.head_dim;
-  scratch.keys.resize(KEY_BLOCK * padded_dim);
-  scratch.values.resize(KEY_BLOCK * padded_dim);
+void find_block(const Call& call, const Keys& keys, int64_t kv_head, int64_t first, int64_t count, KeyBlock& block) {
   block.first = first;
   block.count = count;
   const int32_t* page = keys.pages + first / call.page_size;
   int64_t offset = first % call.page_size;
   for (int64_t j = 0; j < count; ++j) {
     const int64_t token = keys.first + *page * call.page_size + offset;
-    const char *key = call.key.at(token, kv_head), *value = call.value.at(token, kv_head);
-    if (in_place) {
-      block.keys[j] = reinterpret_cast<const float*>(key);
-      block.values[j] = reinterpret_cast<const float*>(value);
-    } else {
-      float* wide_key = scratch.keys.data() + j * padded_dim;
-      float* wide_value = scratch.values.data() + j * padded_dim;
-      widen(call.dtype, key, call.head_dim, wide_key);
-      widen(call.dtype, value, call.head_dim, wide_value);
-      block.keys[j] = wide_key;
-      block.values[j] = wide_value;
-    }
+    block.keys[j] = call.key.at(token, kv_head);
+    block.values[j] = call.value.at(token, kv_head);
     if (++offset == call.page_size) {
       offset = 0;
       ++page;
     }
   }
-  for (int64_t j = count; j < round_up(count, UNROLL); ++j) block.keys[j] = block.keys[count - 1];
 }
 
 // All rows of the stack read the keys [first, end), as far as each sees them.
@@ -222,11 +199,17 @@ void attend(const Call& call, const Keys& keys, int64_t kv_head, int64_t first, 
   }
   end = std::min(end, last);
   KeyBlock block;
+  block.dtype = call.dtype;
+  block.head_dim = call.head_dim;
+  block.scratch = scratch.block.data();
   for (; first < end; first += KEY_BLOCK) {
-    load_block(call, keys, kv_head, first, std::min<int64_t>(KEY_BLOCK, end - first), scratch, block);
+    Slab* seeing[MAX_SLABS];
+    int64_t num_seeing = 0;
     for (int64_t i = 0; i < stack.num_slabs(); ++i) {
-      if (slab_end[i] > first) attend_block(block, call.head_dim, stack.slabs[i]);
+      if (slab_end[i] > first) seeing[num_seeing++] = &stack.slabs[i];
     }
+    find_block(call, keys, kv_head, first, std::min<int64_t>(KEY_BLOCK, end - first), block);
+    loops().attend_block(block, seeing, num_seeing);
   }
 }
 

@@ -14,7 +14,8 @@
 #include <vector>
 
 #include "checks.h"
-#include "cpu/vec.h"
+#include "cpu/dtype.h"
+#include "cpu/isa.h"
 
 namespace llava_cot {
 namespace {
@@ -28,9 +29,10 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 // Two passes (maximum, then sum) read a piece: 16 KiB of float32 are still in L1 at the second. The pieces are the
 // same for every thread count, and so is the result.
 constexpr int64_t kPiece = 4096;
-// Of each tile (the weight as float32, the logits, a partial gradient). Small, so that what one step wrote is still in
+// Of each buffer (the weight tile as float32, its gradient; the logits and a partial product are smaller at the usual
+// sizes). Small, so that what one step wrote is still in
 // L2 or L3 when the next reads it; but below 4 MiB (512 tokens at H = 2048) the GEMM itself was measured to slow down.
-constexpr int64_t kTileBytes = 8 << 20;
+constexpr int64_t kTileBytes = 6 << 20;
 // Elements per task below which a thread costs more than it brings.
 constexpr int64_t kGrain = 32768;
 // Merging a piece costs about as much as reducing this many elements.
@@ -40,68 +42,33 @@ int64_t grain(int64_t elements) { return kGrain / std::clamp<int64_t>(elements, 
 
 // ---- rows of any dtype, read as float32 ----
 
-MULTIVERSION void widen_bfloat16(const uint16_t* x, float* out, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = std::bit_cast<float>(static_cast<uint32_t>(x[i]) << 16);
-}
-
-// The multiplication rebiases the exponent and normalises subnormals; inf and NaN keep their all-ones exponent.
-MULTIVERSION void widen_float16(const uint16_t* x, float* out, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t magnitude = static_cast<uint32_t>(x[i] & 0x7fff) << 13;
-    const uint32_t finite = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) * 0x1p112f);
-    const uint32_t bits = magnitude >= 0x0f800000u ? (magnitude | 0x7f800000u) : finite;
-    out[i] = std::bit_cast<float>(bits | (static_cast<uint32_t>(x[i] & 0x8000) << 16));
-  }
-}
-
 class FloatRows {
  public:
-  explicit FloatRows(const Tensor& matrix)
-      : data_(matrix.const_data_ptr()), stride_(matrix.stride(0)), dtype_(matrix.scalar_type()) {}
+  FloatRows(const Tensor& matrix, const char* name)
+      : data_(static_cast<const char*>(matrix.const_data_ptr())), dtype_(dtype_of(matrix, name)) {
+    STD_TORCH_CHECK(matrix.dim() == 2, name, " must have 2 dimensions, got ", matrix.dim());
+    STD_TORCH_CHECK(matrix.size(1) <= 1 || matrix.stride(1) == 1, name, " must have stride 1 in dimension 1");
+    stride_ = matrix.stride(0);
+  }
 
-  bool is_float32() const { return dtype_ == ScalarType::Float; }
+  bool is_float32() const { return dtype_ == Dtype::FLOAT32; }
   int64_t stride() const { return stride_; }
 
   // matrix[row, col : col + n]: in place if it is float32, else widened into buffer.
   const float* read(int64_t row, int64_t col, int64_t n, float* buffer) const {
-    const int64_t offset = row * stride_ + col;
-    if (is_float32()) return static_cast<const float*>(data_) + offset;
-    const auto* bits = static_cast<const uint16_t*>(data_) + offset;
-    dtype_ == ScalarType::BFloat16 ? widen_bfloat16(bits, buffer, n) : widen_float16(bits, buffer, n);
+    const char* data = data_ + (row * stride_ + col) * size_of(dtype_);
+    if (is_float32()) return reinterpret_cast<const float*>(data);
+    loops().widen(dtype_, data, n, buffer);
     return buffer;
   }
 
  private:
-  const void* data_;
+  const char* data_;
+  Dtype dtype_;
   int64_t stride_;
-  ScalarType dtype_;
 };
 
 // ---- running softmax ----
-
-// Of some logits scale * x: the largest x and, with d = scale * (x - max), the sums of exp(d) and of exp(d) * d, which
-// the entropy needs. The largest has d = 0 exactly. A NaN makes the sums NaN, never the maximum; all -inf: sums of 0.
-struct Piece {
-  float max, sum, weighted;
-};
-
-MULTIVERSION Piece reduce_piece(const float* x, int64_t n, float scale) {
-  float max = -kInf;
-#pragma omp simd reduction(max : max)
-  for (int64_t i = 0; i < n; ++i) max = x[i] > max ? x[i] : max;
-  const float shift = max == -kInf ? 0.0f : max;
-  float sum = 0.0f, weighted = 0.0f;
-#pragma omp simd reduction(+ : sum, weighted)
-  for (int64_t i = 0; i < n; ++i) {
-    const float d = scale * (x[i] - shift);
-    const float e = exp_nonpositive(d);
-    sum += e;
-    weighted += e * (d < -88.0f ? -88.0f : d);  // 0 * -88 for a masked token, where 0 * -inf would be NaN
-  }
-  return {max, sum, weighted};
-}
 
 struct Softmax {
   double scale = 1;
@@ -129,14 +96,6 @@ struct Softmax {
 
 // ---- checks ----
 
-void check_matrix(const Tensor& matrix, const char* name) {
-  STD_TORCH_CHECK(matrix.dim() == 2, name, " must have 2 dimensions, got ", matrix.dim());
-  STD_TORCH_CHECK(matrix.size(1) <= 1 || matrix.stride(1) == 1, name, " must have stride 1 in dimension 1");
-  const ScalarType dtype = matrix.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, name,
-                  " must be float32, bfloat16 or float16");
-}
-
 void check_row_vector(const Tensor& vector, const char* name, int64_t rows, ScalarType dtype = ScalarType::Float) {
   STD_TORCH_CHECK(vector.dim() == 1 && vector.size(0) == rows, name, " must have shape [T=", rows, "]");
   STD_TORCH_CHECK(vector.is_contiguous(), name, " must be contiguous");
@@ -161,21 +120,20 @@ std::vector<int64_t> kept_rows(const Tensor& targets, int64_t rows, int64_t voca
 // ---- token_logprobs ----
 
 void token_logprobs(Tensor logits, Tensor targets, Tensor logprobs) {
-  check_matrix(logits, "logits");
+  const FloatRows source(logits, "logits");
   const int64_t rows = logits.size(0), vocab_size = logits.size(1);
   check_row_vector(logprobs, "logprobs", rows);
   const std::vector<int64_t> kept = kept_rows(targets, rows, vocab_size);
   const int64_t num_kept = static_cast<int64_t>(kept.size());
   torch::stable::zero_(logprobs);
 
-  const FloatRows source(logits);
   const int64_t pieces_per_row = (vocab_size + kPiece - 1) / kPiece;
   std::vector<Piece> pieces(num_kept * pieces_per_row);
   parallel_for(0, num_kept * pieces_per_row, grain(std::min(vocab_size, kPiece)), [&](int64_t begin, int64_t end) {
     alignas(64) float buffer[kPiece];
     for (int64_t i = begin; i < end; ++i) {
       const int64_t col = i % pieces_per_row * kPiece, n = std::min(kPiece, vocab_size - col);
-      pieces[i] = reduce_piece(source.read(kept[i / pieces_per_row], col, n, buffer), n, 1.0f);
+      pieces[i] = loops().reduce_piece(source.read(kept[i / pieces_per_row], col, n, buffer), n, 1.0f);
     }
   });
 
@@ -226,16 +184,18 @@ struct Tile {
 class LogitTiles {
  public:
   LogitTiles(const Tensor& hidden, const Tensor& weight, const Tensor& targets)
-      : weight_(weight), vocab_size_(weight.size(0)), hidden_size_(hidden.size(1)) {
-    check_matrix(hidden, "hidden");
-    check_matrix(weight, "weight");
+      : weight_(weight, "weight"), vocab_size_(weight.size(0)) {
+    const FloatRows source(hidden, "hidden");
+    hidden_size_ = hidden.size(1);
     CHECK_SIZE(weight, 1, hidden_size_);
     STD_TORCH_CHECK(weight.scalar_type() == hidden.scalar_type(), "weight must have the dtype of hidden");
     kept = kept_rows(targets, hidden.size(0), vocab_size_);
     const int64_t budget = kTileBytes / static_cast<int64_t>(sizeof(float)), width = std::max<int64_t>(1, hidden_size_);
     tile_tokens = std::min(vocab_size_, std::max<int64_t>(16, budget / width));
     tile_rows = std::min(num_kept(), std::max<int64_t>(16, budget / std::max(width, tile_tokens)));
-    gather(hidden);
+    const bool in_place = source.is_float32() && num_kept() == hidden.size(0);
+    hidden_ = in_place ? view_matrix(source.read(0, 0, 0, nullptr), num_kept(), hidden_size_, source.stride())
+                       : gather(source);
   }
 
   int64_t num_kept() const { return static_cast<int64_t>(kept.size()); }
@@ -250,8 +210,8 @@ class LogitTiles {
       const Tensor weight = read_weight(token, num_tokens, widened);
       for (int64_t row = 0; row < num_kept(); row += tile_rows) {
         const int64_t num_rows = std::min(tile_rows, num_kept() - row);
-        const float* hidden = hidden_.const_data_ptr<float>() + row * hidden_size_;
-        const Tile tile{row, token, view_matrix(hidden, num_rows, hidden_size_), weight,
+        const float* hidden = hidden_.const_data_ptr<float>() + row * hidden_.stride(0);
+        const Tile tile{row, token, view_matrix(hidden, num_rows, hidden_size_, hidden_.stride(0)), weight,
                         view_matrix(logits.const_data_ptr<float>(), num_rows, num_tokens)};
         mm_out(tile.hidden, torch::stable::transpose(weight, 0, 1), tile.logits);
         visit(tile);
@@ -263,10 +223,9 @@ class LogitTiles {
   int64_t tile_rows, tile_tokens;  // of a full tile
 
  private:
-  void gather(const Tensor& hidden) {
-    hidden_ = empty_float32(num_kept(), hidden_size_);
-    float* out = hidden_.mutable_data_ptr<float>();
-    const FloatRows source(hidden);
+  Tensor gather(const FloatRows& source) const {
+    const Tensor gathered = empty_float32(num_kept(), hidden_size_);
+    float* out = gathered.mutable_data_ptr<float>();
     parallel_for(0, num_kept(), grain(hidden_size_), [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         float* row = out + k * hidden_size_;
@@ -274,6 +233,7 @@ class LogitTiles {
         if (x != row) std::copy_n(x, hidden_size_, row);
       }
     });
+    return gathered;
   }
 
   Tensor read_weight(int64_t token, int64_t num_tokens, const Tensor& widened) const {
@@ -289,7 +249,7 @@ class LogitTiles {
 
   FloatRows weight_;
   int64_t vocab_size_, hidden_size_;
-  Tensor hidden_;  // float32 [num_kept, H]
+  Tensor hidden_;  // float32 [num_kept, H]: the caller's where that will do, else gathered
 };
 
 // visit(kept row, its logits) for each row of the tile, in parallel.
@@ -320,7 +280,7 @@ void linear_logprobs(Tensor hidden, Tensor weight, Tensor targets, double temper
       const int64_t index = target[tiles.kept[k]] - tile.token;
       if (index >= 0 && index < num_tokens) target_logit[k] = x[index];
       for (int64_t col = 0; col < num_tokens; col += kPiece) {
-        softmax[k].merge(reduce_piece(x + col, std::min(kPiece, num_tokens - col), scale));
+        softmax[k].merge(loops().reduce_piece(x + col, std::min(kPiece, num_tokens - col), scale));
       }
     });
   });
@@ -334,47 +294,42 @@ void linear_logprobs(Tensor hidden, Tensor weight, Tensor targets, double temper
 
 // ---- linear_logprobs_backward ----
 
-// Of a row's x, for logits z = scale * x: d logprob / dz = onehot - p and d entropy / dz = -p (log p + H), without the
-// onehot, which touches one tile only.
-MULTIVERSION void logits_to_gradient(float* x, int64_t n, float scale, float lse, float entropy, float grad_logprob,
-                                     float grad_entropy) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const float logp = x[i] * scale - lse;
-    const float bounded = logp < -88.0f ? -88.0f : logp;  // p is 0 there: 0 * -88, not 0 * -inf
-    x[i] = -scale * exp_nonpositive(logp) * (grad_logprob + grad_entropy * (bounded + entropy));
+// Float32 sums of a gradient: the gradient itself where it has that dtype, else memory of its own, cast into place at
+// the end.
+Tensor sums_of(const Tensor& gradient, int64_t rows) {
+  return gradient.scalar_type() == ScalarType::Float ? gradient : empty_float32(rows, gradient.size(1));
+}
+
+// sum = or += a @ b. The first product is stored, not added; others pass through a scratch that grows to their size.
+class Accumulator {
+ public:
+  void operator()(const Tensor& a, const Tensor& b, float* sum, bool first) {
+    const int64_t rows = a.size(0), cols = b.size(1);
+    if (!first && (!scratch_ || scratch_->numel() < rows * cols)) scratch_ = empty_float32(rows, cols);
+    float* product = first ? sum : scratch_->mutable_data_ptr<float>();
+    mm_out(a, b, view_matrix(product, rows, cols));
+    if (first) return;
+    parallel_for(0, rows, grain(cols), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin * cols; i < end * cols; ++i) sum[i] += product[i];
+    });
   }
-}
 
-MULTIVERSION void add(float* sum, const float* x, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) sum[i] += x[i];
-}
+ private:
+  std::optional<Tensor> scratch_;
+};
 
-// sum += a @ b, through a scratch matrix; the first product is stored, not added.
-void accumulate_mm(const Tensor& a, const Tensor& b, float* sum, bool first, const Tensor& scratch) {
-  const int64_t rows = a.size(0), cols = b.size(1);
-  float* product = first ? sum : scratch.mutable_data_ptr<float>();
-  mm_out(a, b, view_matrix(product, rows, cols));
-  if (first) return;
-  parallel_for(0, rows, grain(cols), [&](int64_t begin, int64_t end) {
-    add(sum + begin * cols, product + begin * cols, (end - begin) * cols);
-  });
-}
-
-// sum's first rows are the kept ones: spread them out in place, last first (kept[k] >= k), zero the dropped ones, cast.
-void write_grad_hidden(const Tensor& sum, const std::vector<int64_t>& kept, Tensor& out) {
-  const int64_t cols = out.size(1);
+// The sum's first rows are the kept ones: spread them out in place, last first (kept[k] >= k), and zero the others.
+void spread_rows(const Tensor& sum, const std::vector<int64_t>& kept) {
+  const int64_t cols = sum.size(1);
   float* rows = sum.mutable_data_ptr<float>();
   int64_t k = static_cast<int64_t>(kept.size()) - 1;
-  for (int64_t row = out.size(0) - 1; row >= 0; --row) {
+  for (int64_t row = sum.size(0) - 1; row >= 0; --row) {
     if (k < 0 || kept[k] != row) {
       std::fill_n(rows + row * cols, cols, 0.0f);
     } else if (k-- != row) {
       std::copy_n(rows + (k + 1) * cols, cols, rows + row * cols);
     }
   }
-  torch::stable::copy_(out, sum);
 }
 
 void check_gradient(const Tensor& grad, const Tensor& of, const char* name) {
@@ -397,9 +352,11 @@ void linear_logprobs_backward(Tensor grad_logprobs, Tensor grad_entropy, Tensor 
   if (grad_weight && tiles.num_kept() == 0) torch::stable::zero_(*grad_weight);
 
   const int64_t width = hidden.size(1);
-  const Tensor hidden_sum = empty_float32(grad_hidden ? hidden.size(0) : 0, width);
-  const Tensor weight_sum = empty_float32(grad_weight ? tiles.tile_tokens : 0, width);
-  const Tensor scratch = empty_float32(std::max(tiles.tile_rows, tiles.tile_tokens), width);
+  const bool is_float32 = hidden.scalar_type() == ScalarType::Float;
+  const Tensor none = empty_float32(0, width);
+  const Tensor hidden_sum = grad_hidden ? sums_of(*grad_hidden, hidden.size(0)) : none;
+  const Tensor weight_sum = grad_weight ? sums_of(*grad_weight, tiles.tile_tokens) : none;
+  Accumulator accumulate;
   const int64_t* target = targets.const_data_ptr<int64_t>();
   const float *g_logprob = grad_logprobs.const_data_ptr<float>(), *g_entropy = grad_entropy.const_data_ptr<float>();
   const float *row_lse = lse.const_data_ptr<float>(), *row_entropy = entropy.const_data_ptr<float>();
@@ -408,22 +365,25 @@ void linear_logprobs_backward(Tensor grad_logprobs, Tensor grad_entropy, Tensor 
     const int64_t num_rows = tile.logits.size(0), num_tokens = tile.logits.size(1);
     for_each_row(tile, [&](int64_t k, float* x) {
       const int64_t row = tiles.kept[k], index = target[row] - tile.token;
-      logits_to_gradient(x, num_tokens, scale, row_lse[row], row_entropy[row], g_logprob[row], g_entropy[row]);
+      loops().logits_to_gradient(x, num_tokens,
+                                 {scale, row_lse[row], row_entropy[row], g_logprob[row], g_entropy[row]});
       if (index >= 0 && index < num_tokens) x[index] += scale * g_logprob[row];
     });
     if (grad_hidden) {
       float* sum = hidden_sum.mutable_data_ptr<float>() + tile.row * width;
-      accumulate_mm(tile.logits, tile.weight, sum, tile.token == 0, scratch);
+      accumulate(tile.logits, tile.weight, sum, tile.token == 0);
     }
     if (grad_weight) {
-      float* sum = weight_sum.mutable_data_ptr<float>();
-      accumulate_mm(torch::stable::transpose(tile.logits, 0, 1), tile.hidden, sum, tile.row == 0, scratch);
-      if (tile.row + num_rows < tiles.num_kept()) return;
+      float* sum = weight_sum.mutable_data_ptr<float>() + (is_float32 ? tile.token * width : 0);
+      accumulate(torch::stable::transpose(tile.logits, 0, 1), tile.hidden, sum, tile.row == 0);
+      if (is_float32 || tile.row + num_rows < tiles.num_kept()) return;
       Tensor rows = torch::stable::narrow(*grad_weight, 0, tile.token, num_tokens);
       torch::stable::copy_(rows, view_matrix(sum, num_tokens, width));
     }
   });
-  if (grad_hidden) write_grad_hidden(hidden_sum, tiles.kept, *grad_hidden);
+  if (!grad_hidden) return;
+  spread_rows(hidden_sum, tiles.kept);
+  if (!is_float32) torch::stable::copy_(*grad_hidden, hidden_sum);
 }
 
 }  // namespace

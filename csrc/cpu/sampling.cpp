@@ -1,162 +1,143 @@
 // Seeded sampling; llava_cot_kernels/sampling.py has the definition. A candidate takes three steps:
-//   load   its row: d = l - max(l), and the raw distribution's partition function and entropy
-//   shape  x = d / temperature, weight = exp(x), 0 where a filter drops it, and integer masses of blocks
+//   load   its row: largest logit, and the raw distribution's partition function and entropy
+//   filter x = (l - largest) / temperature, integer masses of blocks of tokens, and which keys (see isa.h) are kept
 //   draw   Philox, then the inverse CDF: first over blocks, then inside one
-// The candidates of a fork stand next to each other and share load and shape, so that a fork costs one pass.
+// The candidates of a fork stand next to each other and share load and filter, so that a fork costs one pass.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <vector>
 
 #include "checks.h"
+#include "cpu/dtype.h"
+#include "cpu/isa.h"
+#include "draw.h"
 #include "stage_tags.h"
-
-// A fused multiply-add rounds once where the reference rounds twice. Without any, masses are equal bit by bit on every
-// machine and on every device, and so are the tokens.
-#if defined(__clang__)
-#pragma STDC FP_CONTRACT OFF
-#else
-#pragma GCC optimize("fp-contract=off")
-#endif
-#include "cpu/vec.h"
 
 namespace llava_cot {
 namespace {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kBlock = 256;  // tokens: float32 sums and integer masses are kept for so many at a time
-constexpr uint32_t kNoLimit = std::numeric_limits<uint32_t>::max();
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int32_t LAST_KEY = 0x7f800000;  // of -inf
 
-// ---- passes over the vocabulary ----
+// ---- which keys are kept ----
 
-// trunc(weight * 2^40) for a weight in [0, 1], by shifts: AVX2 has no conversion from float to a 64-bit integer.
-ALWAYS_INLINE uint64_t mass_of(float weight) {
-  const uint32_t bits = std::bit_cast<uint32_t>(weight);
-  const uint32_t shift = std::min(127 - (bits >> 23), 63u);
-  return (static_cast<uint64_t>((bits & 0x7fffff) | 0x800000) << 17) >> shift;
-}
-
-// Ascends as x <= 0 descends; 0 and -0 are one key.
-ALWAYS_INLINE uint32_t key_of(float x) { return std::bit_cast<uint32_t>(x) & 0x7fffffff; }
-
-// Copies a row as float32 and returns its largest value, NaN if it holds any.
-template <class T>
-ALWAYS_INLINE float widen_row(const T* logits, float* out, int64_t n) {
-  float largest = -kInfinity;
-  int32_t has_nan = 0;
-#pragma omp simd reduction(max : largest) reduction(| : has_nan)
-  for (int64_t i = 0; i < n; ++i) {
-    const float logit = static_cast<float>(logits[i]);
-    out[i] = logit;
-    has_nan |= logit != logit;
-    largest = logit > largest ? logit : largest;
+// Finds thresholds among the keys of a row: a histogram narrows them down to one bin, whose tokens are taken out and
+// looked at alone, more closely each time. Its memory outlives the call.
+class KeySelect {
+ public:
+  // The smallest key such that the tokens up to it are at least `count`.
+  int32_t by_count(const Tokens& tokens, int64_t count) {
+    tokens_ = tokens;
+    return select(LAST_KEY, false, static_cast<double>(count), 0);
   }
-  return has_nan ? std::numeric_limits<float>::quiet_NaN() : largest;
-}
-MULTIVERSION float widen(const float* logits, float* out, int64_t n) { return widen_row(logits, out, n); }
-MULTIVERSION float widen(const BFloat16* logits, float* out, int64_t n) { return widen_row(logits, out, n); }
-MULTIVERSION float widen(const Half* logits, float* out, int64_t n) { return widen_row(logits, out, n); }
 
-struct RowSums {
-  double partition = 0.0;  // sum of exp(d)
-  double weighted = 0.0;   // sum of exp(d) d
+  // The smallest such that they have that share of the mass `total` of all; those beyond `limit` weigh 0.
+  int32_t by_mass(const Tokens& tokens, int32_t limit, double share, uint64_t total) {
+    tokens_ = tokens;
+    const double needed = share * static_cast<double>(total);
+    const bool is_flat = static_cast<double>(total) * 0x1p-40 > static_cast<double>(tokens.count) / 8;
+    return select(limit, true, needed, is_flat ? take_out_likely(limit, share, needed) : 0);
+  }
+
+ private:
+  // Near the largest logit bins are fine, far from it coarse: 64 for each power of two from 2^-10 to 2^6, as a row may
+  // spread over hundredths or over tens.
+  static constexpr Bins ALL_BINS{std::bit_cast<int32_t>(0x1p-10f), 17};
+
+  struct Range {
+    int32_t first, last;
+  };
+
+  int32_t select(int32_t limit, bool by_mass, double needed, uint64_t below) {
+    Bins bins = ALL_BINS;
+    Range range{0, LAST_KEY};
+    for (;;) {
+      histogram_.fill(0);
+      loops().histogram(tokens_, std::min(limit, range.last), by_mass, bins, histogram_.data());
+      range = keys_of(find_bin(needed, below), bins, range);
+      if (range.first == range.last) return range.first;
+      const Compacted inside = take_out(range);
+      if (inside.smallest >= inside.largest) return inside.smallest;
+      tokens_ = inside.tokens;
+      range = {inside.smallest, inside.largest};
+      const int bits = static_cast<int>(std::bit_width(static_cast<uint32_t>(range.last - range.first)));
+      bins = {range.first, std::max(0, bits - BIN_BITS)};
+    }
+  }
+
+  // Of a flat row most tokens would go through the histogram. Every eighth block says where the threshold will lie, and
+  // exact sums whether it does: then only the tokens there are left to look at. Returns the mass of those before them.
+  uint64_t take_out_likely(int32_t limit, double share, double needed) {
+    constexpr double MARGIN = 1.0 / 32;
+    const Tokens all = tokens_;
+    histogram_.fill(0);
+    for (int64_t begin = 0; begin < all.count; begin += 8 * BLOCK) {
+      const Tokens block{all.x + begin, all.weight + begin, std::min(BLOCK, all.count - begin)};
+      loops().histogram(block, limit, true, ALL_BINS, histogram_.data());
+    }
+    const auto sampled = static_cast<double>(std::accumulate(histogram_.begin(), histogram_.end(), uint64_t{0}));
+    uint64_t ignored = 0;
+    const int32_t low = find_bin((share - MARGIN) * sampled, ignored);
+    const int32_t high = find_bin((share + MARGIN) * sampled, ignored = 0);
+    const Range range{keys_of(low, ALL_BINS, {0, LAST_KEY}).first, keys_of(high, ALL_BINS, {0, LAST_KEY}).last};
+    block_masses_.resize((all.count + BLOCK - 1) / BLOCK);
+    const auto mass_up_to = [&](const Tokens& tokens, int32_t key) {
+      return loops().keep(tokens, {std::min(limit, key), 0.0f}, block_masses_.data());
+    };
+    const uint64_t below = mass_up_to(all, range.first - 1);
+    const Tokens inside = take_out(range).tokens;
+    const double reached = static_cast<double>(below + mass_up_to(inside, range.last));
+    if (static_cast<double>(below) >= needed || reached < needed) return 0;
+    tokens_ = inside;
+    return below;
+  }
+
+  Compacted take_out(Range range) {
+    // The padding may be moved too, and more is added.
+    for (auto* list : {&x_, &weight_}) list->resize(std::max<size_t>(list->size(), tokens_.count + 2 * LANES));
+    return loops().compact(tokens_, range.first, range.last, x_.data(), weight_.data());
+  }
+
+  static Range keys_of(int32_t bin, Bins bins, Range range) {
+    if (bin > 0) range.first = bins.base + (bin << bins.shift);
+    if (bin < NUM_BINS - 1) range.last = std::min(range.last, bins.base + ((bin + 1) << bins.shift) - 1);
+    return range;
+  }
+
+  // The bin in which the running sum reaches `needed`; `below` becomes the sum before it.
+  int32_t find_bin(double needed, uint64_t& below) const {
+    for (int32_t bin = 0;; ++bin) {
+      const uint64_t* copies = &histogram_[bin * BIN_COPIES];
+      uint64_t amount = 0;
+      for (int i = 0; i < BIN_COPIES; ++i) amount += copies[i];
+      if (bin == NUM_BINS - 1 || static_cast<double>(below + amount) >= needed) return bin;
+      below += amount;
+    }
+  }
+
+  Tokens tokens_{};
+  std::array<uint64_t, NUM_BINS * BIN_COPIES> histogram_;
+  std::vector<float> x_, weight_;
+  std::vector<uint64_t> block_masses_;
 };
 
-// d -= largest; weight = exp(d). Blocks are summed in float32 and added in double.
-MULTIVERSION RowSums centre(float* d, float* weight, int64_t n, float largest) {
-  RowSums sums;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = std::min(n, begin + kBlock);
-    float partition = 0.0f, weighted = 0.0f;
-#pragma omp simd reduction(+ : partition, weighted)
-    for (int64_t i = begin; i < end; ++i) {
-      const float centred = d[i] - largest;
-      const float e = exp_nonpositive(centred);
-      d[i] = centred;
-      weight[i] = e;
-      partition += e;
-      weighted += e * std::max(centred, -128.0f);  // e is 0 there; a masked token would add 0 * inf
-    }
-    sums.partition += partition;
-    sums.weighted += weighted;
-  }
-  return sums;
-}
-
-// x = d / temperature; weight = exp(x).
-MULTIVERSION void temper(const float* d, float* x, float* weight, int64_t n, float temperature) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    x[i] = d[i] / temperature;
-    weight[i] = exp_nonpositive(x[i]);
-  }
-}
-
-// Zeroes the weight of tokens beyond the limit or below min_p; the masses of blocks and their sum.
-MULTIVERSION uint64_t keep(const float* x, float* weight, uint64_t* block_mass, int64_t n, uint32_t limit,
-                           float min_p) {
-  uint64_t total = 0;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = std::min(n, begin + kBlock);
-    uint64_t mass = 0;
-#pragma omp simd reduction(+ : mass)
-    for (int64_t i = begin; i < end; ++i) {
-      const float kept = (key_of(x[i]) <= limit) & (weight[i] >= min_p) ? weight[i] : 0.0f;
-      weight[i] = kept;
-      mass += mass_of(kept);
-    }
-    block_mass[begin / kBlock] = mass;
-    total += mass;
-  }
-  return total;
-}
-
-// The smallest key such that the tokens up to it amount to needed: masses, or tokens if weight is null. A radix select
-// of 11, 10 and 10 bits; each pass looks only at tokens that share the bits found so far.
-uint32_t select_key(const float* x, const float* weight, int64_t n, double needed) {
-  uint32_t found = 0;
-  uint64_t below = 0;
-  for (int shift = 20, bits = 11; shift >= 0; shift -= 10, bits = 10) {
-    std::array<uint64_t, 2048> histogram{};
-    const uint32_t last = (1u << bits) - 1;
-    for (int64_t i = 0; i < n; ++i) {
-      const uint32_t key = key_of(x[i]);
-      if ((key ^ found) >> (shift + bits) == 0) histogram[key >> shift & last] += weight ? mass_of(weight[i]) : 1;
-    }
-    uint32_t bin = 0;
-    while (bin < last && static_cast<double>(below + histogram[bin]) < needed) below += histogram[bin++];
-    found |= bin << shift;
-  }
-  return found;
+// Beyond this key lies less than the share 1 - top_p of the mass `total`, so that top_p's threshold does not: n tokens
+// there weigh at most n exp(x) together, which leaves 1 % for rounding.
+int32_t last_key_that_matters(double top_p, uint64_t total, int64_t n) {
+  const double x = std::log((1.0 - top_p) * static_cast<double>(total) * 0x1p-40 / static_cast<double>(n)) - 0.01;
+  return x < 0.0 ? std::bit_cast<int32_t>(static_cast<float>(-x)) : LAST_KEY;
 }
 
 // ---- the draw ----
-
-// Words 1 and 0 of Philox4x32-10 (Salmon et al., 2011) as one 64-bit uniform.
-uint64_t philox(uint64_t seed, uint64_t position) {
-  uint32_t c0 = static_cast<uint32_t>(position), c1 = static_cast<uint32_t>(position >> 32), c2 = 0, c3 = 0;
-  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-  for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
-    const uint64_t p0 = uint64_t{0xD2511F53} * c0, p1 = uint64_t{0xCD9E8D57} * c2;
-    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
-    c1 = static_cast<uint32_t>(p1);
-    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
-    c3 = static_cast<uint32_t>(p0);
-  }
-  return static_cast<uint64_t>(c1) << 32 | c0;
-}
 
 struct Shape {
   float temperature;
@@ -177,68 +158,86 @@ class Candidate {
   void forget() { row_ = -1; }
 
   // False if the row holds NaN or +inf, or only -inf.
-  template <class T>
-  bool load(const T* logits, int64_t row, int64_t vocabulary) {
+  bool load(Dtype dtype, const void* logits, int64_t row, int64_t vocabulary) {
     if (row == row_) return std::isfinite(largest_);
     row_ = row;
     shape_.reset();
+    dtype_ = dtype;
+    logits_ = logits;
     n_ = vocabulary;
-    for (auto* buffer : {&d_, &x_, &weight_}) buffer->resize(n_);
-    block_mass_.resize((n_ + kBlock - 1) / kBlock);
-    largest_ = widen(logits, d_.data(), n_);
+    for (auto* buffer : {&x_, &weight_}) buffer->resize((n_ + LANES - 1) / LANES * LANES);
+    block_masses_.resize((n_ + BLOCK - 1) / BLOCK);
+    largest_ = loops().largest(dtype, logits, n_);
     if (!std::isfinite(largest_)) return false;
-    const RowSums sums = centre(d_.data(), weight_.data(), n_, largest_);
+    const RowSums sums = loops().row_sums(dtype, logits, n_, largest_);
     log_partition_ = std::log(sums.partition);
     entropy_ = log_partition_ - sums.weighted / sums.partition;
     return true;
   }
 
   double entropy() const { return entropy_; }
-  double logprob(int64_t token) const { return d_[token] - log_partition_; }
-
-  int64_t argmax() const { return std::find(d_.begin(), d_.end(), 0.0f) - d_.begin(); }
+  double logprob(int64_t token) const { return centred(token) - log_partition_; }
+  int64_t argmax() const { return loops().find(dtype_, logits_, n_, largest_); }
 
   Draw draw(const Shape& shape, uint64_t seed, uint64_t position) {
     if (shape_ != shape) filter(shape);
     const auto uniform = static_cast<unsigned __int128>(philox(seed, position));
     uint64_t target = static_cast<uint64_t>(uniform * total_ >> 64);
-    int64_t token = 0;
-    while (token + kBlock < n_ && target >= block_mass_[token / kBlock]) {
-      target -= block_mass_[token / kBlock];
-      token += kBlock;
-    }
-    for (; token + 1 < n_ && target >= mass_of(weight_[token]); ++token) target -= mass_of(weight_[token]);
-    return {token, d_[token] / shape.temperature - std::log(static_cast<double>(total_) * 0x1p-40)};
+    int64_t block = 0;
+    while ((block + 1) * BLOCK < n_ && target >= block_masses_[block]) target -= block_masses_[block++];
+    const int64_t begin = block * BLOCK, count = std::min(BLOCK, n_ - begin);
+    std::array<uint64_t, BLOCK> masses;
+    loops().masses({x_.data() + begin, weight_.data() + begin, count}, kept_, masses.data());
+    int64_t i = 0;
+    for (; i + 1 < count && target >= masses[i]; ++i) target -= masses[i];
+    const float x = centred(begin + i) / shape.temperature;
+    return {begin + i, x - std::log(static_cast<double>(total_) * 0x1p-40)};
   }
 
  private:
+  float centred(int64_t token) const {
+    float logit;
+    loops().widen(dtype_, static_cast<const char*>(logits_) + token * size_of(dtype_), 1, &logit);
+    return logit - largest_;
+  }
+
   void filter(const Shape& shape) {
-    const bool has_raw_weights = !shape_ && shape.temperature == 1.0f;
-    if (!has_raw_weights) temper(d_.data(), x_.data(), weight_.data(), n_, shape.temperature);
-    const float* x = has_raw_weights ? d_.data() : x_.data();
-    uint32_t limit = kNoLimit;
-    if (shape.top_k > 0 && shape.top_k < n_) limit = select_key(x, nullptr, n_, static_cast<double>(shape.top_k));
-    if (shape.top_p < 1.0f) {
-      const uint64_t total = keep(x, weight_.data(), block_mass_.data(), n_, limit, 0.0f);
-      limit = select_key(x, weight_.data(), n_, static_cast<double>(shape.top_p) * static_cast<double>(total));
+    const Tokens tokens{x_.data(), weight_.data(), n_};
+    total_ = loops().shape(dtype_, logits_, n_, largest_, shape.temperature, x_.data(), weight_.data(),
+                           block_masses_.data());
+    kept_ = {LAST_KEY, 0.0f};
+    if (shape.top_k > 0 && shape.top_k < n_) {
+      kept_.limit = select_.by_count(tokens, shape.top_k);
+      total_ = loops().keep(tokens, kept_, block_masses_.data());
     }
-    total_ = keep(x, weight_.data(), block_mass_.data(), n_, limit, shape.min_p);
+    if (shape.top_p < 1.0f) {
+      const int32_t limit = std::min(kept_.limit, last_key_that_matters(shape.top_p, total_, n_));
+      kept_.limit = select_.by_mass(tokens, limit, shape.top_p, total_);
+    }
+    kept_.min_p = shape.min_p;
+    if (shape.top_p < 1.0f || shape.min_p > 0.0f) total_ = loops().keep(tokens, kept_, block_masses_.data());
     shape_ = shape;
   }
 
   int64_t row_ = -1, n_ = 0;
+  Dtype dtype_ = Dtype::FLOAT32;
+  const void* logits_ = nullptr;
   float largest_ = 0.0f;
   double log_partition_ = 0.0, entropy_ = 0.0;
-  std::vector<float> d_, x_, weight_;  // [n]
-  std::vector<uint64_t> block_mass_;
+  std::vector<float> x_, weight_;  // [n, rounded up to LANES]
+  std::vector<uint64_t> block_masses_;
   uint64_t total_ = 0;
-  std::optional<Shape> shape_;  // that weight_ has now; none: exp(d), unfiltered
+  Kept kept_{LAST_KEY, 0.0f};
+  std::optional<Shape> shape_;  // that the masses have now
+  KeySelect select_;
 };
 
 // ---- the op ----
 
 struct Arguments {
-  int64_t vocabulary, row_stride;
+  Dtype dtype;
+  const char* logits;
+  int64_t vocabulary, row_bytes;
   const int64_t* row;
   const float* temperature;
   const int64_t* top_k;
@@ -249,13 +248,12 @@ struct Arguments {
   int32_t* status;
 };
 
-template <class T>
-void sample_candidate(const T* logits, const Arguments& a, Candidate& candidate, int64_t n) {
+void sample_candidate(const Arguments& a, Candidate& candidate, int64_t n) {
   a.token[n] = -1;
   a.logprob[n] = a.sampling_logprob[n] = a.entropy[n] = 0.0f;
   a.status[n] = 0;
   if (a.row[n] < 0) return;
-  if (!candidate.load(logits + a.row[n] * a.row_stride, a.row[n], a.vocabulary)) {
+  if (!candidate.load(a.dtype, a.logits + a.row[n] * a.row_bytes, a.row[n], a.vocabulary)) {
     a.status[n] = 1;
     return;
   }
@@ -271,22 +269,13 @@ void sample_candidate(const T* logits, const Arguments& a, Candidate& candidate,
   a.entropy[n] = static_cast<float>(candidate.entropy());
 }
 
-template <class T>
-void sample_all(const T* logits, const Arguments& arguments, int64_t num_candidates) {
-  torch::stable::parallel_for(0, num_candidates, 1, [&](int64_t begin, int64_t end) {
-    thread_local Candidate candidate;
-    candidate.forget();
-    for (int64_t n = begin; n < end; ++n) sample_candidate(logits, arguments, candidate, n);
-  });
-}
-
 // A few bytes per token: not worth a thread, and here a bad automaton may still raise.
 void advance_tags(const Tensor& table, const Tensor& ends, const Tensor& token_bytes, const Tensor& token_offsets,
                   const Tensor& token, const Tensor& tag_state, const Tensor& tag, const Tensor& overhang) {
   const int64_t num_states = table.size(0);
   const StageTags tags{table.const_data_ptr<int32_t>(), ends.const_data_ptr<int32_t>(),
                        token_bytes.const_data_ptr<uint8_t>(), token_offsets.const_data_ptr<int64_t>(),
-                       token_offsets.size(0) - 1};
+                       token_offsets.size(0) - 1, num_states, token_bytes.size(0)};
   const auto [lowest, highest] = std::minmax_element(tags.table, tags.table + table.numel());
   STD_TORCH_CHECK(*lowest >= 0 && *highest < num_states, "tag_table must hold states in [0, ", num_states, ")");
   int32_t* state = tag_state.mutable_data_ptr<int32_t>();
@@ -350,7 +339,9 @@ void sample(const Tensor& logits, const Tensor& row, const Tensor& temperature, 
   CHECK_VECTOR(tag, n, Int);
   CHECK_VECTOR(overhang, n, Int);
   CHECK_VECTOR(status, n, Int);
-  const Arguments arguments{vocabulary, logits.stride(0), row.const_data_ptr<int64_t>(),
+  const Dtype dtype = dtype_of(logits, "logits");
+  const Arguments arguments{dtype, static_cast<const char*>(logits.const_data_ptr()), vocabulary,
+                            logits.stride(0) * size_of(dtype), row.const_data_ptr<int64_t>(),
                             temperature.const_data_ptr<float>(), top_k.const_data_ptr<int64_t>(),
                             top_p.const_data_ptr<float>(), min_p.const_data_ptr<float>(),
                             seed.const_data_ptr<int64_t>(), position.const_data_ptr<int64_t>(),
@@ -360,12 +351,11 @@ void sample(const Tensor& logits, const Tensor& row, const Tensor& temperature, 
   for (int64_t i = 0; i < n; ++i)
     STD_TORCH_CHECK(arguments.row[i] < num_rows, "row must be below R=", num_rows, ", got ", arguments.row[i]);
 
-  switch (logits.scalar_type()) {
-    case ScalarType::Float: sample_all(logits.const_data_ptr<float>(), arguments, n); break;
-    case ScalarType::BFloat16: sample_all(logits.const_data_ptr<BFloat16>(), arguments, n); break;
-    case ScalarType::Half: sample_all(logits.const_data_ptr<Half>(), arguments, n); break;
-    default: STD_TORCH_CHECK(false, "logits must be float32, bfloat16 or float16");
-  }
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    thread_local Candidate candidate;
+    candidate.forget();
+    for (int64_t i = begin; i < end; ++i) sample_candidate(arguments, candidate, i);
+  });
 
   if (tag_table) {
     STD_TORCH_CHECK(tag_ends && token_bytes && token_offsets, "a tag automaton must come with all of its tensors");

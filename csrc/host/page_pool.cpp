@@ -1,5 +1,7 @@
 #include "host/page_pool.h"
 
+#include "cpu/isa.h"
+
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -210,10 +212,26 @@ std::string repr(const PagePool& pool) {
          ", num_free=" + std::to_string(pool.num_free()) + ")";
 }
 
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const llava_cot::Loops* loops : llava_cot::available_loops()) names.emplace_back(loops->name);
+  return names;
+}
+
+void set_isa(const std::string& name) {
+  if (llava_cot::use_loops(name)) return;
+  std::string available;
+  for (const std::string& isa : available_isas()) available += (available.empty() ? "" : ", ") + isa;
+  throw std::invalid_argument("isa must be one that this CPU has (" + available + "), got " + name);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.attr("TARGET_ABI") = static_cast<uint64_t>(TORCH_TARGET_VERSION);
+  m.def("isa", [] { return llava_cot::loops().name; }, "The instruction set whose loops the CPU ops run.");
+  m.def("available_isas", &available_isas, "The instruction sets to choose from on this CPU, best first.");
+  m.def("set_isa", &set_isa, py::arg("isa"), "Makes the CPU ops run the loops of another instruction set, for tests.");
   py::register_exception<llava_cot::OutOfPages>(m, "OutOfPages", PyExc_RuntimeError).doc() =
       "An append needs more pages than are free; it has changed nothing.";
   py::register_exception_translator([](std::exception_ptr error) {

@@ -1,0 +1,134 @@
+// The vectorised loops of every stem, compiled once for each instruction set, and the choice among them.
+//
+//   vec.h           a vector of 16 floats, as the vectors of one instruction set
+//   <stem>_loops.h  the loops, on such vectors
+//   isa/<name>.cpp  includes them all for one instruction set and fills a table with them
+//
+// All three tables split work into the same 16 lanes and never let the compiler fuse a multiply-add on its own
+// (-ffp-contract=off); where none is written, as in sampling, they give the same bits.
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+namespace llava_cot {
+
+constexpr int LANES = 16;
+
+enum class Dtype { FLOAT32, BFLOAT16, FLOAT16 };
+
+// ---- sampling ----
+
+constexpr int64_t BLOCK = 256;  // tokens: float32 sums and integer masses are kept for so many at a time
+constexpr int BIN_BITS = 10;
+constexpr int NUM_BINS = 1 << BIN_BITS;
+constexpr int BIN_COPY_BITS = 2;  // neighbours count into different copies, or equal ones would wait for each other
+constexpr int BIN_COPIES = 1 << BIN_COPY_BITS;
+
+struct RowSums {
+  double partition;  // sum of exp(d)
+  double weighted;   // sum of exp(d) d
+};
+
+// x = (logit - largest) / temperature, weight = exp(x); x is padded with -inf, weight with 0, to a multiple of LANES.
+struct Tokens {
+  const float *x, *weight;
+  int64_t count;
+};
+
+// A key is an x <= 0 without its sign, as an integer: it ascends as x descends. Key k belongs to bin
+// (k - base) >> shift, or to the nearest one that exists.
+struct Bins {
+  int32_t base, shift;
+};
+
+// What the filters keep: keys up to `limit` whose weight is at least `min_p`.
+struct Kept {
+  int32_t limit;
+  float min_p;
+};
+
+struct Compacted {
+  Tokens tokens;
+  int32_t smallest, largest;  // key
+};
+
+// ---- log-probs ----
+
+// Of some logits scale * x: the largest x and, with d = scale * (x - max), the sums of exp(d) and of exp(d) * d, which
+// the entropy needs. The largest has d = 0 exactly. A NaN makes the sums NaN, never the maximum; all -inf: sums of 0.
+struct Piece {
+  float max, sum, weighted;
+};
+
+// Of one row: what its logits' gradient is made of.
+struct RowGradient {
+  float scale, lse, entropy, grad_logprob, grad_entropy;
+};
+
+// ---- attention ----
+
+constexpr int KEY_BLOCK = 64;
+constexpr int UNROLL = 8;  // keys or dimensions that are summed side by side: what hides a multiply-add's latency
+constexpr int MAX_SLABS = 4;
+
+struct alignas(64) Lanes {
+  float of[LANES];
+};
+
+constexpr int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
+
+struct KeyBlock {
+  Dtype dtype;
+  int64_t head_dim;
+  int64_t first, count;           // keys [first, first + count) of the sequence
+  const char* keys[KEY_BLOCK];    // [head_dim] each
+  const char* values[KEY_BLOCK];  // [head_dim] each
+  float* scratch;                 // [scratch_size(head_dim)]
+
+  static int64_t row_stride(int64_t head_dim) { return round_up(head_dim, UNROLL) + LANES; }
+  static int64_t scratch_size(int64_t head_dim) { return KEY_BLOCK * row_stride(head_dim); }
+};
+
+// 16 query rows and their softmax so far. A lane without a row sees no key.
+struct Slab {
+  Lanes* query;     // [head_dim], times softmax_scale
+  Lanes* weighted;  // [head_dim rounded up to UNROLL], sum of exp(score - max) * value
+  Lanes max, sum;
+  int64_t limit[LANES];  // the row sees the keys [0, limit)
+};
+
+// ---- the table ----
+
+struct Loops {
+  const char* name;
+
+  void (*widen)(Dtype dtype, const void* source, int64_t n, float* target);
+
+  // sampling
+  float (*largest)(Dtype dtype, const void* logits, int64_t n);  // NaN if there is any
+  int64_t (*find)(Dtype dtype, const void* logits, int64_t n, float logit);
+  RowSums (*row_sums)(Dtype dtype, const void* logits, int64_t n, float largest);
+  uint64_t (*shape)(Dtype dtype, const void* logits, int64_t n, float largest, float temperature, float* x,
+                    float* weight, uint64_t* block_masses);
+  uint64_t (*keep)(Tokens tokens, Kept kept, uint64_t* block_masses);
+  void (*masses)(Tokens tokens, Kept kept, uint64_t* masses);
+  void (*histogram)(Tokens tokens, int32_t limit, bool by_mass, Bins bins, uint64_t* histogram);
+  Compacted (*compact)(Tokens tokens, int32_t first, int32_t last, float* x, float* weight);
+
+  // log-probs
+  Piece (*reduce_piece)(const float* x, int64_t n, float scale);
+  void (*logits_to_gradient)(float* x, int64_t n, RowGradient row);
+
+  // attention
+  void (*attend_block)(const KeyBlock& block, Slab* const* slabs, int64_t num_slabs);
+};
+
+extern const Loops AVX512_LOOPS, AVX2_LOOPS, BASELINE_LOOPS;  // the first two on x86-64 alone
+
+std::vector<const Loops*> available_loops();  // on this CPU, best first
+const Loops& loops();                         // the best, until use_loops chooses another
+bool use_loops(std::string_view name);        // false if this CPU has none of that name
+
+}  // namespace llava_cot

@@ -1,0 +1,48 @@
+// The running softmax of a piece of the vocabulary, and the gradient of logits.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace llava_cot {
+namespace {
+
+ALWAYS_INLINE Vec load_floats(const float* x, int64_t i, int64_t n, float fill) {
+  return load<Dtype::FLOAT32>(x, i, n, fill);
+}
+
+Piece reduce_piece(const float* x, int64_t n, float scale) {
+  Vec even = -INF, odd = -INF;
+  for (int64_t i = 0; i < n; i += 2 * LANES) {
+    even = max(even, load_floats(x, i, n, -INF));
+    if (i + LANES < n) odd = max(odd, load_floats(x, i + LANES, n, -INF));
+  }
+  const float largest = max_of(max(even, odd));
+  const Vec shift = largest == -INF ? 0.0f : largest;
+  Vec sum = 0.0f, weighted = 0.0f;
+  for (int64_t i = 0; i < n; i += LANES) {
+    const Vec d = (load_floats(x, i, n, -INF) - shift) * scale;
+    const Vec e = exp_nonpositive<true>(d);
+    sum = sum + e;
+    weighted = multiply_add(e, max(d, -88.0f), weighted);  // 0 * -88 for a masked token, where 0 * -inf would be NaN
+  }
+  return {largest, sum_of(sum), sum_of(weighted)};
+}
+
+// Of a row's x, for logits z = scale * x: d logprob / dz = onehot - p and d entropy / dz = -p (log p + H), without the
+// onehot, which touches one token only.
+void logits_to_gradient(float* x, int64_t n, RowGradient row) {
+  const auto gradient = [=](Vec v) __attribute__((always_inline)) {
+    const Vec logp = multiply_add(v, row.scale, -row.lse);
+    const Vec bounded = max(logp, -88.0f) + row.entropy;  // p is 0 there: 0 * -88, not 0 * -inf
+    return exp_nonpositive<true>(logp) * -row.scale * multiply_add(bounded, row.grad_entropy, row.grad_logprob);
+  };
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) store(gradient(load(x + i)), x + i);
+  if (i == n) return;
+  float rest[LANES];
+  store(gradient(load_floats(x, i, n, 0.0f)), rest);
+  __builtin_memcpy(x + i, rest, (n - i) * sizeof(float));
+}
+
+}  // namespace
+}  // namespace llava_cot
