@@ -5,8 +5,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from llava_cot_kernels.backend import choose
-from llava_cot_kernels.checks import FLOATS, Sizes, check_contiguous, check_last_dim_contiguous, check_range
+from llava_cot_kernels.backend import OPS, choose
+from llava_cot_kernels.checks import FLOATS, Sizes, can_read, check_contiguous, check_last_dim_contiguous, check_range
 from llava_cot_kernels.reference import attention as reference
 
 
@@ -44,7 +44,7 @@ def paged_attention(
         prefix_lens: int32 ``[G]``, the leading tokens that the members of a group share. Both are hints that change
             the speed, never the result: only pages that the table shows to be the same are read together.
         return_lse: also return the logsumexp of the scaled scores.
-        backend: ``"auto"``, ``"native"`` or ``"reference"``.
+        backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``.
 
     Returns:
         ``[T, Hq, D]`` of the query's dtype and, if asked, ``lse`` float32 ``[T, Hq]`` (natural log). A query without
@@ -87,9 +87,10 @@ def paged_attention(
         check_contiguous("prefix_group", prefix_group)
         check_contiguous("prefix_lens", prefix_lens)
         check_range("prefix_group", prefix_group, -1, sizes["G"] - 1)
-    if choose("paged_attention", query.device, backend) == "native":
+    chosen = choose("paged_attention", query.device.type, backend)
+    if chosen in OPS:
         out, lse = _empty_results(query)
-        torch.ops.llava_cot_kernels.paged_attention(
+        OPS[chosen].paged_attention(
             query, key_cache, value_cache, page_table, seq_lens, cu_seqlens_q, prefix_group, prefix_lens,
             softmax_scale, out, lse,
         )  # fmt: skip
@@ -125,7 +126,7 @@ def shared_attention(
         cu_seqlens_k: int32 or int64 ``[G + 1]``, where each image's keys start; a group may have no rows.
         softmax_scale: usually ``D ** -0.5``.
         return_lse: also return the logsumexp of the scaled scores.
-        backend: ``"auto"``, ``"native"`` or ``"reference"``.
+        backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``.
 
     Returns:
         ``[N, Hq, D]`` of the query's dtype and, if asked, ``lse`` float32 ``[N, Hq]`` (natural log). An idle row and
@@ -151,11 +152,10 @@ def shared_attention(
         raise ValueError("cu_seqlens_k must have G + 1 >= 1 entries, got 0")
     _check_offsets("cu_seqlens_k", cu_seqlens_k, sizes["S"], whole=False)
     check_range("group", group, -1, cu_seqlens_k.numel() - 2)
-    if choose("shared_attention", query.device, backend) == "native":
+    chosen = choose("shared_attention", query.device.type, backend)
+    if chosen in OPS:
         out, lse = _empty_results(query)
-        torch.ops.llava_cot_kernels.shared_attention(
-            query, key, value, group, cu_seqlens_k.long(), softmax_scale, out, lse
-        )
+        OPS[chosen].shared_attention(query, key, value, group, cu_seqlens_k.long(), softmax_scale, out, lse)
     else:
         out, lse = reference.shared_attention(query, key, value, group, cu_seqlens_k, softmax_scale)
     return (out, lse) if return_lse else out
@@ -172,8 +172,8 @@ def _check_heads(query_heads: int, kv_heads: int) -> None:
 
 
 def _check_offsets(name: str, offsets: Tensor, end: int, *, whole: bool) -> None:
-    """Non-decreasing within ``[0, end]``, and from 0 to ``end`` if ``whole``; only on CPU, as ``check_range``."""
-    if offsets.device.type != "cpu":
+    """Non-decreasing within ``[0, end]``, and from 0 to ``end`` if ``whole``, where the values can be read."""
+    if not can_read(offsets):
         return
     got = offsets.tolist()
     if any(begin > stop for begin, stop in pairwise(got)):

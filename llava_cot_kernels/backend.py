@@ -1,24 +1,48 @@
 """Which back end runs an op: the compiled one, Triton's, or the reference."""
 
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
+
+OPS = {"native": torch.ops.llava_cot_kernels, "triton": torch.ops.llava_cot_kernels_triton}
+"""The namespaces whose ops fill outputs: same names, same arguments."""
+
+_TRITON_MODULES: dict[str, str] = {  # op: module of llava_cot_kernels.triton that registers it
+    "paged_attention": "attention",
+    "shared_attention": "attention",
+    "linear_logprobs": "logprob",
+}
 
 
 @cache
 def available(op: str, device_type: str) -> tuple[str, ...]:
-    """The back ends that can run ``op`` on tensors of ``device_type`` here, the fastest first."""
+    """The back ends that can run ``op`` on tensors of ``device_type`` here, the fastest first.
+
+    Triton runs on CUDA, and on the CPU when its interpreter is on (TRITON_INTERPRET=1).
+    """
     found = []
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"llava_cot_kernels::{op}", device_type.upper()):
         found.append("native")
+    if op in _TRITON_MODULES and find_spec("triton") and (device_type == "cuda" or _triton_interprets()):
+        import_module(f"llava_cot_kernels.triton.{_TRITON_MODULES[op]}")
+        found.append("triton")
     return (*found, "reference")
 
 
-def choose(op: str, device: torch.device, backend: str) -> str:
+@torch.compiler.assume_constant_result
+def choose(op: str, device_type: str, backend: str) -> str:
     """The back end for ``op``: ``"auto"`` is the fastest, an explicit choice that can't run raises ``ValueError``."""
-    candidates = available(op, device.type)
+    candidates = available(op, device_type)
     if backend == "auto":
         return candidates[0]
     if backend not in candidates:
-        raise ValueError(f"backend of {op} on {device.type} must be one of {('auto', *candidates)}, got {backend!r}")
+        raise ValueError(f"backend of {op} on {device_type} must be one of {('auto', *candidates)}, got {backend!r}")
     return backend
+
+
+def _triton_interprets() -> bool:
+    import triton
+
+    return triton.knobs.runtime.interpret

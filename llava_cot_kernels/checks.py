@@ -59,9 +59,14 @@ def check_contiguous(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name} must be contiguous, got shape {list(tensor.shape)} with strides {tensor.stride()}")
 
 
+def can_read(tensor: torch.Tensor) -> bool:
+    """Whether looking at values is free: not on a device, which it would wait for, nor in a graph being compiled."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def check_range(name: str, tensor: torch.Tensor, low: int, high: int) -> None:
-    """All values in ``[low, high]``; only on CPU, since elsewhere reading them would wait for the device."""
-    if tensor.device.type != "cpu" or not tensor.numel():
+    """All values in ``[low, high]``, where they can be read."""
+    if not can_read(tensor) or not tensor.numel():
         return
     smallest, largest = (int(bound) for bound in torch.aminmax(tensor))
     if smallest < low or largest > high:

@@ -5,12 +5,10 @@ import math
 import torch
 from torch.autograd.function import once_differentiable
 
-from llava_cot_kernels.backend import choose
-from llava_cot_kernels.checks import FLOATS, Sizes
+from llava_cot_kernels.backend import OPS, choose
+from llava_cot_kernels.checks import FLOATS, Sizes, can_read
 from llava_cot_kernels.reference import logprob as reference
 from llava_cot_kernels.reference.logprob import IGNORE_INDEX
-
-_ops = torch.ops.llava_cot_kernels
 
 
 def token_logprobs(logits: torch.Tensor, targets: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
@@ -37,7 +35,7 @@ def token_logprobs(logits: torch.Tensor, targets: torch.Tensor, *, backend: str 
     sizes.check("logits", logits, "T V", FLOATS)
     sizes.check("targets", targets, "T", torch.int64, logits.device)
     _check_targets(targets, sizes["V"])
-    if choose("token_logprobs", logits.device, backend) == "reference":
+    if choose("token_logprobs", logits.device.type, backend) == "reference":
         return reference.token_logprobs(logits, targets)
     return _TokenLogprobs.apply(_unit_stride(logits), targets.contiguous())
 
@@ -56,16 +54,17 @@ def linear_logprobs(
     ``logits = hidden @ weight.T / temperature``; ``logprobs[t] = logits[t, targets[t]] - logsumexp(logits[t])``;
     ``entropy[t] = -sum_v p[t, v] log p[t, v]``. [T, V] never exists: a running maximum, sum and entropy are carried
     over vocabulary tiles, whose logits the backward computes again from the saved logsumexp. Products and sums are
-    float32 in every dtype, in a fixed order: with the same number of threads, equal inputs give equal bits.
+    float32 in every dtype, in a fixed order: with the same number of threads, equal inputs give equal bits. Triton's
+    backward rounds the logits' gradient to the inputs' dtype, as plain PyTorch does: tensor cores take no other.
 
     Args:
         hidden: [T, H], float32, bfloat16 or float16.
         weight: [V, H], dtype of ``hidden``.
         targets: int64 [T], token ids in [0, V), or -100 for a row to leave out: it costs nothing and gives 0 and no
-            gradient.
+            gradient. On a GPU nobody looks: what is neither gives NaN.
         temperature: divides the logits; finite, > 0.
         entropy: also return the entropy of the whole distribution.
-        backend: ``"auto"``, ``"native"`` or ``"reference"``.
+        backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``.
 
     Returns:
         logprobs: float32 [T], in nats; with ``entropy=True`` the pair (logprobs, entropy), both float32 [T].
@@ -84,10 +83,11 @@ def linear_logprobs(
         raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be finite and > 0, got {temperature}")
-    if choose("linear_logprobs", hidden.device, backend) == "reference":
+    chosen = choose("linear_logprobs", hidden.device.type, backend)
+    if chosen == "reference":
         return reference.linear_logprobs(hidden, weight, targets, temperature=temperature, entropy=entropy)
     logprobs, entropies = _LinearLogprobs.apply(
-        _unit_stride(hidden), _unit_stride(weight), targets.contiguous(), float(temperature)
+        _unit_stride(hidden), _unit_stride(weight), targets.contiguous(), float(temperature), chosen
     )
     return (logprobs, entropies) if entropy else logprobs
 
@@ -96,7 +96,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logprobs = torch.empty_like(targets, dtype=torch.float32)
-        _ops.token_logprobs(logits, targets, logprobs)
+        OPS["native"].token_logprobs(logits, targets, logprobs)
         ctx.save_for_backward(logits, targets)
         return logprobs
 
@@ -104,22 +104,21 @@ class _TokenLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_logprobs: torch.Tensor) -> tuple[torch.Tensor, None]:
         logits, targets = ctx.saved_tensors
-        kept = (targets != IGNORE_INDEX).nonzero().squeeze(1)
-        grad = grad_logprobs[kept, None]
-        grad_kept = torch.softmax(logits[kept], dim=-1, dtype=torch.float32).mul_(-grad)
-        grad_kept.scatter_add_(1, targets[kept, None], grad)
-        return torch.zeros_like(logits).index_copy_(0, kept, grad_kept.to(logits.dtype)), None
+        grad, target = grad_logprobs[:, None], targets.clamp(0, logits.shape[1] - 1)[:, None]
+        grad_logits = torch.softmax(logits, dim=-1, dtype=torch.float32).mul_(-grad).scatter_add_(1, target, grad)
+        grad_logits.masked_fill_(targets[:, None] == IGNORE_INDEX, 0)
+        return grad_logits.to(logits.dtype), None
 
 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float
+        ctx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float, backend: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logprobs, lse, entropy = (torch.empty_like(targets, dtype=torch.float32) for _ in range(3))
-        _ops.linear_logprobs(hidden, weight, targets, temperature, logprobs, lse, entropy)
+        OPS[backend].linear_logprobs(hidden, weight, targets, temperature, logprobs, lse, entropy)
         ctx.save_for_backward(hidden, weight, targets, lse, entropy)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.backend = temperature, backend
         return logprobs, entropy
 
     @staticmethod
@@ -130,7 +129,7 @@ class _LinearLogprobs(torch.autograd.Function):
             torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed else None
             for tensor, needed in zip((hidden, weight), ctx.needs_input_grad)
         )
-        _ops.linear_logprobs_backward(
+        OPS[ctx.backend].linear_logprobs_backward(
             grad_logprobs.contiguous(),
             grad_entropy.contiguous(),
             hidden,
@@ -142,7 +141,7 @@ class _LinearLogprobs(torch.autograd.Function):
             grad_hidden,
             grad_weight,
         )
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 def _unit_stride(matrix: torch.Tensor) -> torch.Tensor:
@@ -151,6 +150,8 @@ def _unit_stride(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _check_targets(targets: torch.Tensor, vocab_size: int) -> None:
+    if not can_read(targets):
+        return
     bad = (targets != IGNORE_INDEX) & ((targets < 0) | (targets >= vocab_size))
     if bad.any():
         position = int(bad.nonzero()[0])

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from llava_cot_kernels.backend import choose
+from llava_cot_kernels.backend import OPS, choose
 from llava_cot_kernels.checks import FLOATS, Sizes, check_contiguous, check_last_dim_contiguous, check_range
 from llava_cot_kernels.reference import paged_kv as reference
 
@@ -48,8 +48,8 @@ def store_kv(
     for name, tensor in (("key_cache", key_cache), ("value_cache", value_cache), ("slot_mapping", slot_mapping)):
         check_contiguous(name, tensor)
     check_range("slot_mapping", slot_mapping, -1, sizes["num_pages"] * sizes["page_size"] - 1)
-    if choose("store_kv", key.device, backend) == "native":
-        torch.ops.llava_cot_kernels.store_kv(key, value, key_cache, value_cache, slot_mapping)
+    if choose("store_kv", key.device.type, backend) == "native":
+        OPS["native"].store_kv(key, value, key_cache, value_cache, slot_mapping)
     else:
         reference.store_kv(key, value, key_cache, value_cache, slot_mapping)
 
@@ -77,8 +77,8 @@ def copy_pages(kv_cache: Tensor, copies: Tensor, *, backend: str = "auto") -> No
     if sizes["m"] == 0:
         return
     copies = copies.to(kv_cache.device, non_blocking=True).contiguous()
-    if choose("copy_pages", kv_cache.device, backend) == "native":
-        torch.ops.llava_cot_kernels.copy_pages(kv_cache, copies)
+    if choose("copy_pages", kv_cache.device.type, backend) == "native":
+        OPS["native"].copy_pages(kv_cache, copies)
     else:
         reference.copy_pages(kv_cache, copies)
 

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from llava_cot_kernels import backend as backends
-from llava_cot_kernels.checks import FLOATS, Sizes
+from llava_cot_kernels.backend import OPS, choose
+from llava_cot_kernels.checks import FLOATS, Sizes, can_read
 from llava_cot_kernels.reference import sampling as reference
 from llava_cot_kernels.reference import stage_tags as reference_stage_tags
 from llava_cot_kernels.stage_tags import StageTags
@@ -96,8 +96,8 @@ def sample(
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value, or, on CPU, a row holds NaN or
-            +inf or only -inf. On CUDA nothing waits for the device: values are not looked at, and a bad row gives
-            token -1 and status 1.
+            +inf or only -inf. On CUDA, and inside torch.compile, nothing waits for values: a bad row gives token -1 and
+            status 1.
 
     Source: Philox, Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
     """
@@ -111,7 +111,7 @@ def sample(
     parameters = [_per_candidate(name, value, sizes, logits.device) for name, value in given.items()]
     state = _initial_state(tag_state, tags, sizes, logits.device)
 
-    if backends.choose("sample", logits.device, backend) == "native":
+    if choose("sample", logits.device.type, backend) == "native":
         output = _native(logits, row, parameters, tags, state)
     else:
         may_rank = isinstance(top_k, torch.Tensor) or isinstance(top_p, torch.Tensor) or top_k > 0 or top_p < 1
@@ -121,7 +121,7 @@ def sample(
         else:
             walked = reference_stage_tags.advance(tags, state, token)
         output = SampleOutput(token, logprob, entropy, sampling_logprob, *walked, status)
-    if logits.device.type == "cpu":
+    if can_read(logits):
         _raise_on_bad_row(output.status, row)
     return output
 
@@ -130,7 +130,7 @@ def _candidate_rows(row: torch.Tensor | None, logits: torch.Tensor, sizes: Sizes
     if row is None:
         row = torch.arange(sizes["R"], device=logits.device)
     sizes.check("row", row, "N", torch.int64, logits.device)
-    if row.device.type == "cpu":
+    if can_read(row):
         outside = row[(row < -1) | (row >= sizes["R"])]
         if len(outside):
             raise ValueError(f"row must be -1 or in [0, R={sizes['R']}), got {outside[0].item()}")
@@ -142,7 +142,7 @@ def _per_candidate(name: str, value: float | torch.Tensor, sizes: Sizes, device:
     dtype, accepted, expected, is_valid = _PARAMETERS[name]
     if isinstance(value, torch.Tensor):
         sizes.check(name, value, "N", accepted, device)
-        if device.type == "cpu":
+        if can_read(value):
             bad = value[~is_valid(value)]
             if len(bad):
                 raise ValueError(f"{name} must be {expected}, got {bad[0].item()}")
@@ -168,7 +168,7 @@ def _initial_state(
     if tag_state is None or isinstance(tag_state, int):
         tag_state = torch.full((sizes["N"],), tag_state or tags.start_state, dtype=torch.int32, device=device)
     sizes.check("tag_state", tag_state, "N", torch.int32, device)
-    if device.type == "cpu":
+    if can_read(tag_state):
         outside = tag_state[(tag_state < 0) | (tag_state >= tags.num_states)]
         if len(outside):
             raise ValueError(f"tag_state must be in [0, num_states={tags.num_states}), got {outside[0].item()}")
@@ -192,7 +192,7 @@ def _native(
     tag, overhang, status = (torch.empty(len(row), dtype=torch.int32, device=row.device) for _ in range(3))
     scores = (logprob, sampling_logprob, entropy)
     inputs = [tensor.contiguous() for tensor in (row, *parameters)]
-    torch.ops.llava_cot_kernels.sample(logits, *inputs, *automaton, token, *scores, tag_state, tag, overhang, status)
+    OPS["native"].sample(logits, *inputs, *automaton, token, *scores, tag_state, tag, overhang, status)
     return SampleOutput(token, logprob, entropy, sampling_logprob, tag_state, tag, overhang, status)
 
 

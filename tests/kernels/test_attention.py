@@ -3,113 +3,14 @@
 Tolerance: at most twice the error that PyTorch's attention makes in the same dtype, plus an eps-sized floor.
 """
 
-from dataclasses import dataclass
-
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from helpers.attention import Problem, assert_close, check, dense, device_of, int32, random_images, run_shared
 
 from llava_cot_kernels.attention import paged_attention, shared_attention
 from llava_cot_kernels.checks import FLOATS
 
-BACKENDS = ["native", "reference"]
-
-
-@dataclass
-class Problem:
-    """Sequences in randomly placed pages; every slot that no sequence uses holds NaN."""
-
-    query: torch.Tensor
-    key_cache: torch.Tensor
-    value_cache: torch.Tensor
-    page_table: torch.Tensor
-    seq_lens: torch.Tensor
-    cu_seqlens_q: torch.Tensor
-    softmax_scale: float
-
-    @classmethod
-    def random(cls, lens, counts, *, prefix=0, page_size=16, heads=(4, 2), head_dim=32, dtype=torch.float32):
-        """Sequences of ``lens`` keys and ``counts`` queries; the pages of the first ``prefix`` tokens are shared."""
-        width = max(1, *(-(-length // page_size) for length in lens))
-        shared_pages = prefix // page_size
-        num_pages = shared_pages + len(lens) * width + 3
-        order = torch.randperm(num_pages).int()
-        page_table = torch.zeros(len(lens), width, dtype=torch.int32)
-        caches = torch.full((2, num_pages * page_size, heads[1], head_dim), torch.nan, dtype=dtype)
-        for sequence, length in enumerate(lens):
-            used = -(-length // page_size)
-            first_own = shared_pages + sequence * width
-            row = torch.cat([order[:shared_pages], order[first_own : first_own + width]])[:used]
-            page_table[sequence, :used] = row
-            slots = (row.long()[:, None] * page_size + torch.arange(page_size)).flatten()[:length]
-            fresh = caches[:, slots].isnan()
-            caches[:, slots] = torch.where(
-                fresh, torch.randn(2, length, heads[1], head_dim).to(dtype), caches[:, slots]
-            )
-        starts = torch.tensor([0, *counts]).cumsum(0).int()
-        packed = torch.randn(sum(counts), 2 * heads[0], head_dim).to(dtype)
-        key_cache, value_cache = caches.view(2, num_pages, page_size, heads[1], head_dim)
-        lens = torch.tensor(lens, dtype=torch.int32)
-        return cls(packed[:, : heads[0]], key_cache, value_cache, page_table, lens, starts, head_dim**-0.5)
-
-    def run(self, backend="native", **hints):
-        return paged_attention(
-            self.query, self.key_cache, self.value_cache, self.page_table, self.seq_lens,
-            softmax_scale=self.softmax_scale, cu_seqlens_q=self.cu_seqlens_q, return_lse=True, backend=backend, **hints,
-        )  # fmt: skip
-
-    def dense(self, dtype):
-        """PyTorch's attention, a query at a time."""
-        out = torch.zeros(self.query.shape, dtype=dtype)
-        lse = torch.full(self.query.shape[:2], -torch.inf, dtype=dtype)
-        page_size = self.key_cache.shape[1]
-        starts = self.cu_seqlens_q.tolist()
-        for sequence, length in enumerate(self.seq_lens.tolist()):
-            slots = self.page_table[sequence].long()[:, None] * page_size + torch.arange(page_size)
-            slots = slots.flatten()[:length]
-            key, value = self.key_cache.flatten(0, 1)[slots], self.value_cache.flatten(0, 1)[slots]
-            for token in range(starts[sequence], starts[sequence + 1]):
-                seen = length - (starts[sequence + 1] - 1 - token)
-                if seen > 0:
-                    out[token], lse[token] = dense(
-                        self.query[token].to(dtype), key[:seen].to(dtype), value[:seen].to(dtype), self.softmax_scale
-                    )
-        return out, lse
-
-
-def dense(query, key, value, scale):
-    """``[Hq, D]`` against ``[s, Hkv, D]``."""
-    key, value = (x.transpose(0, 1).repeat_interleave(query.shape[0] // key.shape[1], 0) for x in (key, value))
-    out = scaled_dot_product_attention(query[:, None], key, value, scale=scale)[:, 0]
-    return out, (query[:, None] @ key.mT * scale)[:, 0].logsumexp(-1)
-
-
-def assert_close(got, plain, exact, score_size=1.0):
-    """``plain`` is PyTorch's result in the dtype of ``got``, ``exact`` the one in float64.
-
-    Rounding a score of size s shifts a weight by s * eps: where scores are far from 1, the floor must say so.
-    """
-    eps = torch.finfo(got.dtype).eps
-    idle = exact.isneginf()
-    assert torch.equal(got.isneginf(), idle)
-    if not got.numel():
-        return
-    got, plain, exact = (torch.where(idle, 0, x.double()) for x in (got, plain, exact))
-    error, plain_error = (got - exact).abs().max().item(), (plain - exact).abs().max().item()
-    allowed = 2 * plain_error + eps * score_size * exact.abs().max().item()
-    assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
-
-
-def check(problem, backend, score_size=1.0, **hints):
-    out, lse = problem.run(backend, **hints)
-    assert out.dtype == problem.query.dtype and lse.dtype == torch.float32
-    exact, exact_lse = problem.dense(torch.float64)
-    assert_close(out, problem.dense(out.dtype)[0], exact, score_size)
-    assert_close(lse, problem.dense(torch.float32)[1], exact_lse)
-
-
-def int32(*values):
-    return torch.tensor(values, dtype=torch.int32)
+BACKENDS = ["native", "reference", "triton"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -213,22 +114,11 @@ def test_extreme_scores(backend):
 def test_one_query_per_sequence_is_the_default(backend):
     torch.manual_seed(10)
     problem = Problem.random([5, 40, 17], [1, 1, 1])
-    wide = torch.cat([problem.page_table, problem.page_table], 1)[:, : problem.page_table.shape[1]]  # a strided table
-    out = paged_attention(
-        problem.query, problem.key_cache, problem.value_cache, wide, problem.seq_lens,
-        softmax_scale=problem.softmax_scale, backend=backend,
-    )  # fmt: skip
+    tensors = (problem.query, problem.key_cache, problem.value_cache, problem.page_table, problem.seq_lens)
+    *others, page_table, seq_lens = (tensor.to(device_of(backend)) for tensor in tensors)
+    wide = torch.cat([page_table, page_table], 1)[:, : page_table.shape[1]]  # a strided table
+    out = paged_attention(*others, wide, seq_lens, softmax_scale=problem.softmax_scale, backend=backend).cpu()
     assert torch.equal(out, problem.run(backend)[0])
-
-
-def random_images(lens, groups, *, heads=(4, 2), head_dim=32, dtype=torch.float32):
-    """Keys and values as slices of one bigger buffer; images without rows hold NaN."""
-    starts = torch.tensor([0, *lens]).cumsum(0)
-    buffer = torch.randn(int(starts[-1]) + 2, 3, heads[1] + 1, head_dim).to(dtype)
-    for image in set(range(len(lens))) - set(groups):
-        buffer[starts[image] : starts[image + 1]] = torch.nan
-    query = torch.randn(len(groups), heads[0], 2 * head_dim).to(dtype)[..., head_dim:]
-    return query, buffer[:, 0, 1:], buffer[:, 2, :-1], int32(*groups), starts
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -258,9 +148,7 @@ def test_shared_attention(backend, dtype, lens, groups, heads, head_dim):
                 out[row], lse[row] = dense(*(x.to(precision) for x in (query[row], key[keys], value[keys])), scale)
         results[precision] = out, lse
     for offsets in (starts, starts.int()):
-        out, lse = shared_attention(
-            query, key, value, group, offsets, softmax_scale=scale, return_lse=True, backend=backend
-        )
+        out, lse = run_shared(query, key, value, group, offsets, softmax_scale=scale, backend=backend)
         assert out.dtype == dtype and lse.dtype == torch.float32
         assert_close(out, results[dtype][0], results[torch.float64][0])
         assert_close(lse, results[torch.float32][1], results[torch.float64][1])
@@ -327,7 +215,7 @@ def test_ops_fill_poisoned_outputs_and_pass_opcheck():
         ({"cu_seqlens_q": int32(0, 2, 1, 3)}, ValueError, r"cu_seqlens_q must not decrease, got \[0, 2, 1, 3\]"),
         ({"prefix_group": int32(0, 0, 0)}, ValueError, "prefix_group and prefix_lens must be given together"),
         ({"prefix_group": int32(0, 0, 1), "prefix_lens": int32(4)}, ValueError, "prefix_group must be in .*, got 1"),
-        ({"backend": "triton"}, ValueError, "backend of paged_attention on cpu must be one of"),
+        ({"backend": "cutlass"}, ValueError, "backend of paged_attention on cpu must be one of"),
     ],
 )  # fmt: skip
 def test_paged_attention_errors(change, error, message):

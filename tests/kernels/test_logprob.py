@@ -5,13 +5,13 @@ import sys
 
 import pytest
 import torch
+from helpers.logprob import DTYPES, assert_as_exact_as_torch, draw, linear, plain_linear_logprobs, run
 
 from llava_cot_kernels import logprob
 from llava_cot_kernels.logprob import linear_logprobs, token_logprobs
 from llava_cot_kernels.reference import logprob as reference
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BACKENDS = ("native", "reference")
+LINEAR_BACKENDS = ("native", "triton", "reference")
 OPS = torch.ops.llava_cot_kernels
 
 
@@ -28,31 +28,10 @@ def threads():
     torch.set_num_threads(before)
 
 
-def draw(generator, T, V, H, dtype, ignored=0.2):
-    """Hidden states, weight and targets whose logits spread over some nats; about a fifth of the rows is ignored."""
-    hidden = torch.randn(T, H, generator=generator).to(dtype)
-    weight = (torch.randn(V, H, generator=generator) * 3 / max(H, 1) ** 0.5).to(dtype)
-    targets = torch.randint(V, (T,), generator=generator)
-    targets[torch.rand(T, generator=generator) < ignored] = -100
-    return hidden, weight, targets
-
-
-def assert_as_exact_as_torch(actual, plain, exact):
-    """At most twice the error plain PyTorch makes in the same dtype, plus a floor of a few float32 eps."""
-    assert actual.dtype == plain.dtype
-    assert actual.shape == exact.shape
-    if exact.numel() == 0:
-        return
-    floor = 4 * torch.finfo(torch.float32).eps * exact.abs().max().clamp(min=1)
-    error, budget = (actual - exact).abs().max(), (plain - exact).abs().max()
-    assert error <= 2 * budget + floor, f"error {error:.3g}, plain PyTorch's {budget:.3g}, floor {floor:.3g}"
-
-
 # ---- token_logprobs ----
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("T, V", [(1, 1), (1, 4095), (3, 4096), (7, 4097), (129, 61), (2, 128256), (0, 5), (5, 12289)])
 def test_token_logprobs_matches_float64(generator, backend, dtype, T, V):
     logits = (torch.randn(T, V, generator=generator) * 5).to(dtype)
@@ -76,7 +55,6 @@ def test_token_logprobs_of_every_half_value(dtype):
     torch.testing.assert_close(token_logprobs(logits, targets, backend="native"), expected, rtol=1e-6, atol=2e-7)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("V", [5, 9001])
 def test_masked_tokens_nan_and_ignored_rows(backend, V):
     logits = torch.randn(7, V)
@@ -149,91 +127,87 @@ def test_token_logprobs_gradient(generator, dtype):
 # ---- linear_logprobs ----
 
 # One tile; several row tiles (V big); several vocabulary tiles (H big); both, with odd remainders; edges.
-SHAPES = [(5, 37, 16), (1, 1, 1), (131, 32771, 63), (13, 301, 16411), (0, 7, 8), (4, 11, 0), (700, 4099, 521)]
-
-
-def run(function, hidden, weight, targets, temperature, grads):
-    """Log-probs, entropy and the gradients of a random combination of both."""
-    hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-    outputs = function(hidden, weight, targets, temperature=temperature, entropy=True)
-    gradients = torch.autograd.grad(outputs, (hidden, weight), [g.to(out.dtype) for g, out in zip(grads, outputs)])
-    return *(out.detach() for out in outputs), *gradients
+NATIVE_SHAPES = [(5, 37, 16), (1, 1, 1), (131, 32771, 63), (13, 301, 16411), (0, 7, 8), (4, 11, 0), (700, 4099, 521)]
+# Few rows and many; tiles that are full, or one short of or over it.
+TRITON_SHAPES = [(5, 37, 16), (1, 1, 1), (0, 7, 8), (4, 11, 0), (16, 64, 128), (17, 257, 63), (129, 255, 65)]
+SHAPES = [("native", *shape) for shape in NATIVE_SHAPES] + [("triton", *shape) for shape in TRITON_SHAPES]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("T, V, H", SHAPES)
-def test_linear_logprobs_and_gradients_match_float64(generator, dtype, T, V, H):
+@pytest.mark.parametrize("backend, T, V, H", SHAPES)
+def test_linear_logprobs_and_gradients_match_float64(generator, backend, T, V, H, dtype):
     hidden, weight, targets = draw(generator, T, V, H, dtype)
     grads = torch.randn(2, T, generator=generator)
     exact = run(reference.linear_logprobs, hidden.double(), weight.double(), targets, 0.7, grads)
     plain = run(reference.linear_logprobs, hidden, weight, targets, 0.7, grads)
-    actual = run(linear_logprobs, hidden, weight, targets, 0.7, grads)
+    if backend == "triton":  # it rounds the logits' gradient to the inputs' dtype, as plain products of them do
+        plain = plain[:2] + run(plain_linear_logprobs, hidden, weight, targets, 0.7, grads)[2:]
+    actual = run(linear(backend), hidden, weight, targets, 0.7, grads)
     for ours, theirs, truth in zip(actual, plain, exact):
         assert_as_exact_as_torch(ours, theirs, truth)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LINEAR_BACKENDS)
 def test_ignored_rows_give_zero_and_no_gradient(generator, backend):
     hidden, weight, targets = draw(generator, 9, 23, 8, torch.float32)
     targets[:] = torch.tensor([3, -100, 5, -100, -100, 0, 22, 1, -100])
     ignored = targets == -100
     hidden[ignored] = torch.nan  # never multiplied
     hidden.requires_grad_(), weight.requires_grad_()
-    logprobs, entropy = linear_logprobs(hidden, weight, targets, entropy=True, backend=backend)
+    logprobs, entropy = linear(backend)(hidden, weight, targets, entropy=True)
     (logprobs.sum() + entropy.sum()).backward()
     for values in (logprobs, entropy, hidden.grad):
         assert (values[ignored] == 0).all()
         assert values.isfinite().all()
     assert weight.grad.isfinite().all()
     kept = hidden.detach()[~ignored]
-    assert torch.equal(logprobs[~ignored], linear_logprobs(kept, weight, targets[~ignored], backend=backend))
+    assert torch.equal(logprobs[~ignored], linear(backend)(kept, weight, targets[~ignored]))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LINEAR_BACKENDS)
 def test_all_rows_ignored(generator, backend):
     hidden, weight, _ = draw(generator, 4, 23, 8, torch.bfloat16)
     hidden.requires_grad_(), weight.requires_grad_()
-    logprobs = linear_logprobs(hidden, weight, torch.full((4,), -100), backend=backend)
+    logprobs = linear(backend)(hidden, weight, torch.full((4,), -100))
     logprobs.sum().backward()
     assert logprobs.eq(0).all() and hidden.grad.eq(0).all() and weight.grad.eq(0).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LINEAR_BACKENDS)
 def test_extreme_logits(backend):
     """A token 200 nats below the others, an all but certain one, and a NaN."""
     hidden = torch.tensor([[1.0, 0.0], [0.0, 90.0], [torch.nan, 1.0]])
     weight = torch.tensor([[-200.0, 0.0], [0.0, 5.0], [0.0, -3.0]])
-    logprobs, entropy = linear_logprobs(hidden, weight, torch.tensor([0, 1, 1]), entropy=True, backend=backend)
+    logprobs, entropy = linear(backend)(hidden, weight, torch.tensor([0, 1, 1]), entropy=True)
     log2 = torch.tensor(2.0).log()
     torch.testing.assert_close(logprobs[:2], torch.stack([-200 - log2, torch.tensor(0.0)]))
     torch.testing.assert_close(entropy[:2], torch.stack([log2, torch.tensor(0.0)]))
     assert logprobs[2].isnan() and entropy[2].isnan()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", LINEAR_BACKENDS)
 def test_masked_token_through_the_weight(backend):
     """Logits of -inf: log-prob -inf, entropy and gradient of the others finite."""
     hidden = torch.ones(1, 1, requires_grad=True)
     weight = torch.tensor([[-torch.inf], [1.0], [2.0]])
-    logprobs, entropy = linear_logprobs(
-        hidden.expand(2, 1), weight, torch.tensor([0, 1]), entropy=True, backend=backend
-    )
+    logprobs, entropy = linear(backend)(hidden.expand(2, 1), weight, torch.tensor([0, 1]), entropy=True)
     two = torch.log_softmax(torch.tensor([1.0, 2.0]), 0)
     assert logprobs[0] == -torch.inf
     torch.testing.assert_close(logprobs[1], two[0])
     torch.testing.assert_close(entropy, -(two.exp() * two).sum().expand(2))
 
 
-def test_only_the_gradient_that_is_needed(generator):
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_only_the_gradient_that_is_needed(generator, backend):
     hidden, weight, targets = draw(generator, 31, 97, 24, torch.float32)
-    both = run(linear_logprobs, hidden, weight, targets, 1.0, torch.ones(2, 31))
+    both = run(linear(backend), hidden, weight, targets, 1.0, torch.ones(2, 31))
     for index, tensor in enumerate((hidden, weight)):
         tensor.requires_grad_()
-        outputs = linear_logprobs(hidden, weight, targets, entropy=True)
+        outputs = linear(backend)(hidden, weight, targets, entropy=True)
         (gradient,) = torch.autograd.grad(sum(out.sum() for out in outputs), tensor)
         assert torch.equal(gradient, both[2 + index])
         tensor.requires_grad_(False)
-    assert not linear_logprobs(hidden, weight, targets).requires_grad
+    assert not linear(backend)(hidden, weight, targets).requires_grad
 
 
 def test_two_runs_give_the_same_bits(generator, threads):
@@ -256,16 +230,17 @@ def test_two_threads_agree_with_one(generator, threads):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear_logprobs_reads_views(generator, dtype):
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_linear_logprobs_reads_views(generator, backend, dtype):
     hidden, weight, targets = draw(generator, 12, 41, 10, dtype)
     grads = torch.ones(2, 12)
-    expected = run(linear_logprobs, hidden, weight, targets, 1.0, grads)
+    expected = run(linear(backend), hidden, weight, targets, 1.0, grads)
     wide = torch.full((12, 2, 10), torch.nan, dtype=dtype)
     wide[:, 1] = hidden
     padded = torch.full((41, 13), torch.nan, dtype=dtype)
     padded[:, 2:12] = weight
     for h, w in ((wide[:, 1], padded[:, 2:12]), (hidden.T.contiguous().T, weight.T.contiguous().T)):
-        torch.testing.assert_close(run(linear_logprobs, h, w, targets, 1.0, grads), expected)
+        torch.testing.assert_close(run(linear(backend), h, w, targets, 1.0, grads), expected)
 
 
 def test_logits_are_never_all_in_memory():
@@ -303,17 +278,36 @@ def test_autocast_does_not_round_the_tiles(generator):
         assert torch.equal(linear_logprobs(hidden, weight, targets, backend="native"), expected)
 
 
-def test_compiled_equals_eager(generator):
+@pytest.mark.parametrize(
+    "backend, compiler", [("native", "inductor"), ("native", "aot_eager"), ("triton", "aot_eager")]
+)
+def test_a_compiled_training_step_is_one_graph_and_equals_eager(generator, backend, compiler):
     hidden, weight, targets = draw(generator, 8, 50, 16, torch.float32)
-    compiled = torch.compile(linear_logprobs, backend="aot_eager")
-    grads = torch.ones(2, 8)
-    torch.testing.assert_close(
-        run(compiled, hidden, weight, targets, 1.0, grads), run(linear_logprobs, hidden, weight, targets, 1.0, grads)
-    )
-    logits = hidden @ weight.T
-    assert torch.equal(
-        torch.compile(token_logprobs, backend="aot_eager")(logits, targets), token_logprobs(logits, targets)
-    )
+
+    def loss(hidden, weight):
+        logprobs, entropy = linear(backend)(torch.tanh(hidden), weight, targets, temperature=0.8, entropy=True)
+        return -(logprobs + 0.1 * entropy).sum() / (targets != -100).sum()
+
+    def step(function):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        value = function(*leaves)
+        value.backward()
+        return value.detach(), *(leaf.grad for leaf in leaves)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend=compiler)  # fullgraph: a graph break is an error
+    torch.testing.assert_close(step(compiled), step(loss))
+
+
+def test_compiled_token_logprobs_is_one_graph_and_equals_eager(generator):
+    hidden, weight, targets = draw(generator, 8, 50, 16, torch.float32)
+    logits = (hidden @ weight.T).requires_grad_()
+    torch._dynamo.reset()
+    compiled = torch.compile(token_logprobs, fullgraph=True, backend="aot_eager")
+    expected, actual = token_logprobs(logits, targets), compiled(logits, targets)
+    assert torch.equal(actual, expected)
+    gradients = [torch.autograd.grad(out.sum(), logits)[0] for out in (actual, expected)]
+    assert torch.equal(*gradients)
 
 
 # ---- the raw ops ----

@@ -81,7 +81,6 @@ def test_native_equals_reference_on_a_real_vocabulary():
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("dtype", DTYPES)
-@both
 def test_scores_against_float64(backend, dtype, seed):
     """The raw distribution's scores err at most twice as much as PyTorch's own softmax in float32, plus an ulp."""
     g = torch.Generator().manual_seed(seed)
@@ -122,7 +121,6 @@ def test_philox_known_answers(counter, key, words):
     assert [int(word) for word in out] == words
 
 
-@both
 def test_first_uniform_picks_the_token(backend):
     """Seed 0 and position 0 give the uniform 0xe169c58d6627e8d5 / 2^64 = 0.8805, so bin 88 of 100 equal ones."""
     out = sample(torch.zeros(1, 100), seed=0, position=0, backend=backend)
@@ -186,7 +184,6 @@ def test_seeds_are_independent(backend):
     assert chisquare(torch.bincount(out.token, minlength=16).numpy()).pvalue > 1e-4
 
 
-@both
 def test_a_draw_depends_on_its_candidate_alone(backend, threads):
     logits, parameters = random_case(11, 24, 701, torch.float32)
     threads(1)
@@ -206,7 +203,6 @@ def test_a_draw_depends_on_its_candidate_alone(backend, threads):
                 torch.testing.assert_close(whole, each, rtol=1e-6, atol=1e-6)
 
 
-@both
 def test_fork_equals_copies_of_the_row(backend):
     """Runs of candidates on one row share work in native code; mixed parameters in a run must not leak."""
     logits, parameters = random_case(12, 40, 300, torch.bfloat16)
@@ -222,7 +218,6 @@ def test_fork_equals_copies_of_the_row(backend):
 # ---- temperature and filters ----
 
 
-@both
 def test_greedy(backend):
     logits = torch.tensor([[1.0, 3.0, 3.0, 0.0], [-torch.inf, -5.0, -torch.inf, -5.0]])
     out = sample(logits, temperature=0, top_k=1, top_p=0.1, min_p=1.0, seed=1, position=0, backend=backend)
@@ -231,7 +226,6 @@ def test_greedy(backend):
     torch.testing.assert_close(out.logprob, torch.stack([logits[0].log_softmax(0)[1], torch.tensor(math.log(0.5))]))
 
 
-@both
 def test_filters(backend):
     tied = [2.0, 1.0, 1.0, 0.0, 1.0]
     assert allowed(tied, backend, top_k=1) == [0]
@@ -253,7 +247,6 @@ def test_filters(backend):
     assert allowed([0.0, -40.0], backend) == [0]  # less likely by 2^-40
 
 
-@both
 def test_sampling_logprob_is_that_of_the_filtered_distribution(backend):
     logits = torch.tensor([[4.0, 2.0, 2.0, 1.0, 1.0]]).log()
     out = sample(logits, top_k=3, temperature=0.5, seed=3, position=0, backend=backend)
@@ -261,7 +254,6 @@ def test_sampling_logprob_is_that_of_the_filtered_distribution(backend):
     assert out.sampling_logprob.item() == pytest.approx(expected, rel=1e-6)
 
 
-@both
 def test_extreme_logits(backend):
     logits = torch.tensor([[3e38, -3e38, 0.0], [1e-30, 0.0, -torch.inf]])
     out = sample(logits, seed=1, position=0, temperature=1e-20, backend=backend)
@@ -275,7 +267,6 @@ def test_extreme_logits(backend):
 # ---- rows, slots, tags, layouts ----
 
 
-@both
 def test_idle_slots(backend):
     tags = StageTags([b"</A>", b""], ["</A>"])
     state = torch.tensor([1, 0, 3], dtype=torch.int32)
@@ -289,7 +280,6 @@ def test_idle_slots(backend):
     assert state.tolist() == [1, 0, 3]
 
 
-@both
 def test_no_candidates(backend):
     none = torch.empty(0, dtype=torch.int64)
     for out in (
@@ -301,7 +291,6 @@ def test_no_candidates(backend):
     assert idle.token.tolist() == [-1]
 
 
-@both
 def test_types_and_no_tags(backend):
     out = sample(torch.zeros(3, 7, dtype=torch.float16), seed=1, position=2, backend=backend)
     assert isinstance(out, SampleOutput)
@@ -312,14 +301,12 @@ def test_types_and_no_tags(backend):
     assert out.overhang.tolist() == [0, 0, 0]
 
 
-@both
 def test_tags_shorter_than_the_vocabulary(backend):
     tags = StageTags([b"<"], ["<A>"])
     out = sample(torch.tensor([[-torch.inf, 0.0]]), seed=1, position=0, tags=tags, tag_state=2, backend=backend)
     assert (out.token.item(), out.tag_state.item(), out.tag.item()) == (1, 2, -1)
 
 
-@both
 def test_layouts(backend):
     logits, parameters = random_case(21, 9, 133, torch.bfloat16)
     expected = sample(logits, **parameters, backend=backend)
@@ -334,7 +321,6 @@ def test_layouts(backend):
     assert wide.isnan().sum() == 9 * 17
 
 
-@both
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, None])
 def test_bad_rows(backend, poison):
     logits = torch.zeros(4, 3)

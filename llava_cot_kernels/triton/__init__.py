@@ -1,0 +1,1 @@
+"""The ops that are written in Triton; imported only when one is first asked for."""

@@ -1,0 +1,388 @@
+"""Paged and shared attention in Triton.
+
+Queries that read the same keys are stacked into one tile: the candidates of a group over the pages they share, the rows
+of an image over its keys, the queries of a chunk over their own sequence. A row of a tile is a (query, query head) pair
+of one key head. The keys are cut into splits, a program attends with one tile to one split, and ``merge`` folds the
+states of a row's splits in the order of the keys.
+
+Three launches at most: ``group_queries`` (who is stacked with whom), ``attend``, ``merge``. Two, where nothing is
+grouped; one, where a program may walk through all splits of its tile because there are programs enough without.
+
+What holds: splits, blocks within a split and the order in which states are folded depend on the sequence (or image)
+alone, the shape of a tile on dtype, heads and head dim alone, and the rows of a tile never mix. So neither the batch,
+the slot, the group and the hints nor the number of launches change a bit. Nothing is read back to the host; grids and
+scratch depend on shapes only, so a captured graph may be replayed with other values.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from llava_cot_kernels.triton.attention_tile import fold, run_tile, store_result, tile_shape
+
+SPLIT_KEYS = 256  # paged: a split starts at each multiple, and a prefix is shared in whole splits
+IMAGE_SPLITS = 16  # of an image, at most: x 8 key heads, about one program for each of an H200's 132 multiprocessors
+IMAGE_SPLIT_KEYS = 128  # and at least so many keys each
+
+# (sequences per group, tokens that the page table has room for) from which grouping is worth its launch. NOT YET
+# MEASURED on a GPU with these kernels. A launch is about 2 us, in which an H200 reads 8 MB, or 2,048 tokens of 8 key
+# heads x 128 in bfloat16: N sequences save (N - 1) * prefix tokens. Rounded up, since published crossings lie higher:
+# TensorRT-LLM #14396 loses at 128 tokens and wins 2.2x at 256 (128 beams, L20); FlashInfer #595 loses at 8 x 4,000 with
+# one key head and wins 2x with eight; vLLM asks for 8 requests and 256 tokens.
+SHARING_PAYS = ((2, 4096), (4, 1024), (8, 512), (16, 256))
+ENOUGH_PROGRAMS = 2 * 132  # that keep an H200 busy without splits
+MAX_SCRATCH_BYTES = 256 << 20  # above it a program walks through the splits of its tile
+
+_SCAN = tl.constexpr(128)  # entries of an index that a program looks at together
+
+
+@triton.jit
+def _segment_of(starts, num_segments, at, QUERIES: tl.constexpr):
+    """The segment of the query ``at``, or, with ``QUERIES`` to a tile, of the tile in slot ``at``.
+
+    Segment ``i`` has the slots from ``starts[i] // QUERIES + i``: room for its last, partly filled tile, found without
+    a look at the others' sizes. Some slots stay empty: their first query lies behind the segment's end.
+    """
+    found = 0
+    for first in range(0, num_segments, _SCAN):
+        index = first + tl.arange(0, _SCAN)
+        start = tl.load(starts + index, mask=index < num_segments, other=0)
+        if QUERIES:
+            start = start // QUERIES + index
+        found += tl.sum(((index < num_segments) & (start <= at)).to(tl.int32))
+    return found - 1
+
+
+@triton.jit
+def _image_split(num_keys, IMAGE_SPLITS: tl.constexpr, IMAGE_SPLIT_KEYS: tl.constexpr):
+    """Keys per split of an image: a multiple of 64 that takes no more than ``IMAGE_SPLITS`` splits."""
+    return tl.maximum(tl.cdiv(num_keys, IMAGE_SPLITS * 64) * 64, IMAGE_SPLIT_KEYS)
+
+
+@triton.jit(do_not_specialize=["num_sequences", "num_groups", "num_group_slots", "num_rows"])
+def _attend_paged(
+    query, key_cache, value_cache, page_table, seq_lens, cu_seqlens_q, out, lse, max_states, sum_states, total_states,
+    order, order_sequence, group_starts, leaders, shared_lens,
+    num_sequences, num_groups, num_group_slots, num_rows, query_stride, query_head_stride, table_stride, softmax_scale,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, SPLIT_KEYS: tl.constexpr,
+    GROUPED: tl.constexpr, WALK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Grid: tiles (first those of the groups, then those of single sequences), key heads, splits."""
+    QUERIES: tl.constexpr = BLOCK_M // HEADS  # in a tile
+    slot = tl.program_id(0)
+    in_group = False
+    starts, num_segments = cu_seqlens_q, num_sequences
+    if GROUPED:
+        in_group = slot < num_group_slots
+        if in_group:
+            starts, num_segments = group_starts, num_groups + 1
+        else:
+            slot -= num_group_slots
+    segment = _segment_of(starts, num_segments, slot, QUERIES)
+    begin, stop = tl.load(starts + segment), tl.load(starts + segment + 1)
+    query_in_tile = tl.arange(0, BLOCK_M) // HEADS
+    token = begin + (slot - begin // QUERIES - segment) * QUERIES + query_in_tile
+    valid = (query_in_tile < QUERIES) & (token < stop)
+    sequence = tl.zeros([BLOCK_M], tl.int32) + segment
+    owner = segment  # of the pages that the tile reads
+    if GROUPED:
+        listed = valid & (token < tl.where(in_group, stop, 0))  # in the groups' order, where tokens are positions
+        sequence = tl.load(order_sequence + token, mask=listed, other=segment)
+        token = tl.where(listed, tl.load(order + token, mask=listed, other=0), token)
+        if in_group:
+            owner = tl.load(leaders + segment)
+        # A row is its group's in the splits that it shares, and its sequence's in all others.
+        shared = tl.load(shared_lens + sequence, mask=valid, other=0)
+        first_key = tl.program_id(2) * SPLIT_KEYS
+        valid &= tl.where(in_group, first_key < shared, first_key >= shared)
+    after = tl.load(cu_seqlens_q + sequence + 1, mask=valid, other=0) - token
+    limit = tl.where(valid, tl.load(seq_lens + sequence, mask=valid, other=0) - after + 1, 0)
+    stride = tl.num_programs(1) * HEAD_DIM
+    run_tile(
+        query, key_cache, value_cache, out, lse, max_states, sum_states, total_states,
+        query_stride, query_head_stride, stride, HEAD_DIM, stride, HEAD_DIM,
+        page_table + owner.to(tl.int64) * table_stride, 0, token, valid, limit, SPLIT_KEYS, num_rows, softmax_scale,
+        HEADS, HEAD_DIM, PAGE_SIZE, WALK, BLOCK_M, BLOCK_N, BLOCK_D, INTERPRETED,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_groups", "num_rows"])
+def _attend_image(
+    query, key, value, group, cu_seqlens_k, out, lse, max_states, sum_states, total_states, order, group_starts,
+    num_queries, num_groups, num_rows, query_stride, query_head_stride,
+    key_stride, key_head_stride, value_stride, value_head_stride, softmax_scale,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, IMAGE_SPLITS: tl.constexpr, IMAGE_SPLIT_KEYS: tl.constexpr,
+    GROUPED: tl.constexpr, WALK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Grid: tiles of the rows of an image, key heads, splits. With one image alone, the rows stay where they are."""
+    QUERIES: tl.constexpr = BLOCK_M // HEADS  # in a tile
+    slot = tl.program_id(0)
+    query_in_tile = tl.arange(0, BLOCK_M) // HEADS
+    image = 0
+    token = slot * QUERIES + query_in_tile
+    stop = num_queries
+    if GROUPED:
+        image = _segment_of(group_starts, num_groups + 1, slot, QUERIES)
+        begin, stop = tl.load(group_starts + image), tl.load(group_starts + image + 1)
+        token = begin + (slot - begin // QUERIES - image) * QUERIES + query_in_tile
+    valid = (query_in_tile < QUERIES) & (token < stop)
+    if GROUPED:
+        token = tl.load(order + token, mask=valid, other=0)
+    seeing = valid & (tl.load(group + token, mask=valid, other=-1) == image)  # not so: the idle rows
+    real = image < num_groups
+    first_token = tl.load(cu_seqlens_k + image, mask=real, other=0)
+    num_keys = (tl.load(cu_seqlens_k + image + 1, mask=real, other=0) - first_token).to(tl.int32)
+    run_tile(
+        query, key, value, out, lse, max_states, sum_states, total_states,
+        query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride,
+        group, first_token, token, valid, tl.where(seeing, num_keys, 0),
+        _image_split(num_keys, IMAGE_SPLITS, IMAGE_SPLIT_KEYS), num_rows, softmax_scale,
+        HEADS, HEAD_DIM, 0, WALK, BLOCK_M, BLOCK_N, BLOCK_D, INTERPRETED,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_segments", "num_rows"])
+def _merge(
+    max_states, sum_states, total_states, lens, starts, group, out, lse, num_segments, num_rows,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGED: tl.constexpr, SPLIT_KEYS: tl.constexpr,
+    IMAGE_SPLITS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Fold the states of a row's splits in the order of the keys. Grid: queries, key heads."""
+    token = tl.program_id(0)
+    if PAGED:
+        sequence = _segment_of(starts, num_segments, token, 0)
+        limit = tl.load(lens + sequence) - tl.load(starts + sequence + 1) + token + 1
+        split_keys = SPLIT_KEYS
+    else:
+        image = tl.load(group + token)
+        real = (image >= 0) & (image < num_segments)
+        limit = (tl.load(lens + image + 1, mask=real, other=0) - tl.load(lens + image, mask=real, other=0)).to(tl.int32)
+        split_keys = _image_split(limit, IMAGE_SPLITS, SPLIT_KEYS)
+    head, dims = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
+    valid = head < HEADS
+    inside = valid[:, None] & (dims < HEAD_DIM)[None, :]
+    row = (token.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * HEADS + head
+    row_max = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_H], tl.float32)
+    total = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    for split in tl.range(0, tl.cdiv(tl.maximum(limit, 0), split_keys), loop_unroll_factor=4):
+        state = split * num_rows.to(tl.int64) + row
+        row_max, row_sum, total = fold(
+            row_max, row_sum, total,
+            tl.load(max_states + state, mask=valid, other=float("-inf")),
+            tl.load(sum_states + state, mask=valid, other=0.0),
+            tl.load(total_states + state[:, None] * HEAD_DIM + dims[None, :], mask=inside, other=0.0),
+        )  # fmt: skip
+    store_result(row_max, row_sum, total, out, lse, row, valid, HEAD_DIM, BLOCK_D, INTERPRETED)
+
+
+@triton.jit(do_not_specialize=["num_sequences", "num_groups"])
+def _group_queries(
+    group, cu_seqlens_q, order, group_starts, order_sequence, leaders, shared_lens, prefix_lens, page_table, seq_lens,
+    num_sequences, num_groups, table_stride,
+    PAGE_SIZE: tl.constexpr, SPLIT_KEYS: tl.constexpr,
+):  # fmt: skip
+    """Sort queries by group, in their own order within one; group ``num_groups`` is that of all who have none.
+
+    Program ``i`` places the queries of sequence ``i`` in ``order`` and finds where group ``i`` starts there. If paged,
+    it also finds how many tokens the sequence's pages have in common with those of its group's first member.
+    """
+    i = tl.program_id(0)
+    own = tl.load(group + i, mask=i < num_sequences, other=-1)
+    own = tl.where((own >= 0) & (own < num_groups), own, num_groups)
+    group_start, place, leader = 0, 0, num_sequences
+    for first in range(0, num_sequences, _SCAN):
+        index = first + tl.arange(0, _SCAN)
+        inside = index < num_sequences
+        other = tl.load(group + index, mask=inside, other=-1)
+        other = tl.where((other >= 0) & (other < num_groups), other, num_groups)
+        count = inside.to(tl.int32)
+        if PAGE_SIZE:
+            begins = tl.load(cu_seqlens_q + index, mask=inside, other=0)
+            count = tl.load(cu_seqlens_q + index + 1, mask=inside, other=0) - begins
+        group_start += tl.sum(tl.where(other < i, count, 0))
+        place += tl.sum(tl.where((other < own) | ((other == own) & (index < i)), count, 0))
+        leader = tl.minimum(leader, tl.min(tl.where(inside & (other == own), index, num_sequences)))
+    tl.store(group_starts + i, group_start, mask=i < num_groups + 2)
+    if i < num_sequences:
+        if PAGE_SIZE:
+            begin, end = tl.load(cu_seqlens_q + i), tl.load(cu_seqlens_q + i + 1)
+            for first in range(begin, end, _SCAN):
+                token = first + tl.arange(0, _SCAN)
+                tl.store(order + place + token - begin, token, mask=token < end)
+                tl.store(order_sequence + place + token - begin, token * 0 + i, mask=token < end)
+            prefix = tl.load(prefix_lens + own, mask=own < num_groups, other=0)
+            prefix = tl.maximum(tl.minimum(prefix, tl.load(seq_lens + i)), 0)
+            same = tl.cdiv(prefix, PAGE_SIZE)
+            for first in range(0, tl.cdiv(prefix, PAGE_SIZE), _SCAN):
+                index = first + tl.arange(0, _SCAN)
+                inside = index < same
+                mine = tl.load(page_table + i.to(tl.int64) * table_stride + index, mask=inside, other=0)
+                theirs = tl.load(page_table + leader.to(tl.int64) * table_stride + index, mask=inside, other=0)
+                same = tl.minimum(same, tl.min(tl.where(inside & (mine != theirs), index, same)))
+            shared = tl.minimum(prefix, same * PAGE_SIZE) // SPLIT_KEYS * SPLIT_KEYS
+            tl.store(shared_lens + i, shared)
+            tl.store(leaders + own, leader, mask=leader == i)
+        else:
+            tl.store(order + place, i)
+
+
+@torch.library.custom_op("llava_cot_kernels_triton::paged_attention", mutates_args=("out", "lse"))
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    prefix_group: Tensor | None,
+    prefix_lens: Tensor | None,
+    softmax_scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """As ``llava_cot_kernels::paged_attention``; a prefix is shared in whole splits of ``SPLIT_KEYS`` tokens."""
+    if not query.numel():
+        return
+    num_queries, num_sequences = query.shape[0], seq_lens.shape[0]
+    page_size, kv_heads = key_cache.shape[1:3]
+    shape = tile_shape(query, kv_heads)
+    num_full_tiles = num_queries // (shape["BLOCK_M"] // shape["HEADS"])
+    num_slots, num_group_slots = num_full_tiles + num_sequences, 0
+    max_keys = page_table.shape[1] * page_size
+    num_splits = max(1, triton.cdiv(max_keys, SPLIT_KEYS))
+    num_groups = 0 if prefix_lens is None else prefix_lens.shape[0]
+    grouped = sharing_pays(num_sequences, num_groups, max_keys) and _fits(num_splits, query)
+    walk = not grouped and _walks(num_splits, num_slots * kv_heads, query)
+    order = group_starts = order_sequence = leaders = shared_lens = seq_lens  # stands for what is not used
+    with torch.cuda.device_of(query):
+        if grouped:
+            num_group_slots = num_full_tiles + num_groups + 1
+            order, order_sequence = seq_lens.new_empty(2, num_queries)
+            group_starts, leaders = seq_lens.new_empty(num_groups + 2), seq_lens.new_empty(num_groups + 1)
+            shared_lens = torch.empty_like(seq_lens)
+            _group_queries[(max(num_sequences, num_groups + 2),)](
+                prefix_group, cu_seqlens_q, order, group_starts, order_sequence, leaders, shared_lens,
+                prefix_lens, page_table, seq_lens, num_sequences, num_groups, page_table.stride(0),
+                page_size, SPLIT_KEYS, num_warps=1,
+            )  # fmt: skip
+        states = _new_states(query, 0 if walk else num_splits)
+        _attend_paged[(num_group_slots + num_slots, kv_heads, 1 if walk else num_splits)](
+            query, key_cache, value_cache, page_table, seq_lens, cu_seqlens_q, out, lse, *states,
+            order, order_sequence, group_starts, leaders, shared_lens,
+            num_sequences, num_groups, num_group_slots, lse.numel(), query.stride(0), query.stride(1),
+            page_table.stride(0), softmax_scale,
+            PAGE_SIZE=page_size, SPLIT_KEYS=SPLIT_KEYS, GROUPED=grouped, WALK=walk, **shape,
+        )  # fmt: skip
+        if not walk:
+            _merge[(num_queries, kv_heads)](
+                *states, seq_lens, cu_seqlens_q, seq_lens, out, lse, num_sequences, lse.numel(),
+                PAGED=True, SPLIT_KEYS=SPLIT_KEYS, IMAGE_SPLITS=0, **_merge_shape(shape),
+            )  # fmt: skip
+
+
+@torch.library.custom_op("llava_cot_kernels_triton::shared_attention", mutates_args=("out", "lse"))
+def shared_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    group: Tensor,
+    cu_seqlens_k: Tensor,
+    softmax_scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """As ``llava_cot_kernels::shared_attention``; an image is read once for each tile of its rows."""
+    if not query.numel():
+        return
+    num_queries, num_groups, kv_heads = query.shape[0], cu_seqlens_k.shape[0] - 1, key.shape[1]
+    shape = tile_shape(query, kv_heads)
+    queries_per_tile = shape["BLOCK_M"] // shape["HEADS"]
+    grouped = num_groups > 1
+    num_slots = triton.cdiv(num_queries, queries_per_tile)
+    if grouped:
+        num_slots = num_queries // queries_per_tile + num_groups + 1
+    num_splits = max(1, min(IMAGE_SPLITS, triton.cdiv(key.shape[0], IMAGE_SPLIT_KEYS)))
+    walk = _walks(num_splits, num_slots * kv_heads, query)
+    order = group_starts = group  # stands for what is not used
+    with torch.cuda.device_of(query):
+        if grouped:
+            order, group_starts = torch.empty_like(group), group.new_empty(num_groups + 2)
+            _group_queries[(max(num_queries, num_groups + 2),)](
+                group, group, order, group_starts, *[group] * 6, num_queries, num_groups, 0, 0, 1, num_warps=1
+            )
+        states = _new_states(query, 0 if walk else num_splits)
+        _attend_image[(num_slots, kv_heads, 1 if walk else num_splits)](
+            query, key, value, group, cu_seqlens_k, out, lse, *states, order, group_starts,
+            num_queries, num_groups, lse.numel(), query.stride(0), query.stride(1),
+            key.stride(0), key.stride(1), value.stride(0), value.stride(1), softmax_scale,
+            IMAGE_SPLITS=IMAGE_SPLITS, IMAGE_SPLIT_KEYS=IMAGE_SPLIT_KEYS, GROUPED=grouped, WALK=walk, **shape,
+        )  # fmt: skip
+        if not walk:
+            _merge[(num_queries, kv_heads)](
+                *states, cu_seqlens_k, cu_seqlens_k, group, out, lse, num_groups, lse.numel(),
+                PAGED=False, SPLIT_KEYS=IMAGE_SPLIT_KEYS, IMAGE_SPLITS=IMAGE_SPLITS, **_merge_shape(shape),
+            )  # fmt: skip
+
+
+@paged_attention.register_fake
+def _(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    page_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    prefix_group: Tensor | None,
+    prefix_lens: Tensor | None,
+    softmax_scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    return None
+
+
+@shared_attention.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    group: Tensor,
+    cu_seqlens_k: Tensor,
+    softmax_scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    return None
+
+
+def sharing_pays(num_sequences: int, num_groups: int, max_keys: int) -> bool:
+    """Whether stacking is worth a launch, by ``SHARING_PAYS`` and shapes alone: a value would have to be waited for."""
+    if not num_groups:
+        return False
+    return any(num_sequences >= members * num_groups and max_keys >= keys for members, keys in SHARING_PAYS)
+
+
+def _walks(num_splits: int, num_programs: int, query: Tensor) -> bool:
+    """Whether a program walks through the splits of its tile, which then needs no scratch and no merge."""
+    return num_splits == 1 or num_programs >= ENOUGH_PROGRAMS or not _fits(num_splits, query)
+
+
+def _fits(num_splits: int, query: Tensor) -> bool:
+    return 4 * num_splits * query.numel() <= MAX_SCRATCH_BYTES
+
+
+def _new_states(query: Tensor, num_splits: int) -> list[Tensor]:
+    """Of each split and row: max and sum of the weights, sum of the weighted values."""
+    rows = [num_splits, *query.shape[:2]]
+    return [query.new_empty(size, dtype=torch.float32) for size in (rows, rows, [*rows, query.shape[2]])]
+
+
+def _merge_shape(shape: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: shape[name] for name in ("HEADS", "HEAD_DIM", "BLOCK_D", "INTERPRETED")}
+    return {**kept, "BLOCK_H": triton.next_power_of_2(shape["HEADS"]), "num_warps": 1}

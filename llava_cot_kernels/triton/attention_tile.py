@@ -1,0 +1,174 @@
+"""A tile of query rows at work: from the keys of its splits to states, and from states to finished rows of ``out``."""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+class Tile(NamedTuple):
+    rows: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+# (bytes of an element, largest head_dim): the tile. 16-bit: 64 rows are one Hopper matrix instruction, 16 candidates
+# of 4 heads; what a lone sequence leaves empty costs nothing while reading keys is what takes the time.
+TILES = {
+    (2, 64): Tile(64, 128, 4, 3),
+    (2, 128): Tile(64, 64, 4, 3),
+    (2, 256): Tile(64, 32, 4, 3),
+    (2, 1 << 30): Tile(64, 16, 8, 2),
+    (4, 128): Tile(32, 32, 4, 2),
+    (4, 1 << 30): Tile(16, 16, 4, 2),
+}
+
+
+def tile_shape(query: Tensor, kv_heads: int) -> dict[str, Any]:
+    """What the kernels that attend are compiled for."""
+    heads, head_dim = query.shape[1] // kv_heads, query.shape[2]
+    tile = next(tile for (size, dim), tile in TILES.items() if size == query.element_size() and head_dim <= dim)
+    return {
+        "HEADS": heads,
+        "HEAD_DIM": head_dim,
+        "BLOCK_M": max(tile.rows, triton.next_power_of_2(heads)),
+        "BLOCK_N": tile.keys,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "INTERPRETED": INTERPRETED,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+
+
+@triton.jit
+def _narrow(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """``x`` rounded to nearest even; the interpreter by itself would cut float32 off to bfloat16."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def _dot(a, b, INTERPRETED: tl.constexpr):
+    """Float32 sums; the interpreter would multiply the bits of bfloat16."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def fold(row_max, row_sum, total, next_max, next_sum, next_total):
+    """The state of two runs of keys from the states of each: max and sum of a row's weights, sum of weighted values.
+
+    ``fma``, so that both kernels which fold round alike, whatever the compiler would contract.
+    """
+    new_max = tl.maximum(row_max, next_max)
+    finite = tl.where(new_max == float("-inf"), 0.0, new_max)  # no key yet: exp(-inf), not exp(nan)
+    keep, add = tl.exp(row_max - finite), tl.exp(next_max - finite)
+    row_sum = tl.fma(row_sum, keep, next_sum * add)
+    total = tl.fma(total, tl.broadcast_to(keep[:, None], total.shape), next_total * add[:, None])
+    return new_max, row_sum, total
+
+
+@triton.jit
+def _attend_split(
+    q, key, value, key_stride, value_stride, page_row, first_token, begin, end, limit, softmax_scale,
+    HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """The state of a tile's rows after keys ``begin`` to ``end``, of which row ``i`` sees those below ``limit[i]``."""
+    dims = tl.arange(0, BLOCK_D)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        index = start + tl.arange(0, BLOCK_N)
+        inside = index < end
+        if PAGE_SIZE:
+            page = tl.load(page_row + index // PAGE_SIZE, mask=inside, other=0)
+            token = page.to(tl.int64) * PAGE_SIZE + index % PAGE_SIZE
+        else:
+            token = first_token + index
+        # Nothing is read where no row may look: the slots there may hold NaN, and 0 * NaN is NaN.
+        readable = inside[:, None] & (dims < HEAD_DIM)[None, :]
+        keys = tl.load(key + token[:, None] * key_stride + dims[None, :], mask=readable, other=0.0)
+        scores = _dot(q, tl.trans(keys), INTERPRETED) * softmax_scale
+        scores = tl.where(inside[None, :] & (index[None, :] < limit[:, None]), scores, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        finite = tl.where(new_max == float("-inf"), 0.0, new_max)
+        weights = tl.exp(scores - finite[:, None])
+        keep = tl.exp(row_max - finite)
+        values = tl.load(value + token[:, None] * value_stride + dims[None, :], mask=readable, other=0.0)
+        # As PyTorch's own kernels do, weights are rounded to the values' dtype to multiply on tensor cores; their sum
+        # is not. Each is off by half an eps, so out by less than half an eps of the largest value.
+        rounded = _narrow(weights, value.dtype.element_ty, INTERPRETED)
+        row_sum = tl.fma(row_sum, keep, tl.sum(weights, 1))
+        total = total * keep[:, None] + _dot(rounded, values, INTERPRETED)
+        row_max = new_max
+    return row_max, row_sum, total
+
+
+@triton.jit
+def store_result(
+    row_max, row_sum, total, out, lse, row, mask, HEAD_DIM, BLOCK_D: tl.constexpr, INTERPRETED: tl.constexpr
+):
+    dims = tl.arange(0, BLOCK_D)
+    seen = row_sum != 0  # NaN too
+    total = tl.where(seen[:, None], total / tl.where(seen, row_sum, 1.0)[:, None], 0.0)
+    total = _narrow(total, out.dtype.element_ty, INTERPRETED)
+    tl.store(out + row[:, None] * HEAD_DIM + dims[None, :], total, mask=mask[:, None] & (dims < HEAD_DIM)[None, :])
+    tl.store(lse + row, tl.where(seen, row_max + tl.log(tl.where(seen, row_sum, 1.0)), float("-inf")), mask=mask)
+
+
+@triton.jit
+def run_tile(
+    query, key, value, out, lse, max_states, sum_states, total_states,
+    query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride,
+    page_row, first_token, token, valid, limit, split_keys, num_rows, softmax_scale,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, WALK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Attend with the ``valid`` rows of a tile to this program's split, or, if ``WALK``, to one after the other."""
+    kv_head = tl.program_id(1).to(tl.int64)
+    dims = tl.arange(0, BLOCK_D)
+    head = kv_head * HEADS + tl.arange(0, BLOCK_M) % HEADS
+    token = token.to(tl.int64)
+    row = token * (HEADS * tl.num_programs(1)) + head  # of out and lse, which are contiguous
+    key += kv_head * key_head_stride
+    value += kv_head * value_head_stride
+    stop = tl.max(limit)
+    begin = 0 if WALK else tl.program_id(2) * split_keys
+    if WALK or begin < stop:
+        q = tl.load(
+            query + (token * query_stride + head * query_head_stride)[:, None] + dims[None, :],
+            mask=valid[:, None] & (dims < HEAD_DIM)[None, :],
+            other=0.0,
+        )
+        if WALK:
+            row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            row_sum = tl.zeros([BLOCK_M], tl.float32)
+            total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+            for first in range(0, stop, split_keys):
+                next_max, next_sum, next_total = _attend_split(
+                    q, key, value, key_stride, value_stride, page_row, first_token,
+                    first, tl.minimum(first + split_keys, stop), limit, softmax_scale,
+                    HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D, INTERPRETED,
+                )  # fmt: skip
+                row_max, row_sum, total = fold(row_max, row_sum, total, next_max, next_sum, next_total)
+            store_result(row_max, row_sum, total, out, lse, row, valid, HEAD_DIM, BLOCK_D, INTERPRETED)
+        else:
+            row_max, row_sum, total = _attend_split(
+                q, key, value, key_stride, value_stride, page_row, first_token,
+                begin, tl.minimum(begin + split_keys, stop), limit, softmax_scale,
+                HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D, INTERPRETED,
+            )  # fmt: skip
+            state = tl.program_id(2).to(tl.int64) * num_rows + row
+            tl.store(max_states + state, row_max, mask=valid)
+            tl.store(sum_states + state, row_sum, mask=valid)
+            target = total_states + state[:, None] * HEAD_DIM + dims[None, :]
+            tl.store(target, total, mask=valid[:, None] & (dims < HEAD_DIM)[None, :])
