@@ -1,79 +1,155 @@
-"""token_logprobs and linear_logprobs, reference beside native: ``python benchmarks/bench_logprob.py [--report]``."""
+"""token_logprobs and linear_logprobs beside PyTorch, Liger and CCE: ``python benchmarks/bench_logprob.py``.
 
-import argparse
-from collections.abc import Callable
+Memory has a command of its own: ``python benchmarks/bench_logprob_memory.py``.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib import import_module
+from typing import Any
 
 import torch
-from timing import Quantiles, environment, measure, table
+from timing import Case, main
+from torch import Tensor
 
 from llava_cot_kernels.backend import available
 from llava_cot_kernels.logprob import linear_logprobs, token_logprobs
 
-BF16, FP32 = torch.bfloat16, torch.float32
-# [T, V] and [T, H] x [V, H]: the tiny model; one and 64 rows of Llama 3's vocabulary; a reduced 3B's output layer.
-TOKEN_SHAPES = [(512, 1000), (1, 128256), (64, 128256)]
-LINEAR_SHAPES = [(512, 128, 1000), (16, 2048, 32000), (128, 2048, 32000)]
-MAX_ERROR = 1e-4  # nats, and relative to the largest gradient
+TOKEN_SHAPES = [(512, 1000), (1, 128256), (64, 128256)]  # T, V: the tiny model, then Llama 3's vocabulary
+LINEAR_SHAPES = {  # T, H, V: the tiny model; a 1B model; 11B, as one step of 16 candidates and as a training batch
+    "cpu": [(512, 128, 1000), (512, 2048, 128256)],
+    "cuda": [(512, 128, 1000), (512, 2048, 128256), (16, 4096, 128256), (2048, 4096, 128256)],
+}
+OURS = ("native", "triton", "reference")
+MAX_ERROR = 1e-4  # nats, and of the largest gradient; of ours in any dtype, of the peers in float32
+MAX_PEER_ERROR = 0.1  # nats: the peers round 16-bit logits
 
 
-def compare(name: str, call: Callable[[str], list[torch.Tensor]], providers, repeats) -> tuple[str, list[Quantiles]]:
-    """Check that all providers agree, then time each."""
-    expected = call(providers[0])
-    for provider in providers[1:]:
-        for actual, right in zip(call(provider), expected):
-            # Gradients are rounded to the inputs' dtype: one step of it is allowed, of the largest value.
-            scale = max(1.0, right.abs().max().item())
-            bound = (MAX_ERROR if right.dtype == FP32 else torch.finfo(right.dtype).eps) * scale
-            error = (actual.float() - right.float()).abs().max().item()
-            assert error <= bound, f"{name}: {provider} is off by {error:.2g}, more than {bound:.2g}"
-    return name, [measure(lambda provider=provider: call(provider), repeats) for provider in providers]
+def cases(device: str, report: bool) -> Iterator[Case]:
+    shown = None if report else 1
+    for dtype in (torch.float32, torch.bfloat16):
+        for T, V in TOKEN_SHAPES[:shown]:
+            yield token_case(T, V, dtype, device)
+        for T, H, V in LINEAR_SHAPES[device][:shown]:
+            for backward in (False, True):
+                yield linear_case(T, H, V, dtype, backward, device)
 
 
-def token_case(T: int, V: int, dtype: torch.dtype, device: str):
+# ---- what is timed ----
+
+
+def plain_token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
+    return torch.log_softmax(logits, -1, dtype=torch.float32).gather(1, targets[:, None]).squeeze(1)
+
+
+def plain_linear_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return plain_token_logprobs(hidden @ weight.T, targets)
+
+
+def liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    function = _peer("liger_kernel.ops.fused_linear_cross_entropy").LigerFusedLinearCrossEntropyFunction
+    return -function.apply(hidden, weight, targets, None, None, -100, 0.0, 0.0, "none")[0]
+
+
+def liger_cute(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    module = _peer("liger_kernel.ops.fused_linear_scaled_cross_entropy")
+    return -module.LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, targets)
+
+
+def cut_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return -_peer("cut_cross_entropy").linear_cross_entropy(hidden, weight, targets, reduction="none")
+
+
+def liger_selective(logits: Tensor, targets: Tensor) -> Tensor:
+    grpo = _peer("liger_kernel.ops.grpo_loss")
+    return grpo.fused_selective_log_softmax(logits.expand(1, -1, -1), targets[None], temperature=1.0)[0]
+
+
+def linear_providers(device: str, dtype: torch.dtype) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    torch._dynamo.reset()  # a case is compiled for its own shapes, and forgotten at the next
+    providers = {"plain": plain_linear_logprobs, "torch.compile": torch.compile(plain_linear_logprobs, dynamic=False)}
+    for backend in available("linear_logprobs", device)[::-1]:
+        providers[backend] = lambda *inputs, backend=backend: linear_logprobs(*inputs, backend=backend)
+    if device == "cuda":
+        if _peer("liger_kernel"):
+            providers["Liger"] = liger
+        if _peer("liger_kernel") and _peer("cutlass.cute") and dtype == torch.bfloat16:
+            providers["Liger CuTe"] = liger_cute
+        if _peer("cut_cross_entropy"):
+            providers["cut-cross-entropy"] = cut_cross_entropy
+    return providers
+
+
+@cache
+def _peer(module: str) -> Any:
+    """The module, or None and a line that says so."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        print(f"without {module}: {error}", flush=True)
+        return None
+
+
+# ---- cases ----
+
+
+def token_case(T: int, V: int, dtype: torch.dtype, device: str) -> Case:
     logits = torch.randn(T, V, device=device).mul(3).to(dtype)
     targets = torch.randint(V, (T,), device=device)
-    return f"T={T} V={V} {_name(dtype)}", lambda backend: [token_logprobs(logits, targets, backend=backend)]
+    torch._dynamo.reset()
+    providers = {"plain": plain_token_logprobs, "torch.compile": torch.compile(plain_token_logprobs, dynamic=False)}
+    for backend in available("token_logprobs", device)[::-1]:
+        providers[backend] = lambda *inputs, backend=backend: token_logprobs(*inputs, backend=backend)
+    if device == "cuda" and _peer("liger_kernel"):
+        # Liger's rows come with one too many, whose logits it leaves out.
+        padded = torch.cat([logits, logits[:1]])
+        providers["Liger"] = lambda logits, targets: liger_selective(padded, targets)
+    calls = {name: lambda f=function: [f(logits, targets)] for name, function in providers.items()}
+    name = f"T={T} V={V}, {_name(dtype)}"
+    return Case("token_logprobs", name, calls, logits.nbytes, lambda: compare(calls, dtype))
 
 
-def linear_case(T: int, H: int, V: int, dtype: torch.dtype, backward: bool, device: str):
+def linear_inputs(T: int, H: int, V: int, dtype: torch.dtype, backward: bool, device: str) -> tuple[Tensor, ...]:
     hidden = torch.randn(T, H, device=device).to(dtype).requires_grad_(backward)
     weight = (torch.randn(V, H, device=device) * 3 / H**0.5).to(dtype).requires_grad_(backward)
-    targets = torch.randint(V, (T,), device=device)
+    return hidden, weight, torch.randint(V, (T,), device=device)
 
-    def call(backend: str) -> list[torch.Tensor]:
-        logprobs = linear_logprobs(hidden, weight, targets, backend=backend)
-        if not backward:
+
+def linear_case(T: int, H: int, V: int, dtype: torch.dtype, backward: bool, device: str) -> Case:
+    inputs = linear_inputs(T, H, V, dtype, backward, device)
+    calls = {name: linear_call(function, inputs) for name, function in linear_providers(device, dtype).items()}
+    name = f"T={T} H={H} V={V}, {_name(dtype)}, forward{' and backward' if backward else ''}"
+    read = inputs[0].nbytes + inputs[1].nbytes  # by the backward once more; and it writes as much
+    return Case("linear_logprobs", name, calls, read * (3 if backward else 1), lambda: compare(calls, dtype))
+
+
+def linear_call(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], list[Tensor]]:
+    """Log-probs and, where the inputs need gradients, those of their sum."""
+
+    def call() -> list[Tensor]:
+        logprobs = function(*inputs)
+        if not inputs[0].requires_grad:
             return [logprobs]
-        return [logprobs.detach(), *torch.autograd.grad(logprobs.sum(), (hidden, weight))]
+        return [logprobs.detach(), *torch.autograd.grad(logprobs, inputs[:2], torch.ones_like(logprobs))]
 
-    return f"T={T} H={H} V={V} {_name(dtype)}{' + backward' if backward else ''}", call
+    return call
+
+
+def compare(calls: dict[str, Callable[[], list[Tensor]]], dtype: torch.dtype) -> None:
+    """All providers against the reference: log-probs in nats, gradients relative to the largest one."""
+    expected = calls["reference"]()
+    for name, call in calls.items():
+        for index, (actual, right) in enumerate(zip(call(), expected)):
+            bound = MAX_ERROR if name in OURS or dtype == torch.float32 else MAX_PEER_ERROR
+            if index > 0:
+                bound = max(MAX_ERROR, 4 * torch.finfo(dtype).eps) * right.abs().max().item()
+            error = (actual.float() - right.float()).abs().max().item()
+            assert error <= bound, f"{name} is off by {error:.2g}, more than {bound:.2g}"
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--report", action="store_true", help="all shapes; without it the first of each op")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    token_shapes, linear_shapes = (s if args.report else s[:1] for s in (TOKEN_SHAPES, LINEAR_SHAPES))
-    token = [(shape, dtype) for shape in token_shapes for dtype in (FP32, BF16)]
-    linear = [(shape, dtype, b) for shape in linear_shapes for dtype in (FP32, BF16) for b in (False, True)]
-    cases = {
-        "token_logprobs": (token_case(*shape, dtype, args.device) for shape, dtype in token),
-        "linear_logprobs": (linear_case(*shape, dtype, b, args.device) for shape, dtype, b in linear),
-    }
-    print(environment())
-    for op, generated in cases.items():
-        providers = available(op, args.device)[::-1]
-        rows = [compare(name, call, providers, args.repeats) for name, call in generated]
-        print(f"\n{table(op, providers, rows)}")
-
-
 if __name__ == "__main__":
-    main()
+    main(cases, __doc__)

@@ -1,11 +1,30 @@
-"""What the benchmarks share: wall-clock quantiles, and the table that shows providers side by side."""
+"""What the kernel benchmarks share: cases of providers side by side, wall-clock quantiles, tables, plots, JSON.
 
+A benchmark is a file with ``cases(device, report)``; ``main(cases)`` makes it a command and ``pytest benchmarks/`` runs
+the same cases under pytest-benchmark. Every provider is checked before any is timed.
+"""
+
+import argparse
+import json
 import platform
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call as several providers make it."""
+
+    op: str
+    name: str
+    providers: dict[str, Callable[[], Any]]
+    bytes: int  # that the call must at least read and write
+    check: Callable[[], None]  # raises AssertionError where a provider's result is wrong
 
 
 @dataclass(frozen=True)
@@ -20,47 +39,126 @@ class Quantiles:
         return f"{self.median:.3g} ({self.low:.3g} to {self.high:.3g})"
 
 
-def measure(fn: Callable[[], object], repeats: int = 20, warmup: int = 3) -> Quantiles:
-    """Time ``fn`` ``repeats`` (>= 10) times, after ``warmup`` untimed calls; a CUDA call is waited for."""
-    if repeats < 10:
-        raise ValueError(f"repeats must be >= 10, got {repeats}")
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    times = []
+def measure(
+    calls: dict[str, Callable[[], object]], repeats: int, device: str = "cpu", warmup: int = 3
+) -> dict[str, Quantiles]:
+    """Time each call ``repeats`` (>= 5) times after ``warmup`` rounds; the calls take turns on the same machine."""
+    if repeats < 5:
+        raise ValueError(f"repeats must be >= 5, got {repeats}")
+    timed = _time_on_cpu
+    if device == "cuda":
+        timed, calls = _time_on_cuda(), {name: _captured(call) for name, call in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for index in range(warmup + repeats):
-        synchronize()
-        start = time.perf_counter()
-        fn()
-        synchronize()
-        if index >= warmup:
-            times.append((time.perf_counter() - start) * 1e3)
-    low, median, high = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-    return Quantiles(median, low, high)
+        for name, call in calls.items():
+            elapsed = timed(call)
+            if index >= warmup:
+                times[name].append(elapsed)
+    points = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
+    found = {name: torch.tensor(of_call, dtype=torch.float64) for name, of_call in times.items()}
+    return {name: Quantiles(*of_call.quantile(points).tolist()) for name, of_call in found.items()}
 
 
-def environment() -> str:
-    """One line that says what a table was measured on."""
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    else:
-        device = f"{_cpu_name()}, {torch.get_num_threads()} threads"
-    return (
-        f"{device}; torch {torch.__version__}; Python {platform.python_version()}; ms per call: median (20 % to 80 %)"
-    )
+def _time_on_cpu(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
 
 
-def table(title: str, providers: Sequence[str], rows: Sequence[tuple[str, Sequence[Quantiles]]]) -> str:
-    """A markdown table; the last column is the first provider's median over the last one's."""
-    lines = [f"| {title} | {' | '.join(providers)} | {providers[0]} / {providers[-1]} |"]
-    lines.append("|" + " --- |" * (len(providers) + 2))
-    for name, cells in rows:
-        ratio = cells[0].median / cells[-1].median
-        lines.append(f"| {name} | {' | '.join(map(str, cells))} | {ratio:.2f} |")
-    return "\n".join(lines)
+def _time_on_cuda() -> Callable[[Callable[[], object]], float]:
+    """Between two events, after a write that leaves nothing of the call's data in the L2 cache."""
+    flush = torch.empty(512 << 20, dtype=torch.int8, device="cuda")
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def timed(call: Callable[[], object]) -> float:
+        flush.zero_()
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    return timed
 
 
-def _cpu_name() -> str:
+def _captured(call: Callable[[], object]) -> Callable[[], object]:
+    """The call as a CUDA graph, so that no Python is timed; the call itself where it waits for the device."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
     try:
-        with open("/proc/cpuinfo") as cpuinfo:
-            return next(line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return call
+    return graph.replay
+
+
+def copy_bandwidth(device: str, repeats: int = 10) -> float:
+    """Bytes a second that ``Tensor.copy_`` reads and writes, of a matrix too large for any cache."""
+    source = torch.ones(64 << 20 if device == "cpu" else 1 << 30, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    figures = measure({"copy": lambda: target.copy_(source)}, repeats, device)
+    return 2 * source.numel() / figures["copy"].median * 1e3
+
+
+def main(cases: Callable[[str, bool], Iterator[Case]], description: str) -> None:
+    """The command line of a benchmark."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--report", action="store_true", help="every case; without it the small ones")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--plot", type=Path, help="draw the medians there (.svg or .png; needs matplotlib)")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    peak = copy_bandwidth(args.device)
+    print(f"{environment(args.device)}; copy bandwidth {peak / 1e9:.1f} GB/s; ms: median (20 % to 80 %)", flush=True)
+    rows = []
+    for case in cases(args.device, args.report):
+        case.check()
+        figures = measure(case.providers, args.repeats, args.device)
+        rows.append(
+            {
+                "op": case.op,
+                "case": case.name,
+                "bytes": case.bytes,
+                "ms": {name: asdict(quantiles) for name, quantiles in figures.items()},
+            }
+        )
+        print(f"\n{case.op}, {case.name}: {case.bytes / 1e6:.3g} MB", flush=True)
+        for name, quantiles in figures.items():
+            share = f"{case.bytes / (quantiles.median / 1e3) / peak:7.1%} of copy bandwidth" if case.bytes else ""
+            print(f"  {name:24} {quantiles!s:34} {share}".rstrip(), flush=True)
+    if args.json:
+        found = {"machine": environment(args.device), "copy_bandwidth": peak, "repeats": args.repeats, "rows": rows}
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
+    if args.plot:
+        _plot(rows, args.plot)
+
+
+def environment(device: str) -> str:
+    """One line that says what the figures were measured on."""
+    if device == "cuda":
+        hardware = torch.cuda.get_device_name()
+    else:
+        hardware = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    return f"{hardware}; torch {torch.__version__}; Python {platform.python_version()}"
+
+
+def _plot(rows: list[dict], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(rows), 1, figsize=(9, 0.6 + 1.1 * len(rows)), layout="constrained", squeeze=False)
+    for axis, row in zip(axes[:, 0], rows):
+        names = list(row["ms"])
+        axis.barh(names, [row["ms"][name]["median"] for name in names])
+        axis.set_xscale("log")
+        axis.set_title(f"{row['op']}, {row['case']} (ms)", fontsize=9, loc="left")
+        axis.tick_params(labelsize=8)
+        axis.invert_yaxis()
+    figure.savefig(path)

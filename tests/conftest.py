@@ -1,8 +1,32 @@
+import os
+from collections import Counter
+
 import pytest
 import torch
 from helpers.random_mllama import TINY_SHAPE, build_random_mllama
 
 from llava_cot import SwiresGenerator, tiny_path
+
+BACKENDS = {"reference", "native", "fibers", "triton", "cuda"}
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Which back ends ran: a skip is not a pass. "fibers" are the CUDA sources in the host build of tests/fibers."""
+    passed = Counter()
+    for report in terminalreporter.stats.get("passed", []):
+        passed.update(value for name, value in report.user_properties if name == "backend")
+    ran = ", ".join(f"{name} {count}" for name, count in sorted(passed.items()))
+    interpreted = " (interpreted)" if os.environ.get("TRITON_INTERPRET") == "1" else ""
+    terminalreporter.write_line(f"tests passed by back end: {ran or 'none'}".replace("triton", f"triton{interpreted}"))
+
+
+@pytest.fixture(autouse=True)
+def record_backend(request):
+    parameters = request.node.callspec.params.values() if hasattr(request.node, "callspec") else ()
+    found = {value for value in parameters if isinstance(value, str)} & BACKENDS
+    if not found and "triton" in request.node.path.name:
+        found = {"triton"}
+    request.node.user_properties.extend(("backend", name) for name in found)
 
 
 @pytest.fixture(autouse=True, scope="session")
