@@ -54,8 +54,9 @@ def linear_logprobs(
     ``logits = hidden @ weight.T / temperature``; ``logprobs[t] = logits[t, targets[t]] - logsumexp(logits[t])``;
     ``entropy[t] = -sum_v p[t, v] log p[t, v]``. [T, V] never exists: a running maximum, sum and entropy are carried
     over vocabulary tiles, whose logits the backward computes again from the saved logsumexp. Products and sums are
-    float32 in every dtype, in a fixed order: with the same number of threads, equal inputs give equal bits. Triton's
-    backward rounds the logits' gradient to the inputs' dtype, as plain PyTorch does: tensor cores take no other.
+    float32 in every dtype, in a fixed order: with the same number of threads, equal inputs give equal bits. Where the
+    hardware multiplies 16-bit numbers (Triton's; bfloat16 on CPUs with AVX512-BF16), the backward rounds the logits'
+    gradient to the inputs' dtype, as plain PyTorch does.
 
     Args:
         hidden: [T, H], float32, bfloat16 or float16.

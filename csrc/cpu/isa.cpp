@@ -16,6 +16,7 @@ std::vector<const Loops*> available_loops() {
                     __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) tables.push_back(&AVX512_BF16_LOOPS);
   if (avx512) tables.push_back(&AVX512_LOOPS);
   if (avx2) tables.push_back(&AVX2_LOOPS);
 #endif

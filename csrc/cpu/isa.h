@@ -4,8 +4,9 @@
 //   <stem>_loops.h  the loops, on such vectors
 //   isa/<name>.cpp  includes them all for one instruction set and fills a table with them
 //
-// All three tables split work into the same 16 lanes and never let the compiler fuse a multiply-add on its own
-// (-ffp-contract=off); where none is written, as in sampling, they give the same bits.
+// All tables split work into the same 16 lanes and never let the compiler fuse a multiply-add on its own
+// (-ffp-contract=off); where none is written, as in sampling, they give the same bits. AVX-512 with bfloat16 products is
+// a table of its own, the only one with `pairs`.
 #pragma once
 
 #include <cstdint>
@@ -67,6 +68,47 @@ struct RowGradient {
   float scale, lse, entropy, grad_logprob, grad_entropy;
 };
 
+// ---- products of bfloat16, summed in float32 ----
+
+// Two values that follow each other along the summed dimension are one uint32_t, a pair: what one instruction multiplies.
+// The right side of a product lies in panels of columns, [num_panels][num_pairs][PANEL].
+constexpr int64_t PANEL = 4 * LANES;
+constexpr int64_t PRODUCT_ROWS = 6;  // that are multiplied with a panel at a time
+
+enum class Sum { STORE, ADD, STORE_BFLOAT16 };
+
+struct PairProduct {
+  const char* left;  // pair k of row m is m * row_stride + k * pair_stride bytes behind, at any address
+  int64_t row_stride, pair_stride;
+  const uint32_t* panel;
+  int64_t num_rows, num_columns, num_pairs;  // num_columns <= PANEL
+  Sum how;
+  void* out;  // [num_rows][num_columns], rows out_stride elements apart
+  int64_t out_stride;
+};
+
+// Sixteen columns of transposed logits [num_tokens][stride], one for each row of hidden states.
+struct LogitColumns {
+  const float* x;
+  int64_t num_tokens, stride;
+  float scale;
+};
+
+// Of those rows, what makes their logits' gradient; target counts from the first token, and may be none of them.
+struct ColumnGradient {
+  float lse[LANES], entropy[LANES], grad_logprob[LANES], grad_entropy[LANES];
+  int32_t target[LANES];
+};
+
+struct PairLoops {
+  void (*multiply)(const PairProduct& product);
+  // out[i] = the pair of low[i] and high[i]
+  void (*interleave)(const uint16_t* low, const uint16_t* high, int64_t n, uint32_t* out);
+  void (*reduce)(const LogitColumns& logits, Piece* pieces);
+  // Rounded to bfloat16: by_row [num_tokens][stride], and as pairs of tokens [num_tokens / 2, rounded up][stride].
+  void (*to_gradient)(const LogitColumns& logits, const ColumnGradient& of, uint16_t* by_row, uint32_t* by_pair);
+};
+
 // ---- attention ----
 
 constexpr int KEY_BLOCK = 64;
@@ -123,9 +165,11 @@ struct Loops {
 
   // attention
   void (*attend_block)(const KeyBlock& block, Slab* const* slabs, int64_t num_slabs);
+
+  const PairLoops* pairs;  // or null: then bfloat16 is widened
 };
 
-extern const Loops AVX512_LOOPS, AVX2_LOOPS, BASELINE_LOOPS;  // the first two on x86-64 alone
+extern const Loops AVX512_BF16_LOOPS, AVX512_LOOPS, AVX2_LOOPS, BASELINE_LOOPS;  // the last one on every machine
 
 std::vector<const Loops*> available_loops();  // on this CPU, best first
 const Loops& loops();                         // the best, until use_loops chooses another

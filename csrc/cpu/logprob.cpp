@@ -1,44 +1,26 @@
 // Log-probs of given tokens: a running softmax over pieces of the vocabulary, merged in a fixed order.
 //   token_logprobs            the logits are in memory: (row, piece) pairs run in parallel
-//   linear_logprobs           the logits come tile by tile from ATen's float32 GEMM and never leave the tile
+//   linear_logprobs           the logits come tile by tile from ATen's float32 GEMM and never leave the tile; those of
+//                             bfloat16, where the CPU multiplies that, from logprob_pairs.cpp
 //   linear_logprobs_backward  the same tiles again, turned into the logits' gradient in place, then two more GEMMs
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/shim_utils.h>
+#include "cpu/logprob.h"
 
-#include <algorithm>
 #include <array>
-#include <cmath>
-#include <limits>
-#include <optional>
-#include <vector>
 
-#include "checks.h"
 #include "cpu/dtype.h"
-#include "cpu/isa.h"
 
 namespace llava_cot {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::parallel_for;
-using torch::stable::Tensor;
-
-constexpr int64_t kIgnoreIndex = -100;
-constexpr float kInf = std::numeric_limits<float>::infinity();
 // Two passes (maximum, then sum) read a piece: 16 KiB of float32 are still in L1 at the second. The pieces are the
 // same for every thread count, and so is the result.
 constexpr int64_t kPiece = 4096;
 // Of each buffer (the weight tile as float32, its gradient; the logits and a partial product are smaller at the usual
-// sizes). Small, so that what one step wrote is still in
-// L2 or L3 when the next reads it; but below 4 MiB (512 tokens at H = 2048) the GEMM itself was measured to slow down.
+// sizes). Small, so that what one step wrote is still in L2 or L3 when the next reads it; but below 4 MiB (512 tokens at
+// H = 2048) the GEMM itself was measured to slow down.
 constexpr int64_t kTileBytes = 6 << 20;
-// Elements per task below which a thread costs more than it brings.
-constexpr int64_t kGrain = 32768;
 // Merging a piece costs about as much as reducing this many elements.
 constexpr int64_t kMergeCost = 64;
-
-int64_t grain(int64_t elements) { return kGrain / std::clamp<int64_t>(elements, 1, kGrain); }
 
 // ---- rows of any dtype, read as float32 ----
 
@@ -67,55 +49,6 @@ class FloatRows {
   Dtype dtype_;
   int64_t stride_;
 };
-
-// ---- running softmax ----
-
-struct Softmax {
-  double scale = 1;
-  float max = -kInf;
-  double sum = 0, weighted = 0;
-
-  void merge(const Piece& piece) {
-    const float before = max;
-    max = std::max(max, piece.max);
-    const double d0 = distance(before), d1 = distance(piece.max);
-    const double e0 = std::exp(d0), e1 = std::exp(d1);
-    weighted = e0 * (weighted + d0 * sum) + e1 * (piece.weighted + d1 * piece.sum);
-    sum = e0 * sum + e1 * piece.sum;
-  }
-  float logprob(float x) const { return static_cast<float>(scale * (static_cast<double>(x) - max) - std::log(sum)); }
-  float lse() const { return static_cast<float>(scale * max + std::log(sum)); }
-  float entropy() const { return static_cast<float>(std::log(sum) - weighted / sum); }
-
- private:
-  // scale * (old - max), but finite: exp(-1000) is 0 in double, and 0 * -1000 is 0 where 0 * -inf would be NaN.
-  double distance(float old) const {
-    return old == max ? 0.0 : std::max(scale * (static_cast<double>(old) - max), -1000.0);
-  }
-};
-
-// ---- checks ----
-
-void check_row_vector(const Tensor& vector, const char* name, int64_t rows, ScalarType dtype = ScalarType::Float) {
-  STD_TORCH_CHECK(vector.dim() == 1 && vector.size(0) == rows, name, " must have shape [T=", rows, "]");
-  STD_TORCH_CHECK(vector.is_contiguous(), name, " must be contiguous");
-  STD_TORCH_CHECK(vector.scalar_type() == dtype, name, " has the wrong dtype");
-}
-
-// The rows whose target is a token, in order.
-std::vector<int64_t> kept_rows(const Tensor& targets, int64_t rows, int64_t vocab_size) {
-  check_row_vector(targets, "targets", rows, ScalarType::Long);
-  const int64_t* target = targets.const_data_ptr<int64_t>();
-  std::vector<int64_t> kept;
-  kept.reserve(rows);
-  for (int64_t row = 0; row < rows; ++row) {
-    if (target[row] == kIgnoreIndex) continue;
-    STD_TORCH_CHECK(target[row] >= 0 && target[row] < vocab_size, "targets must be -100 or in [0, ", vocab_size,
-                    "), got ", target[row], " at ", row);
-    kept.push_back(row);
-  }
-  return kept;
-}
 
 // ---- token_logprobs ----
 
@@ -151,11 +84,6 @@ void token_logprobs(Tensor logits, Tensor targets, Tensor logprobs) {
 
 // ---- linear_logprobs ----
 
-Tensor empty_float32(int64_t rows, int64_t cols) {
-  return torch::stable::empty({rows, cols}, ScalarType::Float, std::nullopt,
-                              torch::stable::Device(torch::headeronly::DeviceType::CPU));
-}
-
 // A float32 matrix over memory that someone else holds; being new, it has no autograd history.
 Tensor view_matrix(const float* data, int64_t rows, int64_t cols, int64_t row_stride) {
   return torch::stable::from_blob(const_cast<float*>(data), {rows, cols}, {row_stride, 1},
@@ -183,13 +111,9 @@ struct Tile {
 // bfloat16 GEMM would round the logits before the softmax.
 class LogitTiles {
  public:
-  LogitTiles(const Tensor& hidden, const Tensor& weight, const Tensor& targets)
-      : weight_(weight, "weight"), vocab_size_(weight.size(0)) {
+  LogitTiles(const Tensor& hidden, const Tensor& weight, const std::vector<int64_t>& kept)
+      : kept(kept), weight_(weight, "weight"), vocab_size_(weight.size(0)), hidden_size_(hidden.size(1)) {
     const FloatRows source(hidden, "hidden");
-    hidden_size_ = hidden.size(1);
-    CHECK_SIZE(weight, 1, hidden_size_);
-    STD_TORCH_CHECK(weight.scalar_type() == hidden.scalar_type(), "weight must have the dtype of hidden");
-    kept = kept_rows(targets, hidden.size(0), vocab_size_);
     const int64_t budget = kTileBytes / static_cast<int64_t>(sizeof(float)), width = std::max<int64_t>(1, hidden_size_);
     tile_tokens = std::min(vocab_size_, std::max<int64_t>(16, budget / width));
     tile_rows = std::min(num_kept(), std::max<int64_t>(16, budget / std::max(width, tile_tokens)));
@@ -219,7 +143,7 @@ class LogitTiles {
     }
   }
 
-  std::vector<int64_t> kept;
+  const std::vector<int64_t>& kept;
   int64_t tile_rows, tile_tokens;  // of a full tile
 
  private:
@@ -264,31 +188,33 @@ void for_each_row(const Tile& tile, const Visitor& visit) {
 
 void linear_logprobs(Tensor hidden, Tensor weight, Tensor targets, double temperature, Tensor logprobs, Tensor lse,
                      Tensor entropy) {
-  const LogitTiles tiles(hidden, weight, targets);
-  STD_TORCH_CHECK(temperature > 0, "temperature must be > 0, got ", temperature);
-  const float scale = static_cast<float>(1 / temperature);
+  check_linear(hidden, weight, temperature);
   for (Tensor* out : {&logprobs, &lse, &entropy}) {
     check_row_vector(*out, "each output", hidden.size(0));
     torch::stable::zero_(*out);
   }
-  const int64_t* target = targets.const_data_ptr<int64_t>();
-  std::vector<Softmax> softmax(tiles.num_kept(), Softmax{1 / temperature});
-  std::vector<float> target_logit(tiles.num_kept());
-  tiles.for_each([&](const Tile& tile) {
-    const int64_t num_tokens = tile.logits.size(1);
-    for_each_row(tile, [&](int64_t k, const float* x) {
-      const int64_t index = target[tiles.kept[k]] - tile.token;
-      if (index >= 0 && index < num_tokens) target_logit[k] = x[index];
-      for (int64_t col = 0; col < num_tokens; col += kPiece) {
-        softmax[k].merge(loops().reduce_piece(x + col, std::min(kPiece, num_tokens - col), scale));
-      }
+  const std::vector<int64_t> kept = kept_rows(targets, hidden.size(0), weight.size(0));
+  const Linear linear{hidden, weight, kept, targets.const_data_ptr<int64_t>(), static_cast<float>(1 / temperature)};
+  std::vector<Softmax> softmax(kept.size(), Softmax{1 / temperature});
+  std::vector<float> target_logit(kept.size());
+  if (has_pairs(hidden)) {
+    reduce_pairs(linear, softmax.data(), target_logit.data());
+  } else {
+    LogitTiles(hidden, weight, kept).for_each([&](const Tile& tile) {
+      const int64_t num_tokens = tile.logits.size(1);
+      for_each_row(tile, [&](int64_t k, const float* x) {
+        const int64_t index = linear.target[kept[k]] - tile.token;
+        if (index >= 0 && index < num_tokens) target_logit[k] = x[index];
+        for (int64_t col = 0; col < num_tokens; col += kPiece) {
+          softmax[k].merge(loops().reduce_piece(x + col, std::min(kPiece, num_tokens - col), linear.scale));
+        }
+      });
     });
-  });
-  for (int64_t k = 0; k < tiles.num_kept(); ++k) {
-    const int64_t row = tiles.kept[k];
-    logprobs.mutable_data_ptr<float>()[row] = softmax[k].logprob(target_logit[k]);
-    lse.mutable_data_ptr<float>()[row] = softmax[k].lse();
-    entropy.mutable_data_ptr<float>()[row] = softmax[k].entropy();
+  }
+  for (size_t k = 0; k < kept.size(); ++k) {
+    logprobs.mutable_data_ptr<float>()[kept[k]] = softmax[k].logprob(target_logit[k]);
+    lse.mutable_data_ptr<float>()[kept[k]] = softmax[k].lse();
+    entropy.mutable_data_ptr<float>()[kept[k]] = softmax[k].entropy();
   }
 }
 
@@ -318,72 +244,60 @@ class Accumulator {
   std::optional<Tensor> scratch_;
 };
 
-// The sum's first rows are the kept ones: spread them out in place, last first (kept[k] >= k), and zero the others.
-void spread_rows(const Tensor& sum, const std::vector<int64_t>& kept) {
-  const int64_t cols = sum.size(1);
-  float* rows = sum.mutable_data_ptr<float>();
-  int64_t k = static_cast<int64_t>(kept.size()) - 1;
-  for (int64_t row = sum.size(0) - 1; row >= 0; --row) {
-    if (k < 0 || kept[k] != row) {
-      std::fill_n(rows + row * cols, cols, 0.0f);
-    } else if (k-- != row) {
-      std::copy_n(rows + (k + 1) * cols, cols, rows + row * cols);
-    }
-  }
-}
-
-void check_gradient(const Tensor& grad, const Tensor& of, const char* name) {
-  STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == of.size(0) && grad.size(1) == of.size(1) &&
-                      grad.scalar_type() == of.scalar_type() && grad.is_contiguous(),
-                  name, " must be contiguous, with the shape and dtype of its tensor");
+// hidden_sum [T, H] and weight_sum, of all tokens or of a tile of them (as sums_of), may be null.
+void add_gradients(const Linear& linear, const RowStatistics& rows, float* hidden_sum, const Tensor* weight_sum,
+                   std::optional<Tensor> grad_weight, const LogitTiles& tiles) {
+  const int64_t width = linear.hidden.size(1);
+  const bool is_float32 = linear.hidden.scalar_type() == ScalarType::Float;
+  Accumulator accumulate;
+  tiles.for_each([&](const Tile& tile) {
+    const int64_t num_rows = tile.logits.size(0), num_tokens = tile.logits.size(1);
+    for_each_row(tile, [&](int64_t k, float* x) {
+      const int64_t row = tiles.kept[k], index = linear.target[row] - tile.token;
+      const float grad_logprob = rows.grad_logprob[row];
+      loops().logits_to_gradient(
+          x, num_tokens, {linear.scale, rows.lse[row], rows.entropy[row], grad_logprob, rows.grad_entropy[row]});
+      if (index >= 0 && index < num_tokens) x[index] += linear.scale * grad_logprob;
+    });
+    if (hidden_sum) accumulate(tile.logits, tile.weight, hidden_sum + tile.row * width, tile.token == 0);
+    if (!weight_sum) return;
+    float* sum = weight_sum->mutable_data_ptr<float>() + (is_float32 ? tile.token * width : 0);
+    accumulate(torch::stable::transpose(tile.logits, 0, 1), tile.hidden, sum, tile.row == 0);
+    if (is_float32 || tile.row + num_rows < tiles.num_kept()) return;
+    Tensor final = torch::stable::narrow(*grad_weight, 0, tile.token, num_tokens);
+    torch::stable::copy_(final, view_matrix(sum, num_tokens, width));
+  });
 }
 
 void linear_logprobs_backward(Tensor grad_logprobs, Tensor grad_entropy, Tensor hidden, Tensor weight, Tensor targets,
                               Tensor lse, Tensor entropy, double temperature, std::optional<Tensor> grad_hidden,
                               std::optional<Tensor> grad_weight) {
-  const LogitTiles tiles(hidden, weight, targets);
-  STD_TORCH_CHECK(temperature > 0, "temperature must be > 0, got ", temperature);
-  const float scale = static_cast<float>(1 / temperature);
+  check_linear(hidden, weight, temperature);
   for (const Tensor* in : {&grad_logprobs, &grad_entropy, &lse, &entropy}) {
     check_row_vector(*in, "each gradient and statistic", hidden.size(0));
   }
   if (grad_hidden) check_gradient(*grad_hidden, hidden, "grad_hidden");
   if (grad_weight) check_gradient(*grad_weight, weight, "grad_weight");
-  if (grad_weight && tiles.num_kept() == 0) torch::stable::zero_(*grad_weight);
+  const std::vector<int64_t> kept = kept_rows(targets, hidden.size(0), weight.size(0));
+  if (grad_weight && kept.empty()) torch::stable::zero_(*grad_weight);
+  const Linear linear{hidden, weight, kept, targets.const_data_ptr<int64_t>(), static_cast<float>(1 / temperature)};
+  const RowStatistics rows{lse.const_data_ptr<float>(), entropy.const_data_ptr<float>(),
+                           grad_logprobs.const_data_ptr<float>(), grad_entropy.const_data_ptr<float>()};
 
-  const int64_t width = hidden.size(1);
-  const bool is_float32 = hidden.scalar_type() == ScalarType::Float;
-  const Tensor none = empty_float32(0, width);
-  const Tensor hidden_sum = grad_hidden ? sums_of(*grad_hidden, hidden.size(0)) : none;
-  const Tensor weight_sum = grad_weight ? sums_of(*grad_weight, tiles.tile_tokens) : none;
-  Accumulator accumulate;
-  const int64_t* target = targets.const_data_ptr<int64_t>();
-  const float *g_logprob = grad_logprobs.const_data_ptr<float>(), *g_entropy = grad_entropy.const_data_ptr<float>();
-  const float *row_lse = lse.const_data_ptr<float>(), *row_entropy = entropy.const_data_ptr<float>();
-
-  tiles.for_each([&](const Tile& tile) {
-    const int64_t num_rows = tile.logits.size(0), num_tokens = tile.logits.size(1);
-    for_each_row(tile, [&](int64_t k, float* x) {
-      const int64_t row = tiles.kept[k], index = target[row] - tile.token;
-      loops().logits_to_gradient(x, num_tokens,
-                                 {scale, row_lse[row], row_entropy[row], g_logprob[row], g_entropy[row]});
-      if (index >= 0 && index < num_tokens) x[index] += scale * g_logprob[row];
-    });
-    if (grad_hidden) {
-      float* sum = hidden_sum.mutable_data_ptr<float>() + tile.row * width;
-      accumulate(tile.logits, tile.weight, sum, tile.token == 0);
-    }
-    if (grad_weight) {
-      float* sum = weight_sum.mutable_data_ptr<float>() + (is_float32 ? tile.token * width : 0);
-      accumulate(torch::stable::transpose(tile.logits, 0, 1), tile.hidden, sum, tile.row == 0);
-      if (is_float32 || tile.row + num_rows < tiles.num_kept()) return;
-      Tensor rows = torch::stable::narrow(*grad_weight, 0, tile.token, num_tokens);
-      torch::stable::copy_(rows, view_matrix(sum, num_tokens, width));
-    }
-  });
+  std::optional<Tensor> hidden_sum, weight_sum;
+  if (grad_hidden) hidden_sum = sums_of(*grad_hidden, hidden.size(0));
+  float* hidden_sums = hidden_sum ? hidden_sum->mutable_data_ptr<float>() : nullptr;
+  if (has_pairs(hidden)) {
+    gradients_of_pairs(linear, rows, hidden_sums,
+                       grad_weight ? static_cast<uint16_t*>(grad_weight->mutable_data_ptr()) : nullptr);
+  } else {
+    const LogitTiles tiles(hidden, weight, kept);
+    if (grad_weight) weight_sum = sums_of(*grad_weight, tiles.tile_tokens);
+    add_gradients(linear, rows, hidden_sums, weight_sum ? &*weight_sum : nullptr, grad_weight, tiles);
+  }
   if (!grad_hidden) return;
-  spread_rows(hidden_sum, tiles.kept);
-  if (!is_float32) torch::stable::copy_(*grad_hidden, hidden_sum);
+  spread_rows(*hidden_sum, kept);
+  if (hidden.scalar_type() != ScalarType::Float) torch::stable::copy_(*grad_hidden, *hidden_sum);
 }
 
 }  // namespace

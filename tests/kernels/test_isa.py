@@ -112,7 +112,7 @@ def test_bad_rows(isa, poison, position):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("T, V, H", [(3, 1, 1), (5, 37, 16), (70, 4111, 61)])
+@pytest.mark.parametrize("T, V, H", [(3, 1, 1), (5, 37, 16), (1, 97, 2), (70, 4111, 61), (70, 4111, 130)])
 def test_logprobs(isa, dtype, T, V, H):
     g = torch.Generator().manual_seed(T)
     hidden, weight = torch.randn(T, H, generator=g).to(dtype), (torch.randn(V, H, generator=g) * 3 / H**0.5).to(dtype)
@@ -133,6 +133,29 @@ def test_logprobs(isa, dtype, T, V, H):
     actual, plain = run(linear_logprobs, dtype), run(reference_logprob.linear_logprobs, dtype)
     for ours, theirs, truth in zip(actual, plain, run(reference_logprob.linear_logprobs, torch.float64)):
         assert_as_exact_as_torch(ours.detach(), theirs.detach(), truth.detach(), lse)
+
+
+@pytest.mark.skipif(ISAS[0] != "avx512_bf16", reason="this CPU has no products of bfloat16")
+def test_products_of_bfloat16_depend_on_no_thread_and_no_other_row():
+    g = torch.Generator().manual_seed(3)
+    hidden, weight = torch.randn(83, 96, generator=g).bfloat16(), torch.randn(2003, 96, generator=g).bfloat16()
+    targets = torch.randint(2003, (83,), generator=g)
+
+    def run(rows: slice = slice(None)):
+        inputs = [hidden[rows].clone().requires_grad_(), weight.clone().requires_grad_()]
+        outputs = linear_logprobs(*inputs, targets[rows], entropy=True)
+        return *outputs, *torch.autograd.grad(sum(out.sum() for out in outputs), inputs)
+
+    before = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(run())
+    torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
+    for whole, alone in zip(results[0][:3], run(slice(40, 59))):
+        assert torch.equal(whole[40:59], alone)
 
 
 @pytest.mark.parametrize("bits", [torch.bfloat16, torch.float16])

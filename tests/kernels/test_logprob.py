@@ -128,6 +128,11 @@ def test_token_logprobs_gradient(generator, dtype):
 
 # One tile; several row tiles (V big); several vocabulary tiles (H big); both, with odd remainders; edges.
 NATIVE_SHAPES = [(5, 37, 16), (1, 1, 1), (131, 32771, 63), (13, 301, 16411), (0, 7, 8), (4, 11, 0), (700, 4099, 521)]
+NATIVE_SHAPES += [
+    (97, 4099, 134),
+    (17, 997, 34),
+    (1, 49, 66),
+]  # even H: pairs of bfloat16, panels, last rows and tokens
 # Few rows and many; tiles that are full, or one short of or over it.
 TRITON_SHAPES = [(5, 37, 16), (1, 1, 1), (0, 7, 8), (4, 11, 0), (16, 64, 128), (17, 257, 63), (129, 255, 65)]
 SHAPES = [("native", *shape) for shape in NATIVE_SHAPES] + [("triton", *shape) for shape in TRITON_SHAPES]
@@ -140,16 +145,17 @@ def test_linear_logprobs_and_gradients_match_float64(generator, backend, T, V, H
     grads = torch.randn(2, T, generator=generator)
     exact = run(reference.linear_logprobs, hidden.double(), weight.double(), targets, 0.7, grads)
     plain = run(reference.linear_logprobs, hidden, weight, targets, 0.7, grads)
-    if backend == "triton":  # it rounds the logits' gradient to the inputs' dtype, as plain products of them do
+    if backend == "triton" or dtype == torch.bfloat16:  # the logits' gradient is rounded to the inputs' dtype
         plain = plain[:2] + run(plain_linear_logprobs, hidden, weight, targets, 0.7, grads)[2:]
     actual = run(linear(backend), hidden, weight, targets, 0.7, grads)
     for ours, theirs, truth in zip(actual, plain, exact):
         assert_as_exact_as_torch(ours, theirs, truth)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", LINEAR_BACKENDS)
-def test_ignored_rows_give_zero_and_no_gradient(generator, backend):
-    hidden, weight, targets = draw(generator, 9, 23, 8, torch.float32)
+def test_ignored_rows_give_zero_and_no_gradient(generator, backend, dtype):
+    hidden, weight, targets = draw(generator, 9, 23, 8, dtype)
     targets[:] = torch.tensor([3, -100, 5, -100, -100, 0, 22, 1, -100])
     ignored = targets == -100
     hidden[ignored] = torch.nan  # never multiplied
@@ -173,11 +179,12 @@ def test_all_rows_ignored(generator, backend):
     assert logprobs.eq(0).all() and hidden.grad.eq(0).all() and weight.grad.eq(0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", LINEAR_BACKENDS)
-def test_extreme_logits(backend):
+def test_extreme_logits(backend, dtype):
     """A token 200 nats below the others, an all but certain one, and a NaN."""
-    hidden = torch.tensor([[1.0, 0.0], [0.0, 90.0], [torch.nan, 1.0]])
-    weight = torch.tensor([[-200.0, 0.0], [0.0, 5.0], [0.0, -3.0]])
+    hidden = torch.tensor([[1.0, 0.0], [0.0, 90.0], [torch.nan, 1.0]], dtype=dtype)
+    weight = torch.tensor([[-200.0, 0.0], [0.0, 5.0], [0.0, -3.0]], dtype=dtype)
     logprobs, entropy = linear(backend)(hidden, weight, torch.tensor([0, 1, 1]), entropy=True)
     log2 = torch.tensor(2.0).log()
     torch.testing.assert_close(logprobs[:2], torch.stack([-200 - log2, torch.tensor(0.0)]))
@@ -197,9 +204,10 @@ def test_masked_token_through_the_weight(backend):
     torch.testing.assert_close(entropy, -(two.exp() * two).sum().expand(2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["native", "triton"])
-def test_only_the_gradient_that_is_needed(generator, backend):
-    hidden, weight, targets = draw(generator, 31, 97, 24, torch.float32)
+def test_only_the_gradient_that_is_needed(generator, backend, dtype):
+    hidden, weight, targets = draw(generator, 31, 97, 24, dtype)
     both = run(linear(backend), hidden, weight, targets, 1.0, torch.ones(2, 31))
     for index, tensor in enumerate((hidden, weight)):
         tensor.requires_grad_()

@@ -8,9 +8,9 @@
 namespace llava_cot {
 namespace {
 
-constexpr Loops table(const char* name) {
+constexpr Loops table(const char* name, const PairLoops* pairs = nullptr) {
   return {name, widen, largest, find, row_sums, shape, keep, masses, histogram, compact, reduce_piece,
-          logits_to_gradient, attend_block};
+          logits_to_gradient, attend_block, pairs};
 }
 
 }  // namespace
