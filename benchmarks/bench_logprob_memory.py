@@ -4,12 +4,14 @@ On CUDA the allocator counts it. On the CPU each call is made by a fresh process
 """
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from bench_logprob import LINEAR_SHAPES, linear_call, linear_inputs, linear_providers
+from timing import environment
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -40,22 +42,30 @@ def _status(field: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--one", nargs=6, metavar=("PROVIDER", "T", "H", "V", "DTYPE", "BACKWARD"))
     args = parser.parse_args()
     if args.one:
-        provider, *sizes, dtype, backward = args.one
-        print(extra_memory(args.device, provider, *map(int, sizes), dtype, backward == "backward"))
+        provider, *sizes, dtype, direction = args.one
+        print(extra_memory(args.device, provider, *map(int, sizes), dtype, direction != "forward"))
         return
+    rows = []
     for shape in LINEAR_SHAPES[args.device][1:]:
         for dtype in DTYPES:
-            for direction in ("forward", "backward"):
-                print("T={} H={} V={}".format(*shape), dtype, "forward and " * (direction == "backward") + direction)
+            for direction in ("forward", "forward and backward"):
+                name = "T={} H={} V={}, {}, {}".format(*shape, dtype, direction)
+                print(name)
+                extra = {}
                 for provider in linear_providers(args.device, DTYPES[dtype]):
                     if provider != "torch.compile":  # its compiler's own memory would be counted too
                         one = [provider, *map(str, shape), dtype, direction]
                         command = [sys.executable, __file__, "--device", args.device, "--one", *one]
                         output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-                        print(f"  {provider:20} {int(output.split()[-1]) / 2**20:8.1f} MiB", flush=True)
+                        extra[provider] = int(output.split()[-1])
+                        print(f"  {provider:20} {extra[provider] / 2**20:8.1f} MiB", flush=True)
+                rows.append({"case": name, "extra_bytes": extra})
+    if args.json:
+        args.json.write_text(json.dumps({"machine": environment(args.device), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -29,28 +29,32 @@ def fork_case(device: str, layers: int, tokens: int = 2000, n: int = 16) -> Case
     prompt = DynamicCache()
     for layer in range(layers):
         prompt.update(*torch.randn(2, 1, HEADS, tokens, DIM, device=device).bfloat16(), layer)
+    kids: list[int] = []
 
-    def fork() -> list[int]:
-        kids = pool.fork(seq, n)
-        for kid in kids:
-            pool.free(kid)
-        return kids
+    def fork() -> None:
+        kids.extend(pool.fork(seq, n))
+
+    def free() -> None:
+        while kids:
+            pool.free(kids.pop())
 
     def repeat_interleave() -> DynamicCache:
         forked = copy.deepcopy(prompt)
         forked.batch_repeat_interleave(n)
+        if device == "cuda":
+            torch.cuda.synchronize()
         return forked
 
     def check() -> None:
-        free, kids = pool.num_free, pool.fork(seq, n)
-        assert pool.num_free == free  # no page was taken, so no byte has to move
+        num_free = pool.num_free
+        fork()
+        assert pool.num_free == num_free  # no page was taken, so no byte has to move
         assert (pool.page_table(kids) == pool.page_table([seq])).all()
-        for kid in kids:
-            pool.free(kid)
+        free()
         assert repeat_interleave().layers[0].keys.shape[0] == n
 
-    name = f"{tokens} tokens into {n} and freed; the peer copies {layers} of 40 layers"
-    return Case("fork", name, {"native": fork, "DynamicCache": repeat_interleave}, 0, check)
+    name = f"{tokens} tokens into {n}; the peer copies {layers} of 40 layers"
+    return Case("fork", name, {"native": fork, "DynamicCache": repeat_interleave}, 0, check, free, on_host=True)
 
 
 def copy_case(device: str, num_copies: int, layers: int) -> Case:

@@ -10,7 +10,7 @@ DOCS = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- from benchmarks/kernels_table.py -->\n", "<!-- end -->\n"
 STEMS = ("paged_kv", "attention", "sampling", "logprob")
 OURS = ("native", "triton", "reference")
-HEADER = ["op", "case", "on", *OURS, "share of copy bandwidth", "peers: their time over our best"]
+HEADER = ["op", "case", "on", *OURS, "share of copy bandwidth", "peers: their time over that of the kernel"]
 
 
 def table(results: Path) -> str:
@@ -23,15 +23,24 @@ def table(results: Path) -> str:
             machines.append(f"{device}: {report['machine']}, copy bandwidth {report['copy_bandwidth'] / 1e9:.0f} GB/s")
             lines += [_row(row, device, report["copy_bandwidth"]) for row in report["rows"]]
     unique = dict.fromkeys(line.split(", copy")[0] for line in machines)
-    return "\n".join([*lines, "", "Milliseconds, medians. " + "; ".join(unique) + "."]) + "\n"
+    lines += ["", "Milliseconds, medians. " + "; ".join(unique) + "."]
+    for path in sorted(results.glob("logprob_memory_*.json")):
+        report = json.loads(path.read_text())
+        providers = list(report["rows"][0]["extra_bytes"])
+        lines += ["", f"Peak memory beyond inputs and results, MiB ({report['machine']}):", ""]
+        lines += [f"| `linear_logprobs` | {' | '.join(providers)} |", "| --- |" + " --- |" * len(providers)]
+        for row in report["rows"]:
+            extra = [f"{row['extra_bytes'][name] / 2**20:.0f}" for name in providers]
+            lines.append(f"| {row['case']} | {' | '.join(extra)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _row(row: dict, device: str, bandwidth: float) -> str:
     medians = {name: figures["median"] for name, figures in row["ms"].items()}
     ours = {name: ms for name, ms in medians.items() if name.split(",")[0] in OURS}
     backends = {kind: min((ms for name, ms in ours.items() if name.startswith(kind)), default=None) for kind in OURS}
-    best = min(ours.values())
-    others = {name: ms / best for name, ms in medians.items() if name not in ours}
+    best = min(ms for kind, ms in backends.items() if ms is not None and kind != "reference")
+    others = {name: ms / best for name, ms in medians.items() if name not in ours or name == "reference"}
     peers = [f"{name} {_ratio(ratio, 'alone' not in name)}" for name, ratio in others.items()]
     share = f"{row['bytes'] / (best / 1e3) / bandwidth:.0%}" if row["bytes"] else ""
     cells = [f"`{row['op']}`", row["case"], device, *map(_ms, backends.values()), share, ", ".join(peers)]

@@ -2,4 +2,5 @@
 
 
 def test_kernel(benchmark, case, provider):
-    benchmark(case.providers[provider])
+    call, undo = case.providers[provider], case.undo
+    benchmark.pedantic(call, teardown=undo, rounds=20, warmup_rounds=2)

@@ -25,6 +25,8 @@ class Case:
     providers: dict[str, Callable[[], Any]]
     bytes: int  # that the call must at least read and write
     check: Callable[[], None]  # raises AssertionError where a provider's result is wrong
+    undo: Callable[[], None] = lambda: None  # not timed, after each call
+    on_host: bool = False  # by the host's clock, and not in turns, since a peer's copies would evict the interpreter
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,11 @@ class Quantiles:
 
 
 def measure(
-    calls: dict[str, Callable[[], object]], repeats: int, device: str = "cpu", warmup: int = 3
+    calls: dict[str, Callable[[], object]],
+    repeats: int,
+    device: str = "cpu",
+    warmup: int = 3,
+    undo: Callable[[], None] = lambda: None,
 ) -> dict[str, Quantiles]:
     """Time each call ``repeats`` (>= 5) times after ``warmup`` rounds; the calls take turns on the same machine."""
     if repeats < 5:
@@ -49,14 +55,19 @@ def measure(
     if device == "cuda":
         timed, calls = _time_on_cuda(), {name: _captured(call) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for index in range(warmup + repeats):
+    for _ in range(warmup + repeats):
         for name, call in calls.items():
-            elapsed = timed(call)
-            if index >= warmup:
-                times[name].append(elapsed)
+            times[name].append(timed(call))
+            undo()
     points = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
-    found = {name: torch.tensor(of_call, dtype=torch.float64) for name, of_call in times.items()}
+    found = {name: torch.tensor(of_call[warmup:], dtype=torch.float64) for name, of_call in times.items()}
     return {name: Quantiles(*of_call.quantile(points).tolist()) for name, of_call in found.items()}
+
+
+def measure_case(case: Case, repeats: int, device: str) -> dict[str, Quantiles]:
+    if not case.on_host:
+        return measure(case.providers, repeats, device, undo=case.undo)
+    return {name: measure({name: call}, repeats, undo=case.undo)[name] for name, call in case.providers.items()}
 
 
 def _time_on_cpu(call: Callable[[], object]) -> float:
@@ -121,7 +132,7 @@ def main(cases: Callable[[str, bool], Iterator[Case]], description: str) -> None
     rows = []
     for case in cases(args.device, args.report):
         case.check()
-        figures = measure(case.providers, args.repeats, args.device)
+        figures = measure_case(case, args.repeats, args.device)
         rows.append(
             {
                 "op": case.op,

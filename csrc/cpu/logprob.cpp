@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t kPiece = 4096;
 // Of each buffer (the weight tile as float32, its gradient; the logits and a partial product are smaller at the usual
 // sizes). Small, so that what one step wrote is still in L2 or L3 when the next reads it; but below 4 MiB (512 tokens at
-// H = 2048) the GEMM itself was measured to slow down.
+// H = 2048) the GEMM itself was measured to slow down. A float32 weight is read where it lies and may take twice that.
 constexpr int64_t kTileBytes = 6 << 20;
 // Merging a piece costs about as much as reducing this many elements.
 constexpr int64_t kMergeCost = 64;
@@ -114,7 +114,8 @@ class LogitTiles {
   LogitTiles(const Tensor& hidden, const Tensor& weight, const std::vector<int64_t>& kept)
       : kept(kept), weight_(weight, "weight"), vocab_size_(weight.size(0)), hidden_size_(hidden.size(1)) {
     const FloatRows source(hidden, "hidden");
-    const int64_t budget = kTileBytes / static_cast<int64_t>(sizeof(float)), width = std::max<int64_t>(1, hidden_size_);
+    const int64_t bytes = weight_.is_float32() ? 2 * kTileBytes : kTileBytes;
+    const int64_t budget = bytes / static_cast<int64_t>(sizeof(float)), width = std::max<int64_t>(1, hidden_size_);
     tile_tokens = std::min(vocab_size_, std::max<int64_t>(16, budget / width));
     tile_rows = std::min(num_kept(), std::max<int64_t>(16, budget / std::max(width, tile_tokens)));
     const bool in_place = source.is_float32() && num_kept() == hidden.size(0);

@@ -47,7 +47,7 @@ def test_compiles_without_warnings_or_spills(source, architecture, tmp_path):
         assert line.endswith(" 0 + 0 bytes spilled"), line
 
 
-if __name__ == "__main__":  # python tests/kernels/test_cuda_build.py > benchmarks/results/ptxas.txt
+if __name__ == "__main__":  # PYTHONPATH=tests python tests/kernels/test_cuda_build.py > benchmarks/results/ptxas.txt
     for architecture in ARCHITECTURES:
         for source in SOURCES:
             lines = report(compile_source(source, architecture, Path("/dev/null")))
