@@ -31,6 +31,7 @@ class SearchOutput(ModelOutput):
     """``generate(..., return_dict_in_generate=True)``: what it returns otherwise, and every row's answer."""
 
     sequences: torch.Tensor | None = None  # int64 [B, T + new]
+    sequences_scores: torch.Tensor | None = None  # float32 [B], of a search that scores what it returns
     answers: tuple[Answer, ...] | None = None  # of B rows
 
 

@@ -19,7 +19,10 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pret
 PRESETS = ("published", "released", "prose")
 Search = Annotated[
     str,
-    typer.Option(help="greedy, sample, best_of_n, swires, or a preset of it: swires:published, :released, :prose."),
+    typer.Option(
+        help="greedy, sample, best_of_n, majority, stage_beam, token_beam, swires, "
+        "or a preset of it: swires:published, :released, :prose."
+    ),
 ]
 Model = Annotated[str, typer.Option(help="A model folder or hub name; tiny is the bundled scale model.")]
 Seed = Annotated[int, typer.Option(min=0, help="Everything random comes from it.")]

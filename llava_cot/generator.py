@@ -169,7 +169,7 @@ class SwiresGenerator:
         if max_length is not None:
             kwargs.setdefault("max_new_tokens", max_length - input_ids.shape[1])
         plan = self._plan(search, kwargs)
-        if do_sample is not None and do_sample == (plan.name == "greedy"):
+        if do_sample is not None and do_sample == (plan.name in ("greedy", "token_beam")):
             raise ValueError(f"do_sample must be {not do_sample} with search={plan.name!r}, got {do_sample}")
         if seed is None:
             seed = int(torch.randint(2**62, ()))
@@ -185,7 +185,9 @@ class SwiresGenerator:
         if not return_dict_in_generate:
             return sequences
         answers = [self._answer(job, node, plan, seed) for job in jobs for node in job.result[1]]
-        return SearchOutput(sequences=sequences, answers=tuple(answers))
+        scores = [node.score for job in jobs for node in job.result[1]]
+        scored = None if None in scores else torch.tensor(scores, dtype=torch.float32, device=sequences.device)
+        return SearchOutput(sequences=sequences, sequences_scores=scored, answers=tuple(answers))
 
     def calibrate(
         self, images: Sequence[ImageLike], questions: Sequence[str], *, data: str, seed: int = 0, **settings
@@ -252,6 +254,7 @@ class SwiresGenerator:
                 plan.max_new_tokens,
                 self._calibration_for(plan.config),
                 on_event or (lambda event: None),
+                self.engine.eos_token_ids,
             )
             result = yield from plan.policy(search)
             return search, result if isinstance(result, list) else [result]

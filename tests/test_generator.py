@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from llava_cot import STAGES, BestOfNConfig, Finished, SwiresConfig, SwiresGenerator
+from llava_cot import STAGES, BestOfNConfig, Finished, MajorityConfig, StageBeamConfig, SwiresConfig, SwiresGenerator
 from llava_cot.data import shapes
 from llava_cot.engine.branch import SamplingParams
 from llava_cot.prompt import MODEL_INPUTS
@@ -104,7 +104,7 @@ BAD_ANSWERS = {
     "unknown search": (
         lambda g, f: ask(g, search="beam"),
         ValueError,
-        r"search must be one of \[.*'swires'\].* got 'beam'",
+        r"search must be one of \[.*'swires'.*\], .* got 'beam'",
     ),
     "a class": (lambda g, f: ask(g, search=SwiresConfig), ValueError, "search must be one of"),
     "unknown setting": (
@@ -248,7 +248,16 @@ def test_a_seed_is_an_answer(tiny, search):
     assert [n["tokens"] for n in first.trace.data["nodes"]] != [n["tokens"] for n in other.trace.data["nodes"]]
 
 
-@pytest.mark.parametrize("search", [SEARCH, BestOfNConfig(n=2, max_new_tokens=80)], ids=["swires", "best_of_n"])
+@pytest.mark.parametrize(
+    "search",
+    [
+        SEARCH,
+        BestOfNConfig(n=2, max_new_tokens=80),
+        MajorityConfig(n=3, max_new_tokens=160),
+        StageBeamConfig(max_stage_tokens=LIMITS),
+    ],
+    ids=["swires", "best_of_n", "majority", "stage_beam"],
+)
 def test_a_batch_is_its_questions(tiny, bare_generator, search):
     """Also where the pages are so few that the questions must take turns."""
     images, questions = [s.image for s in SAMPLES], [s.question for s in SAMPLES]

@@ -79,6 +79,41 @@ class Expand:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be >= 1, got {self.max_new_tokens}")
 
+    @property
+    def width(self) -> int:
+        return len(self.seeds)
 
-# A search as a coroutine: it yields what it wants next and is sent the finished branches, one list per request.
-Program = Generator[list[Expand], list[list[Branch]], Any]
+
+@dataclass(frozen=True, eq=False)
+class Rank:
+    """A request: the ``k`` most likely next tokens of ``parent``, or of its ``children``.
+
+    A child is what ``parent`` has and one more token, given with its log-prob. Children take the place and the pages of
+    ``parent``, unless that is the root: with none, it is dropped. ``children`` None ranks ``parent`` itself.
+    """
+
+    parent: Branch
+    k: int
+    children: tuple[tuple[int, float], ...] | None = None
+
+    def __post_init__(self):
+        if self.k < 1:
+            raise ValueError(f"k must be >= 1, got {self.k}")
+
+    @property
+    def width(self) -> int:
+        return 1 if self.children is None else len(self.children)
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """The reply to ``Rank``, one for each child: its next tokens, the most likely first, and their log-probs (nats)."""
+
+    branch: Branch
+    tokens: list[int]
+    logprobs: list[float]
+
+
+# A search as a coroutine: it yields what it wants next and is sent a reply per request: the finished branches of an
+# Expand, the ranked children of a Rank.
+Program = Generator[list[Expand | Rank], list[list[Any]], Any]

@@ -4,19 +4,22 @@ import time
 from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import closing
+from typing import TypeVar
 from weakref import WeakSet
 
 import torch
 from transformers import PreTrainedModel
 
 from llava_cot.engine.batch import Batch
-from llava_cot.engine.branch import Branch, Expand, Finish
+from llava_cot.engine.branch import Branch, Expand, Finish, Rank, Ranked
 from llava_cot.engine.job import Job, Slot
 from llava_cot.engine.model import ModelView
 from llava_cot_kernels.page_pool import OutOfPages, PagePool
 from llava_cot_kernels.paged_kv import copy_pages
 from llava_cot_kernels.sampling import SampleOutput, sample
 from llava_cot_kernels.stage_tags import StageTags
+
+_Request = TypeVar("_Request", Expand, Rank)
 
 
 class Engine:
@@ -80,7 +83,7 @@ class Engine:
     def _admit(self, waiting: deque[Job], running: list[Job]) -> None:
         """Prefill waiting jobs while their prompt and a page for every growing branch fit."""
         while waiting:
-            growing = sum(len(job.slots) + sum(len(r.seeds) for r in job.requests) for job in running)
+            growing = sum(len(job.slots) + sum(r.width for r in job.requests) for job in running)
             needed = -(-waiting[0].prompt_length // self.pool.page_size) + growing + 1
             if running and needed > self.pool.num_free:
                 return
@@ -105,14 +108,16 @@ class Engine:
         return root
 
     def _step(self, waiting: deque[Job], running: list[Job]) -> bool:
-        """Compute the last token of every branch that grows or is opened, then draw one token for every growing one.
+        """Compute the last token of every branch that grows, is opened or ranked, then draw one token for every growing
+        one.
 
         Returns whether a job had to go back to ``waiting`` for want of pages.
         """
         preempted = False
+        ranked = {request: self._children(job, request) for job, request in _requests(running, Rank)}
         while True:
             try:
-                logits, sources = self._compute(running)
+                logits, sources = self._compute(running, ranked)
                 break
             except OutOfPages as error:
                 if len(running) == 1:
@@ -120,9 +125,14 @@ class Engine:
                 waiting.appendleft(running.pop())
                 self._release(waiting[0])
                 preempted = True
+        answers = self._rank(logits, sources, {request: ranked[request] for _, request in _requests(running, Rank)})
         for job in running:
+            job.usage.steps += 1
             for request in job.requests:
-                job.open(request, self._fork(job, request))
+                if isinstance(request, Rank):
+                    job.reply(answers[request])
+                else:
+                    job.open(request, self._fork(job, request))
             job.requests = []
         slots = [slot for job in running for slot in job.slots]
         if not slots:
@@ -130,19 +140,19 @@ class Engine:
         rows = [sources[slot.branch if slot.branch.tokens else slot.request.parent] for slot in slots]
         self._grow(slots, self._draw(logits, rows, slots))
         for job in running:
-            job.usage.steps += 1
             job.usage.generated_tokens += len(job.slots)
             job.slots = [slot for slot in job.slots if slot.branch.finish is None]
         return preempted
 
-    def _compute(self, running: list[Job]) -> tuple[torch.Tensor, dict[Branch, int]]:
-        """The logits to draw from, [R, V], and the row of each branch that is drawn from.
+    def _compute(self, running: list[Job], ranked: dict[Rank, list[Branch]]) -> tuple[torch.Tensor, dict[Branch, int]]:
+        """The logits to draw from or to rank, [R, V], and the row of each branch.
 
         Raises ``OutOfPages`` before anything has changed.
         """
-        opened = [(job, request.parent) for job in running for request in job.requests if request.seeds]
+        opened = [(job, request.parent) for job, request in _requests(running, Expand) if request.seeds]
+        looked_at = [(job, branch) for job, request in _requests(running, Rank) for branch in ranked[request]]
         rows = {slot.branch: job for job in running for slot in job.slots}
-        rows |= {parent: job for job, parent in opened if parent.next_logits is None}
+        rows |= {branch: job for job, branch in opened + looked_at if branch.next_logits is None}
         parts = []
         if rows:
             batch = self._batch([*rows], [1] * len(rows))
@@ -153,10 +163,58 @@ class Engine:
         for _, parent in opened:
             if parent.next_logits is None:
                 parent.next_logits = parts[0][sources[parent]].clone()
-            elif parent not in sources:
-                sources[parent] = len(sources)
-                parts.append(parent.next_logits.unsqueeze(0))
+        for _, branch in opened + looked_at:
+            if branch not in sources:
+                assert branch.next_logits is not None
+                sources[branch] = len(sources)
+                parts.append(branch.next_logits.unsqueeze(0))
         return torch.cat(parts) if parts else self.view.kv_cache.new_empty(0, self.view.vocab_size), sources
+
+    def _children(self, job: Job, request: Rank) -> list[Branch]:
+        """Put the children of a ranked branch in its place; the first takes over its sequence, the others fork it."""
+        parent = request.parent
+        if request.children is None:
+            return [parent]
+        job.usage.generated_tokens += len(request.children)
+        is_root = parent.parent is None
+        seqs = self.pool.fork(parent.seq, max(0, len(request.children) - (not is_root)))
+        if not is_root:
+            job.branches.remove(parent)
+            if request.children:
+                seqs.insert(0, parent.seq)
+            else:
+                self.pool.free(parent.seq)
+        children = [
+            Branch(
+                parent.parent or parent,
+                seq,
+                parent.length + 1,
+                parent.image,
+                tokens=[*([] if is_root else parent.tokens), token],
+                logprobs=[*([] if is_root else parent.logprobs), logprob],
+            )
+            for seq, (token, logprob) in zip(seqs, request.children)
+        ]
+        job.branches += children
+        return children
+
+    @torch.inference_mode()
+    def _rank(
+        self, logits: torch.Tensor, sources: dict[Branch, int], ranked: dict[Rank, list[Branch]]
+    ) -> dict[Rank, list[Ranked]]:
+        if not ranked:
+            return {}
+        rows = [sources[branch] for branches in ranked.values() for branch in branches]
+        k = min(max(request.k for request in ranked), logits.shape[1])
+        best = torch.log_softmax(logits[rows].float(), -1).topk(k)
+        values = iter(zip(best.indices.tolist(), best.values.tolist()))
+        return {
+            request: [
+                Ranked(branch, tokens[: request.k], logprobs[: request.k])
+                for branch, (tokens, logprobs) in zip(branches, values)
+            ]
+            for request, branches in ranked.items()
+        }
 
     def _batch(self, branches: list[Branch], counts: list[int]) -> Batch:
         """Make room for ``counts`` new tokens of each branch, copying what is shared, and describe the forward pass."""
@@ -247,3 +305,7 @@ class Engine:
     def _too_small(self, error: OutOfPages) -> OutOfPages:
         size = f"num_pages={self.pool.num_pages} of page_size={self.pool.page_size}"
         return OutOfPages(f"the KV cache ({size}) is too small for this search alone: {error}; raise num_pages")
+
+
+def _requests(jobs: list[Job], kind: type[_Request]) -> list[tuple[Job, _Request]]:
+    return [(job, request) for job in jobs for request in job.requests if isinstance(request, kind)]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from llava_cot.engine.branch import Branch, Expand, Program
+from llava_cot.engine.branch import Branch, Expand, Program, Rank, Ranked
 
 
 @dataclass
@@ -45,9 +45,9 @@ class Job:
     usage: Usage = field(default_factory=Usage)
     result: Any = None
     branches: list[Branch] = field(default_factory=list)
-    requests: list[Expand] = field(default_factory=list)
+    requests: list[Expand | Rank] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
-    _reply: list[list[Branch]] | None = None
+    _reply: list[list[Branch] | list[Ranked]] | None = None
     _coroutine: Program | None = None
     _start: float = 0.0
 
@@ -59,10 +59,14 @@ class Job:
         self._coroutine, self._start = self.program(root), now
 
     def open(self, request: Expand, kids: list[Branch]) -> None:
-        """Note that ``kids`` now grow to answer ``request``; requests are opened in order."""
-        assert self._reply is not None
-        self._reply.append(kids)
+        """Note that ``kids`` now grow to answer ``request``."""
+        self.reply(kids)
         self.slots += [Slot(kid, request) for kid in kids]
+
+    def reply(self, answer: list[Branch] | list[Ranked]) -> None:
+        """Answer the next request: all are answered in their order."""
+        assert self._reply is not None
+        self._reply.append(answer)
 
     def advance(self, now: float) -> bool:
         """Once nothing grows, send the finished branches and take the next requests; False when the program is done."""

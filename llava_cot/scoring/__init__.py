@@ -2,6 +2,7 @@
 
 from llava_cot.scoring.calibration import Calibration
 from llava_cot.scoring.confidence import confidence
+from llava_cot.scoring.normalise import normalise
 from llava_cot.scoring.scorer import Scorer, Span
 
 SCORERS: dict[str, Scorer] = {"confidence": confidence}
@@ -16,4 +17,4 @@ def resolve_scorer(scorer: str | Scorer) -> Scorer:
     return SCORERS[scorer]
 
 
-__all__ = ["SCORERS", "Calibration", "Scorer", "Span", "confidence", "resolve_scorer"]
+__all__ = ["SCORERS", "Calibration", "Scorer", "Span", "confidence", "normalise", "resolve_scorer"]

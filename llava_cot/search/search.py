@@ -31,6 +31,7 @@ class Search:
     max_new_tokens: int = 2048  # of any path, stages together
     calibration: Calibration | None = None
     on_event: Callable[[Event], None] = lambda event: None
+    eos_token_ids: frozenset[int] = frozenset()
     nodes: list[Node] = field(default_factory=list)
     retraces: list[Retrace] = field(default_factory=list)
     root: Node = field(init=False)
@@ -78,6 +79,13 @@ class Search:
                 self.nodes.append(node)
                 new.append(node)
         return new
+
+    def add(self, branch: Branch, score: float) -> Node:
+        """A scored whole answer that the policy put together itself, as a node under the root."""
+        seconds, index = time.perf_counter() - self._start, len(self.nodes)
+        node = Node(index, self.root, None, 1, index - 1, branch, self.decode(branch.tokens), score, seconds=seconds)
+        self.nodes.append(node)
+        return node
 
     def score(self, nodes: list[Node], scorer: Scorer, scope: Scope = "stage") -> None:
         """Give every node the score of its own text, or of its whole path.

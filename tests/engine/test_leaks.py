@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from llava_cot import SwiresConfig
+from llava_cot import SwiresConfig, TokenBeamConfig
 from llava_cot.data import shapes
 from llava_cot.engine import engine as engine_module
 from llava_cot_kernels import OutOfPages
@@ -53,7 +53,8 @@ def test_an_interrupt_at_any_call_of_an_op(tiny, monkeypatch, where):
     assert tiny.answer(SAMPLE.image, SAMPLE.question, CONFIG).tokens == expected
 
 
-def test_a_signal_at_any_time(tiny):
+@pytest.mark.parametrize("search", [CONFIG, TokenBeamConfig(num_beams=4, max_new_tokens=160)], ids=["swires", "beams"])
+def test_a_signal_at_any_time(tiny, search):
     """Ctrl-C between any two bytecodes, 100 times, at random."""
     clock = random.Random(0)
     interrupted = 0
@@ -66,7 +67,7 @@ def test_a_signal_at_any_time(tiny):
         for _ in range(100):
             try:
                 signal.setitimer(signal.ITIMER_REAL, clock.uniform(0.001, 0.15))
-                tiny.answer(SAMPLE.image, SAMPLE.question, CONFIG)
+                tiny.answer(SAMPLE.image, SAMPLE.question, search)
             except Interruption:
                 interrupted += 1
             finally:

@@ -22,6 +22,8 @@ class Draft:
     tag: int | None = None  # by default that of its own stage
     token: int | None = None
     length: int = 1
+    text: str | None = None  # by default its token ids
+    logprob: float = -1.0  # of each token
 
 
 @dataclass
@@ -52,8 +54,12 @@ def play(
     policy, make_config, script: Script, *, seed=0, max_new_tokens=1000, calibration=None, wrong_scores=None
 ) -> Play:
     """Run ``policy`` to its end on ``make_config(scorer=...)``; the scorer gives every candidate its draft's score."""
-    fresh, scores = itertools.count(1000), {}
-    played = Play(Search(Branch(None, 0, PROMPT_LENGTH), str, seed, max_new_tokens, calibration))
+    fresh, scores, texts = itertools.count(1000), {}, {}
+
+    def decode(tokens):
+        return texts.get(tokens[-1], str(tokens))
+
+    played = Play(Search(Branch(None, 0, PROMPT_LENGTH), decode, seed, max_new_tokens, calibration))
     played.search.on_event = played.events.append
 
     def scorer(spans):
@@ -70,8 +76,10 @@ def play(
         length = min(draft.length, request.max_new_tokens)
         cut = length == request.max_new_tokens and draft.length > length
         scores[token] = draft.score
+        if draft.text is not None:
+            texts[token] = draft.text
         branch = Branch(request.parent, 0, request.parent.length + length, seed=request.seeds[index])
-        branch.tokens, branch.logprobs, branch.entropies = [token] * length, [-1.0] * length, [1.0] * length
+        branch.tokens, branch.logprobs, branch.entropies = [token] * length, [draft.logprob] * length, [1.0] * length
         branch.finish = Finish.LENGTH if cut else draft.finish
         if branch.finish is Finish.TAG:
             branch.tag = depth if draft.tag is None else draft.tag

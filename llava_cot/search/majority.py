@@ -1,0 +1,57 @@
+"""Majority vote over the conclusions of whole answers: self-consistency (Wang et al. 2022, arXiv 2203.11171)."""
+
+import math
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Literal
+
+from llava_cot.scoring import Scorer, normalise, resolve_scorer
+from llava_cot.search.sample import Decoding
+from llava_cot.search.search import Search
+from llava_cot.search.tree import Node
+from llava_cot.stages import Outcome, Stage, parse
+
+
+@dataclass(frozen=True)
+class MajorityConfig(Decoding):
+    """``n`` whole answers vote for their conclusions, as ``normalise`` spells them; the best answer of the winners by
+    score is returned.
+
+    Ties go to the conclusion whose best answer ranks first. An answer without a complete conclusion has no vote, unless
+    none has one: then each votes for what stands there.
+    """
+
+    n: int = 8
+    weight: Literal["count", "confidence"] = "count"  # of a vote: 1, or exp(mean log-prob) of the answer's tokens
+    keep_fraction: float = 1.0  # of the voters, the best by score, whose votes count (DeepConf, arXiv 2508.15260)
+    scorer: str | Scorer = "confidence"
+
+    def __post_init__(self):
+        if self.n < 1:
+            raise ValueError(f"n must be >= 1, got {self.n}")
+        if self.weight not in ("count", "confidence"):
+            raise ValueError(f"weight must be 'count' or 'confidence', got {self.weight!r}")
+        if not 0 < self.keep_fraction <= 1:
+            raise ValueError(f"keep_fraction must be in (0, 1], got {self.keep_fraction}")
+
+
+def majority(search: Search, config: MajorityConfig):
+    nodes = yield from search.expand([search.root], config.n, None, params=config.params())
+    search.score(nodes, resolve_scorer(config.scorer))
+    conclusions = {node: parse(node.text)[Stage.CONCLUSION] for node in nodes}
+    complete = [node for node, stage in conclusions.items() if stage.outcome is Outcome.COMPLETE and stage.text]
+    voters = sorted(complete or nodes, key=Node.rank)
+    votes: dict[str, list[Node]] = {}
+    for node in voters[: max(1, round(config.keep_fraction * len(voters)))]:
+        votes.setdefault(normalise(conclusions[node].text), []).append(node)
+    # Groups and their members are in order of rank, and max takes the first of equals.
+    best = max(votes.values(), key=lambda group: _weight(group, config))[0]
+    search.keep(nodes, [best])
+    search.final(best)
+    return best
+
+
+def _weight(group: list[Node], config: MajorityConfig) -> float:
+    if config.weight == "count":
+        return len(group)
+    return math.fsum(math.exp(fmean(node.branch.logprobs)) for node in group)

@@ -1,0 +1,40 @@
+"""Stage-level beam search (arXiv 2411.10440v1; the baseline of v6, appendix G): SWIRES that never goes back."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from llava_cot.scoring import Scorer
+from llava_cot.search.sample import Decoding
+from llava_cot.search.search import Scope, Search
+from llava_cot.search.swires import SwiresConfig, swires
+from llava_cot.stages import STAGES, Stage
+
+
+@dataclass(frozen=True)
+class StageBeamConfig(Decoding):
+    """Each stage is sampled ``candidates`` times in all, over its parents, and the best ``keep`` by score go on.
+
+    A number is that of every stage, SUMMARY too (4 and 2 by default); a mapping has one for each. Of the conclusions
+    the best is the answer.
+    """
+
+    candidates: int | Mapping[str, int] = 4
+    keep: int | Mapping[str, int] = 2
+    scorer: str | Scorer = "confidence"
+    final_scope: Scope = "stage"  # the last pick is by the CONCLUSION's or by the whole text's score
+    max_stage_tokens: Mapping[str, int] = field(default_factory=dict)  # cut a stage that does not close by then
+
+    def __post_init__(self):
+        self.to_swires()  # raises what is wrong
+
+    def to_swires(self) -> SwiresConfig:
+        keep = {**_per_stage(self.keep), Stage.CONCLUSION.value: 1}
+        return SwiresConfig(**{**vars(self), "candidates": _per_stage(self.candidates), "keep": keep, "retrace": {}})
+
+
+def stage_beam(search: Search, config: StageBeamConfig):
+    return swires(search, config.to_swires())
+
+
+def _per_stage(number: int | Mapping[str, int]) -> Mapping[str, int]:
+    return number if isinstance(number, Mapping) else {stage.value: number for stage in STAGES}

@@ -1,0 +1,96 @@
+"""Token beam search: the ``num_beams`` most likely continuations, token by token, as transformers has it."""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from llava_cot.engine.branch import Branch, Finish, Rank, Ranked
+from llava_cot.search.search import Search
+
+
+@dataclass(frozen=True)
+class TokenBeamConfig:
+    """Names, defaults and meaning are transformers' (``GenerationConfig``); the answer is the best of the beams."""
+
+    max_new_tokens: int = 2048
+    num_beams: int = 4
+    length_penalty: float = 1.0  # a hypothesis scores its log-prob over length ** length_penalty
+    early_stopping: bool | Literal["never"] = False
+    num_return_sequences: int = 1
+
+    def __post_init__(self):
+        if self.num_beams < 1:
+            raise ValueError(f"num_beams must be >= 1, got {self.num_beams}")
+        if not 1 <= self.num_return_sequences <= self.num_beams:
+            raise ValueError(
+                f"num_return_sequences must be in [1, num_beams={self.num_beams}], got {self.num_return_sequences}"
+            )
+        if self.early_stopping not in (True, False, "never"):
+            raise ValueError(f"early_stopping must be True, False or 'never', got {self.early_stopping!r}")
+
+
+class _Step(NamedTuple):
+    """A beam and a token behind it; ``score`` is the log-prob of both."""
+
+    score: float
+    beam: int
+    token: int
+    logprob: float
+
+
+def token_beam(search: Search, config: TokenBeamConfig):
+    eos, num_beams = search.eos_token_ids, config.num_beams
+    width = max(2, 1 + len(eos)) * num_beams  # enough to go on with num_beams, whoever ends
+    ((root,),) = yield [Rank(search.branch, width)]
+    beams: list[tuple[float, Ranked]] = [(0.0, root)]
+    hypotheses: list[tuple[float, Branch]] = []
+    for length in range(1, config.max_new_tokens + 1):
+        steps = [
+            _Step(score + logprob, beam, token, logprob)
+            for beam, (score, ranked) in enumerate(beams)
+            for token, logprob in zip(ranked.tokens, ranked.logprobs)
+        ]
+        steps = sorted(steps, key=lambda step: (-step.score, step.beam, step.token))[:width]
+        is_last = length == config.max_new_tokens
+        for step in steps[:num_beams]:  # those behind only take the places of beams that end
+            if is_last or step.token in eos:
+                hypothesis = _hypothesis(search.branch, beams[step.beam][1].branch, step, step.token in eos)
+                hypotheses.append((step.score / length**config.length_penalty, hypothesis))
+        hypotheses = sorted(hypotheses, key=lambda scored: -scored[0])[:num_beams]
+        steps = [step for step in steps if step.token not in eos][:num_beams]
+        if is_last or not steps or not _can_improve(steps[0].score, length, hypotheses, config):
+            break
+        children = [
+            tuple((step.token, step.logprob) for step in steps if step.beam == beam) for beam in range(len(beams))
+        ]
+        replies = yield [Rank(ranked.branch, width, own) for (_, ranked), own in zip(beams, children)]
+        next_of = [iter(reply) for reply in replies]
+        beams = [(step.score, next(next_of[step.beam])) for step in steps]
+    nodes = [search.add(branch, score) for score, branch in hypotheses]
+    best = nodes[: config.num_return_sequences]
+    search.keep(nodes, best)
+    for node in best:
+        search.final(node)
+    return best
+
+
+def _can_improve(best: float, length: int, hypotheses: list[tuple[float, Branch]], config: TokenBeamConfig) -> bool:
+    """transformers' heuristic: may the best running beam, at this length or the longest, beat the worst hypothesis?"""
+    if len(hypotheses) < config.num_beams:
+        return True
+    if config.early_stopping is True:
+        return False
+    hopeful = config.early_stopping == "never" and config.length_penalty > 0
+    return best / (config.max_new_tokens if hopeful else length) ** config.length_penalty > hypotheses[-1][0]
+
+
+def _hypothesis(root: Branch, beam: Branch, step: _Step, is_eos: bool) -> Branch:
+    """Of no pages: nothing will grow from it."""
+    own = ([], []) if beam is root else (beam.tokens, beam.logprobs)
+    return Branch(
+        root,
+        seq=-1,
+        length=beam.length + 1,
+        tokens=[*own[0], step.token],
+        logprobs=[*own[1], step.logprob],
+        finish=Finish.EOS if is_eos else Finish.LENGTH,
+    )
