@@ -15,3 +15,9 @@
 
 #define CHECK_DTYPE(tensor, expected) \
   STD_TORCH_CHECK((tensor).scalar_type() == torch::headeronly::ScalarType::expected, #tensor " must be " #expected)
+
+#define CHECK_VECTOR(tensor, expected, dtype) \
+  CHECK_DIM(tensor, 1);                       \
+  CHECK_SIZE(tensor, 0, expected);            \
+  CHECK_DTYPE(tensor, dtype);                 \
+  CHECK_CONTIGUOUS(tensor)

@@ -15,11 +15,10 @@
 #include <optional>
 #include <vector>
 
-#include "checks.h"
 #include "cpu/dtype.h"
 #include "cpu/isa.h"
 #include "draw.h"
-#include "stage_tags.h"
+#include "sampling_checks.h"
 
 namespace llava_cot {
 namespace {
@@ -234,18 +233,10 @@ class Candidate {
 
 // ---- the op ----
 
-struct Arguments {
+struct Arguments : Candidates {
   Dtype dtype;
   const char* logits;
   int64_t vocabulary, row_bytes;
-  const int64_t* row;
-  const float* temperature;
-  const int64_t* top_k;
-  const float *top_p, *min_p;
-  const int64_t *seed, *position;
-  int64_t* token;
-  float *logprob, *sampling_logprob, *entropy;
-  int32_t* status;
 };
 
 void sample_candidate(const Arguments& a, Candidate& candidate, int64_t n) {
@@ -270,48 +261,29 @@ void sample_candidate(const Arguments& a, Candidate& candidate, int64_t n) {
 }
 
 // A few bytes per token: not worth a thread, and here a bad automaton may still raise.
-void advance_tags(const Tensor& table, const Tensor& ends, const Tensor& token_bytes, const Tensor& token_offsets,
-                  const Tensor& token, const Tensor& tag_state, const Tensor& tag, const Tensor& overhang) {
-  const int64_t num_states = table.size(0);
-  const StageTags tags{table.const_data_ptr<int32_t>(), ends.const_data_ptr<int32_t>(),
-                       token_bytes.const_data_ptr<uint8_t>(), token_offsets.const_data_ptr<int64_t>(),
-                       token_offsets.size(0) - 1, num_states, token_bytes.size(0)};
-  const auto [lowest, highest] = std::minmax_element(tags.table, tags.table + table.numel());
-  STD_TORCH_CHECK(*lowest >= 0 && *highest < num_states, "tag_table must hold states in [0, ", num_states, ")");
-  int32_t* state = tag_state.mutable_data_ptr<int32_t>();
-  const int64_t* tokens = token.const_data_ptr<int64_t>();
-  for (int64_t n = 0; n < token.size(0); ++n) {
-    STD_TORCH_CHECK(state[n] >= 0 && state[n] < num_states, "tag_state must be in [0, ", num_states, "), got ",
-                    state[n]);
-    if (tokens[n] >= 0 && tokens[n] < tags.num_tokens) {
-      const int64_t begin = tags.token_offsets[tokens[n]], end = tags.token_offsets[tokens[n] + 1];
-      STD_TORCH_CHECK(0 <= begin && begin <= end && end <= token_bytes.size(0),
+void advance_tags(const StageTags& tags, const Candidates& c, int64_t num_candidates) {
+  if (!tags.table) {
+    std::fill_n(c.tag, num_candidates, -1);
+    std::fill_n(c.overhang, num_candidates, 0);
+    return;
+  }
+  const auto [lowest, highest] = std::minmax_element(tags.table, tags.table + tags.num_states * 256);
+  STD_TORCH_CHECK(*lowest >= 0 && *highest < tags.num_states, "tag_table must hold states in [0, ", tags.num_states,
+                  ")");
+  for (int64_t n = 0; n < num_candidates; ++n) {
+    const int64_t token = c.token[n];
+    STD_TORCH_CHECK(c.tag_state[n] >= 0 && c.tag_state[n] < tags.num_states, "tag_state must be in [0, ",
+                    tags.num_states, "), got ", c.tag_state[n]);
+    if (token >= 0 && token < tags.num_tokens) {
+      const int64_t begin = tags.token_offsets[token], end = tags.token_offsets[token + 1];
+      STD_TORCH_CHECK(0 <= begin && begin <= end && end <= tags.num_bytes,
                       "token_offsets must ascend inside token_bytes, got ", begin, " and ", end);
     }
-    const TagStep step = advance(tags, state[n], tokens[n]);
-    state[n] = step.state;
-    tag.mutable_data_ptr<int32_t>()[n] = step.tag;
-    overhang.mutable_data_ptr<int32_t>()[n] = step.overhang;
+    const TagStep step = advance(tags, c.tag_state[n], token);
+    c.tag_state[n] = step.state;
+    c.tag[n] = step.tag;
+    c.overhang[n] = step.overhang;
   }
-}
-
-#define CHECK_VECTOR(tensor, expected, dtype) \
-  CHECK_DIM(tensor, 1);                       \
-  CHECK_SIZE(tensor, 0, expected);            \
-  CHECK_DTYPE(tensor, dtype);                 \
-  CHECK_CONTIGUOUS(tensor)
-
-void check_tags(const Tensor& tag_table, const Tensor& tag_ends, const Tensor& token_bytes,
-                const Tensor& token_offsets) {
-  CHECK_DIM(tag_table, 2);
-  CHECK_SIZE(tag_table, 1, 256);
-  CHECK_DTYPE(tag_table, Int);
-  CHECK_CONTIGUOUS(tag_table);
-  STD_TORCH_CHECK(tag_table.size(0) > 0, "tag_table must have a start state");
-  CHECK_VECTOR(tag_ends, tag_table.size(0), Int);
-  CHECK_VECTOR(token_bytes, token_bytes.numel(), Byte);
-  CHECK_VECTOR(token_offsets, token_offsets.numel(), Long);
-  STD_TORCH_CHECK(token_offsets.size(0) > 0, "token_offsets must have num_tokens + 1 entries, got none");
 }
 
 void sample(const Tensor& logits, const Tensor& row, const Tensor& temperature, const Tensor& top_k,
@@ -320,34 +292,15 @@ void sample(const Tensor& logits, const Tensor& row, const Tensor& temperature, 
             const std::optional<Tensor>& token_bytes, const std::optional<Tensor>& token_offsets, const Tensor& token,
             const Tensor& logprob, const Tensor& sampling_logprob, const Tensor& entropy, const Tensor& tag_state,
             const Tensor& tag, const Tensor& overhang, const Tensor& status) {
-  CHECK_DIM(logits, 2);
-  const int64_t num_rows = logits.size(0), vocabulary = logits.size(1), n = row.numel();
-  STD_TORCH_CHECK(vocabulary > 0 && vocabulary < (1 << 23), "logits must have 1 <= V < 2**23, got ", vocabulary);
-  STD_TORCH_CHECK(vocabulary == 1 || logits.stride(1) == 1, "logits must have stride 1 in dimension 1");
-  CHECK_VECTOR(row, n, Long);
-  CHECK_VECTOR(temperature, n, Float);
-  CHECK_VECTOR(top_k, n, Long);
-  CHECK_VECTOR(top_p, n, Float);
-  CHECK_VECTOR(min_p, n, Float);
-  CHECK_VECTOR(seed, n, Long);
-  CHECK_VECTOR(position, n, Long);
-  CHECK_VECTOR(token, n, Long);
-  CHECK_VECTOR(logprob, n, Float);
-  CHECK_VECTOR(sampling_logprob, n, Float);
-  CHECK_VECTOR(entropy, n, Float);
-  CHECK_VECTOR(tag_state, n, Int);
-  CHECK_VECTOR(tag, n, Int);
-  CHECK_VECTOR(overhang, n, Int);
-  CHECK_VECTOR(status, n, Int);
+  check_logits(logits);
+  const Candidates candidates =
+      check_candidates(row, temperature, top_k, top_p, min_p, seed, position, token, logprob, sampling_logprob, entropy,
+                       tag_state, tag, overhang, status);
+  const StageTags tags = check_tags(tag_table, tag_ends, token_bytes, token_offsets);
+  const int64_t num_rows = logits.size(0), n = row.numel();
   const Dtype dtype = dtype_of(logits, "logits");
-  const Arguments arguments{dtype, static_cast<const char*>(logits.const_data_ptr()), vocabulary,
-                            logits.stride(0) * size_of(dtype), row.const_data_ptr<int64_t>(),
-                            temperature.const_data_ptr<float>(), top_k.const_data_ptr<int64_t>(),
-                            top_p.const_data_ptr<float>(), min_p.const_data_ptr<float>(),
-                            seed.const_data_ptr<int64_t>(), position.const_data_ptr<int64_t>(),
-                            token.mutable_data_ptr<int64_t>(), logprob.mutable_data_ptr<float>(),
-                            sampling_logprob.mutable_data_ptr<float>(), entropy.mutable_data_ptr<float>(),
-                            status.mutable_data_ptr<int32_t>()};
+  const Arguments arguments{candidates, dtype, static_cast<const char*>(logits.const_data_ptr()), logits.size(1),
+                            logits.stride(0) * size_of(dtype)};
   for (int64_t i = 0; i < n; ++i)
     STD_TORCH_CHECK(arguments.row[i] < num_rows, "row must be below R=", num_rows, ", got ", arguments.row[i]);
 
@@ -356,15 +309,7 @@ void sample(const Tensor& logits, const Tensor& row, const Tensor& temperature, 
     candidate.forget();
     for (int64_t i = begin; i < end; ++i) sample_candidate(arguments, candidate, i);
   });
-
-  if (tag_table) {
-    STD_TORCH_CHECK(tag_ends && token_bytes && token_offsets, "a tag automaton must come with all of its tensors");
-    check_tags(*tag_table, *tag_ends, *token_bytes, *token_offsets);
-    advance_tags(*tag_table, *tag_ends, *token_bytes, *token_offsets, token, tag_state, tag, overhang);
-  } else {
-    std::fill_n(tag.mutable_data_ptr<int32_t>(), n, -1);
-    std::fill_n(overhang.mutable_data_ptr<int32_t>(), n, 0);
-  }
+  advance_tags(tags, candidates, n);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llava_cot_kernels, CPU, m) { m.impl("sample", TORCH_BOX(&sample)); }

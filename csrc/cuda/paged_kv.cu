@@ -1,5 +1,5 @@
 // store_kv and copy_pages: pure data movement, in the widest words that every address allows.
-#include "checks.h"
+#include "paged_kv_checks.h"
 #include "cuda/device.h"
 #include "registration.h"
 
@@ -103,26 +103,9 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-void check_tokens(const Tensor& tokens, const Tensor& cache, int64_t num_tokens) {
-  STD_TORCH_CHECK(tokens.scalar_type() == cache.scalar_type(), "keys, values and their caches must share a dtype");
-  CHECK_CONTIGUOUS(cache);
-  CHECK_DIM(tokens, 3);
-  CHECK_DIM(cache, 4);
-  CHECK_SIZE(tokens, 0, num_tokens);
-  CHECK_SIZE(tokens, 1, cache.size(2));
-  CHECK_SIZE(tokens, 2, cache.size(3));
-  STD_TORCH_CHECK(tokens.size(2) <= 1 || tokens.stride(2) == 1, "keys and values must have stride 1 in dimension 2");
-}
-
 void store_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Tensor slot_mapping) {
-  CHECK_DIM(slot_mapping, 1);
-  CHECK_CONTIGUOUS(slot_mapping);
-  CHECK_DTYPE(slot_mapping, Long);
-  const int64_t num_tokens = slot_mapping.size(0);
-  check_tokens(key, key_cache, num_tokens);
-  check_tokens(value, value_cache, num_tokens);
-  const int64_t num_slots = key_cache.size(0) * key_cache.size(1);
-  STD_TORCH_CHECK(value_cache.size(0) * value_cache.size(1) == num_slots, "key_cache and value_cache must be alike");
+  const int64_t num_tokens = slot_mapping.numel();
+  const int64_t num_slots = check_store(key, value, key_cache, value_cache, slot_mapping);
   const int64_t num_heads = key.size(1), item_size = key.element_size(), head_bytes = key.size(2) * item_size;
   if (num_tokens == 0 || num_heads * head_bytes == 0) return;
   int64_t bytes = head_bytes | address_of(key_cache) | address_of(value_cache);

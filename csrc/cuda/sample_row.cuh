@@ -11,7 +11,7 @@
 #include <cmath>
 
 #include "cuda/select.cuh"
-#include "stage_tags.h"
+#include "sampling_checks.h"
 
 namespace llava_cot {
 
@@ -21,18 +21,9 @@ constexpr int kRuns = 4;                  // of tokens, of each warp
 constexpr float kInfinity = INFINITY;
 constexpr int kNone = 0x7fffffff;  // above all positions
 
-struct Arguments {
-  int64_t num_rows, vocabulary, row_stride;
-  const int64_t* row;
-  const float* temperature;
-  const int64_t* top_k;
-  const float *top_p, *min_p;
-  const int64_t *seed, *position;
-  bool has_tags;
+struct Arguments : Candidates {
   StageTags tags;
-  int64_t* token;
-  float *logprob, *sampling_logprob, *entropy;
-  int32_t *tag_state, *tag, *overhang, *status;
+  int64_t num_rows, vocabulary, row_stride;
   int slice, num_cached;  // tokens of a block, padded; and those of them in shared memory
 };
 
@@ -322,7 +313,7 @@ __device__ __forceinline__ void write(const Arguments& a, int64_t n, int64_t tok
   store(a.entropy + n, scores.entropy);
   store(a.status + n, status);
   TagStep step{0, -1, 0};
-  if (a.has_tags) {
+  if (a.tags.table) {
     step = advance(a.tags, load(a.tag_state + n), token);
     store(a.tag_state + n, step.state);
   }

@@ -1,9 +1,6 @@
 // Seeded sampling; llava_cot_kernels/sampling.py has the definition, sample_row.cuh the steps. One launch, in which a
 // team of blocks takes one candidate. What does not fit in the team's shared memory (V > 390,000 where a team has 8
 // blocks; V > 32,000 before sm_90, where it has one) is read again by each step.
-#include <optional>
-
-#include "checks.h"
 #include "cuda/sample_row.cuh"
 #include "registration.h"
 
@@ -62,67 +59,19 @@ void launch_sample(const Tensor& logits, Arguments arguments, int64_t num_candid
   device.run(kernel, launch, logits.const_data_ptr<T>(), arguments);
 }
 
-#define CHECK_VECTOR(tensor, expected, dtype) \
-  CHECK_DIM(tensor, 1);                       \
-  CHECK_SIZE(tensor, 0, expected);            \
-  CHECK_DTYPE(tensor, dtype);                 \
-  CHECK_CONTIGUOUS(tensor)
-
-StageTags check_tags(const Tensor& tag_table, const Tensor& tag_ends, const Tensor& token_bytes,
-                     const Tensor& token_offsets) {
-  CHECK_DIM(tag_table, 2);
-  CHECK_SIZE(tag_table, 1, 256);
-  CHECK_DTYPE(tag_table, Int);
-  CHECK_CONTIGUOUS(tag_table);
-  STD_TORCH_CHECK(tag_table.size(0) > 0, "tag_table must have a start state");
-  CHECK_VECTOR(tag_ends, tag_table.size(0), Int);
-  CHECK_VECTOR(token_bytes, token_bytes.numel(), Byte);
-  CHECK_VECTOR(token_offsets, token_offsets.numel(), Long);
-  STD_TORCH_CHECK(token_offsets.size(0) > 0, "token_offsets must have num_tokens + 1 entries, got none");
-  return {tag_table.const_data_ptr<int32_t>(), tag_ends.const_data_ptr<int32_t>(),
-          token_bytes.const_data_ptr<uint8_t>(), token_offsets.const_data_ptr<int64_t>(),
-          token_offsets.size(0) - 1, tag_table.size(0), token_bytes.size(0)};
-}
-
 void sample(const Tensor& logits, const Tensor& row, const Tensor& temperature, const Tensor& top_k,
             const Tensor& top_p, const Tensor& min_p, const Tensor& seed, const Tensor& position,
             const std::optional<Tensor>& tag_table, const std::optional<Tensor>& tag_ends,
             const std::optional<Tensor>& token_bytes, const std::optional<Tensor>& token_offsets, const Tensor& token,
             const Tensor& logprob, const Tensor& sampling_logprob, const Tensor& entropy, const Tensor& tag_state,
             const Tensor& tag, const Tensor& overhang, const Tensor& status) {
-  CHECK_DIM(logits, 2);
-  const int64_t vocabulary = logits.size(1), n = row.numel();
-  STD_TORCH_CHECK(vocabulary > 0 && vocabulary < (1 << 23), "logits must have 1 <= V < 2**23, got ", vocabulary);
-  STD_TORCH_CHECK(vocabulary == 1 || logits.stride(1) == 1, "logits must have stride 1 in dimension 1");
-  CHECK_VECTOR(row, n, Long);
-  CHECK_VECTOR(temperature, n, Float);
-  CHECK_VECTOR(top_k, n, Long);
-  CHECK_VECTOR(top_p, n, Float);
-  CHECK_VECTOR(min_p, n, Float);
-  CHECK_VECTOR(seed, n, Long);
-  CHECK_VECTOR(position, n, Long);
-  CHECK_VECTOR(token, n, Long);
-  CHECK_VECTOR(logprob, n, Float);
-  CHECK_VECTOR(sampling_logprob, n, Float);
-  CHECK_VECTOR(entropy, n, Float);
-  CHECK_VECTOR(tag_state, n, Int);
-  CHECK_VECTOR(tag, n, Int);
-  CHECK_VECTOR(overhang, n, Int);
-  CHECK_VECTOR(status, n, Int);
-  StageTags tags{};
-  if (tag_table) {
-    STD_TORCH_CHECK(tag_ends && token_bytes && token_offsets, "a tag automaton must come with all of its tensors");
-    tags = check_tags(*tag_table, *tag_ends, *token_bytes, *token_offsets);
-  }
-  const Arguments arguments{logits.size(0), vocabulary, logits.stride(0), row.const_data_ptr<int64_t>(),
-                            temperature.const_data_ptr<float>(), top_k.const_data_ptr<int64_t>(),
-                            top_p.const_data_ptr<float>(), min_p.const_data_ptr<float>(),
-                            seed.const_data_ptr<int64_t>(), position.const_data_ptr<int64_t>(),
-                            tag_table.has_value(), tags, token.mutable_data_ptr<int64_t>(),
-                            logprob.mutable_data_ptr<float>(), sampling_logprob.mutable_data_ptr<float>(),
-                            entropy.mutable_data_ptr<float>(), tag_state.mutable_data_ptr<int32_t>(),
-                            tag.mutable_data_ptr<int32_t>(), overhang.mutable_data_ptr<int32_t>(),
-                            status.mutable_data_ptr<int32_t>(), 0, 0};
+  check_logits(logits);
+  const Candidates candidates =
+      check_candidates(row, temperature, top_k, top_p, min_p, seed, position, token, logprob, sampling_logprob, entropy,
+                       tag_state, tag, overhang, status);
+  const StageTags tags = check_tags(tag_table, tag_ends, token_bytes, token_offsets);
+  const Arguments arguments{candidates, tags, logits.size(0), logits.size(1), logits.stride(0), 0, 0};
+  const int64_t n = row.numel();
   switch (logits.scalar_type()) {
     case ScalarType::Float: return launch_sample<float>(logits, arguments, n);
     case ScalarType::BFloat16: return launch_sample<BFloat16>(logits, arguments, n);
