@@ -12,13 +12,25 @@ from pathlib import Path
 
 import torch
 
-from llava_cot import BestOfNConfig, GreedyConfig, SampleConfig, SwiresConfig, SwiresGenerator
+from llava_cot import (
+    BestOfNConfig,
+    GreedyConfig,
+    MajorityConfig,
+    SampleConfig,
+    StageBeamConfig,
+    SwiresConfig,
+    SwiresGenerator,
+    TokenBeamConfig,
+)
 from llava_cot.data import shapes
 
 SEARCHES = {
     "greedy": GreedyConfig(max_new_tokens=200),
     "sample": SampleConfig(max_new_tokens=200),
     "best of 4": BestOfNConfig(max_new_tokens=200, n=4),
+    "majority of 8": MajorityConfig(max_new_tokens=200),
+    "token beam of 4": TokenBeamConfig(max_new_tokens=200),
+    "stage beam": StageBeamConfig(max_new_tokens=200),
     "SWIRES, default": SwiresConfig(max_new_tokens=200),
     "SWIRES, published": SwiresConfig.published(max_new_tokens=200),
 }
