@@ -28,7 +28,9 @@ Model = Annotated[str, typer.Option(help="A model folder or hub name; tiny is th
 Seed = Annotated[int, typer.Option(min=0, help="Everything random comes from it.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Of the whole answer.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the live view.")]
-TraceFile = Annotated[Path | None, typer.Option(help="Write the search's trace as JSON to this file.")]
+TraceFile = Annotated[
+    Path | None, typer.Option(help="Write the search's trace to this file: a page if it ends in .html, else JSON.")
+]
 
 
 @app.command()
@@ -66,7 +68,7 @@ def demo(
         sample.image.save(image)
         if not json:
             _show_image(sample.image, f"sample {number} of the shapes world")
-        conclusion = _run(image, sample.question, search, "tiny", None, 0, 256, json, trace)
+        conclusion = _run(image, sample.question, search, "tiny", None, 0, 256, json, trace, sample.answer)
     if not json:
         verdict = "right" if shapes.is_correct(sample, conclusion) else "wrong"
         console = Console()
@@ -78,6 +80,27 @@ def demo(
         )
 
 
+@app.command()
+def report(
+    trace: Annotated[Path, typer.Argument(help="A trace that --trace wrote as JSON.")],
+    html: Annotated[Path | None, typer.Option(help="Write it as a page to this file too.")] = None,
+) -> None:
+    """Show what a search did: its rounds, candidates and retraces."""
+    import json
+
+    from llava_cot.report.html import to_html
+    from llava_cot.report.tree import to_tree
+
+    try:
+        data = json.loads(trace.read_text("utf-8"))
+        tree, page = to_tree(data), to_html(data)
+    except (ValueError, OSError, RecursionError) as error:
+        raise ValueError(f"trace must be a search's trace as JSON, got {str(trace)!r}: {error}") from None
+    Console().print(tree)
+    if html is not None:
+        html.write_text(page, encoding="utf-8")
+
+
 def main() -> None:
     """Entry point: the errors of bad input are one line, not a traceback."""
     try:
@@ -87,10 +110,11 @@ def main() -> None:
         sys.exit(2)
 
 
-def _run(image, question, search, model, device, seed, max_new_tokens, json, trace) -> str:
+def _run(image, question, search, model, device, seed, max_new_tokens, json, trace, gold=None) -> str:
     from transformers.utils import logging
 
     from llava_cot.generator import SwiresGenerator
+    from llava_cot.prompt import open_image
 
     logging.disable_progress_bar()
     generator = SwiresGenerator.from_pretrained(model, device=device)
@@ -102,7 +126,11 @@ def _run(image, question, search, model, device, seed, max_new_tokens, json, tra
         events = generator.stream(image, question, plan, seed=seed, max_new_tokens=max_new_tokens)
         result = _watch(question, events)
     if trace is not None:
-        trace.write_text(result.trace.to_json(indent=1) + "\n")
+        is_page = trace.suffix.lower() == ".html"
+        written = (
+            result.trace.to_html(image=open_image(image), gold=gold) if is_page else result.trace.to_json(indent=1)
+        )
+        trace.write_text(written + "\n", encoding="utf-8")
     return result.conclusion
 
 
@@ -137,8 +165,13 @@ def _watch(question: str, events):
             if isinstance(event, Candidates):
                 shown.append(_candidates(event))
             elif isinstance(event, Retrace):
+                why = (
+                    ""
+                    if event.score is None or event.cutoff is None
+                    else f" ({event.score:.3f}, the cutoff is {event.cutoff:.3f})"
+                )
                 shown.append(
-                    Text(f"↩ {event.stage} is not good enough: back to {event.to}, round {event.round}", "yellow")
+                    Text(f"↩ {event.stage} is not good enough{why}: back to {event.to}, round {event.round}", "yellow")
                 )
             elif isinstance(event, TextDelta):
                 typed.append(event.text)

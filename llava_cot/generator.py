@@ -117,7 +117,7 @@ class SwiresGenerator:
             for image, question in zip(images, questions)
         ]
         self.engine.run(jobs)
-        return [self._answer(job, job.result[1][0], plan, seed) for job in jobs]
+        return [self._answer(job, job.result[1][0], plan, seed, asked) for job, asked in zip(jobs, questions)]
 
     def stream(
         self, image: ImageLike, question: str, search: Any = "swires", *, seed: int = 0, **settings
@@ -142,7 +142,7 @@ class SwiresGenerator:
                 yield from events
                 events.clear()
         yield from events
-        yield Finished(self._answer(job, job.result[1][0], plan, seed))
+        yield Finished(self._answer(job, job.result[1][0], plan, seed, question))
 
     def generate(
         self,
@@ -261,21 +261,21 @@ class SwiresGenerator:
 
         return Job(inputs, program)
 
-    def _answer(self, job: Job, node: Node, plan: _Plan, seed: int) -> Answer:
+    def _answer(self, job: Job, node: Node, plan: _Plan, seed: int, question: str | None = None) -> Answer:
         search = job.result[0]
         tokens = node.branch.path()
         text = self._decode(tokens)
         calibration = search.calibration
         trace = {
             "version": TRACE_VERSION,
+            "question": question,  # None: only its tokens were given
             "search": plan.name,
             "config": plan.config and _plain(plan.config),
             "seed": seed,
             "bos": self.bos,
             "calibration": calibration and {"scorer": calibration.scorer, "data": calibration.data},
             "prompt_tokens": job.prompt_length,
-            "nodes": [node.to_dict() for node in search.nodes[1:]],
-            "retraces": [asdict(retrace) for retrace in search.retraces],
+            **search.to_dict(),
             "answer": node.id,
             "usage": asdict(job.usage),
         }

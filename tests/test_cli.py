@@ -56,6 +56,30 @@ def test_answer_and_its_trace(run, image, tmp_path):
     assert f"{trace['usage']['generated_tokens']} tokens drawn" in out
 
 
+def test_a_page_of_the_search(run, tmp_path):
+    """The page knows the question, the image and the truth; ``report`` makes the rest of it from JSON."""
+    file, other, trace = tmp_path / "out.html", tmp_path / "other.HTML", tmp_path / "trace.json"
+    assert run("demo", "--seed", "800001", "--search", "swires:published", "--trace", str(file))[0] == 0
+    page, sample = file.read_text("utf-8"), shapes.sample(800_001)
+    assert page.startswith("<!doctype html>") and "data:image/png;base64," in page
+    assert f">{sample.question}</h1>" in page and f'class="gold">{sample.answer} ' in page
+    assert run("demo", "--seed", "800001", "--search", "swires:published", "--trace", str(trace))[0] == 0
+    status, out, _ = run("report", str(trace), "--html", str(other))
+    assert status == 0 and sample.question in " ".join(out.split()) and out.count("★ winner") == 4
+    assert other.read_text("utf-8").count("<article") == page.count("<article") > 4
+
+
+@pytest.mark.parametrize("content", [None, "", "[1]", '{"version": 1}', '{"version": 2}', b"\xff", "[" * 100_000])
+def test_what_no_report_can_be_made_of(run, tmp_path, content):
+    file = tmp_path / "[bad].json"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    status, _, err = run("report", str(file), "--html", str(tmp_path / "out.html"))
+    assert status == 2 and err.count("\n") == 1 and "Traceback" not in err
+    assert err.startswith(f"error: trace must be a search's trace as JSON, got {str(file)!r}: ")
+    assert not (tmp_path / "out.html").exists()
+
+
 def test_demo_shows_the_stages_and_the_truth(run):
     status, out, _ = run("demo", "--seed", "800001")
     assert status == 0

@@ -1,6 +1,6 @@
 """What a running search tells whoever watches it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,8 @@ class Retrace:
     stage: str
     to: str
     round: int
+    cutoff: float | None = field(default=None, compare=False)
+    score: float | None = field(default=None, compare=False)  # not above the cutoff; None: too few candidates closed
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 import math
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from llava_cot.engine.branch import Branch, Expand, Finish, SamplingParams
 from llava_cot.scoring import Calibration, Scorer, Span
 from llava_cot.search.events import Candidate, Candidates, Event, Retrace, StageFinal
-from llava_cot.search.tree import Node, candidate_seed
+from llava_cot.search.tree import Decision, Node, candidate_seed
 from llava_cot.stages import Stage
 
 Scope = Literal["stage", "path"]
@@ -34,6 +34,7 @@ class Search:
     eos_token_ids: frozenset[int] = frozenset()
     nodes: list[Node] = field(default_factory=list)
     retraces: list[Retrace] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
     root: Node = field(init=False)
     _scores: dict[tuple[Scope, tuple[int, ...]], float] = field(default_factory=dict)
     _start: float = field(default_factory=time.perf_counter)
@@ -106,24 +107,56 @@ class Search:
         for key, node in zip(keys, nodes):
             node.score = self._scores[key]
 
-    def keep(self, nodes: list[Node], kept: list[Node]) -> None:
-        """Note which of the just sampled ``nodes`` and of older ones the search goes on with."""
+    def keep(
+        self,
+        nodes: list[Node],
+        kept: list[Node],
+        *,
+        pool: list[Node] | None = None,
+        cutoff: float | None = None,
+        pass_rank: int = 1,
+    ) -> None:
+        """Note which of the just sampled ``nodes`` and of older ones the search goes on with.
+
+        ``pool`` is what they were chosen from, by default ``nodes``; its ``pass_rank``-th best closed score was to be
+        above ``cutoff``.
+        """
         for node in kept:
             node.kept = True
+        pool = nodes if pool is None else pool
+        ids = [node.id for node in pool], [node.id for node in kept]
+        score = ranked_score(pool, pass_rank)
+        self.decisions.append(Decision(nodes[0].stage, nodes[0].round, *ids, cutoff, pass_rank, score))
         shown = [Candidate(n.id, n.parent.id, n.text, n.score, n.closed, n in kept) for n in nodes]  # type: ignore
         self.on_event(Candidates(nodes[0].stage, nodes[0].round, tuple(shown)))
 
-    def retrace(self, stage: Stage, to: Stage, round: int) -> None:
-        """Note that ``stage`` failed and round ``round`` begins with sampling ``to`` again."""
-        self.retraces.append(Retrace(stage, to, round))
+    def retrace(
+        self, stage: Stage, to: Stage, round: int, *, cutoff: float | None = None, score: float | None = None
+    ) -> None:
+        """Note that ``stage`` failed, ``score`` not being above ``cutoff``; round ``round`` samples ``to`` again."""
+        self.retraces.append(Retrace(stage, to, round, cutoff, score))
         self.on_event(self.retraces[-1])
 
     def final(self, node: Node) -> None:
         """Note that no retrace can take ``node`` back any more."""
         self.on_event(StageFinal(node.stage, node.text))
 
+    def to_dict(self) -> dict[str, Any]:
+        """What the trace has of it."""
+        return {
+            "nodes": [node.to_dict() for node in self.nodes[1:]],
+            "retraces": [{"stage": r.stage, "to": r.to, "round": r.round} for r in self.retraces],  # why: decisions
+            "decisions": [asdict(decision) for decision in self.decisions],
+        }
+
     def _tokens_left(self, node: Node) -> int:
         return self.max_new_tokens - (node.branch.length - self.branch.length)
+
+
+def ranked_score(pool: list[Node], rank: int) -> float | None:
+    """The ``rank``-th best score of the closed candidates; None if there are not so many."""
+    scores = sorted((node.score for node in pool if node.closed and node.score is not None), reverse=True)
+    return scores[rank - 1] if len(scores) >= rank else None
 
 
 def _span(nodes: list[Node]) -> Span:

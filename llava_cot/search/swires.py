@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from llava_cot.scoring import Scorer, resolve_scorer
 from llava_cot.search.sample import Decoding
-from llava_cot.search.search import Scope, Search
+from llava_cot.search.search import Scope, Search, ranked_score
 from llava_cot.search.tree import Node
 from llava_cot.stages import STAGES, Stage
 
@@ -102,8 +102,8 @@ def passes(pool: list[Node], cutoff: float | None, pass_rank: int) -> bool:
     """Whether the ``pass_rank``-th best closed candidate scores above the cutoff."""
     if cutoff is None:
         return True
-    scores = sorted((node.score for node in pool if node.closed), reverse=True)  # type: ignore[type-var]
-    return len(scores) >= pass_rank and scores[pass_rank - 1] > cutoff  # type: ignore[operator]
+    score = ranked_score(pool, pass_rank)
+    return score is not None and score > cutoff
 
 
 def swires(search: Search, config: SwiresConfig):
@@ -124,15 +124,17 @@ def swires(search: Search, config: SwiresConfig):
         search.score(nodes, scorer, config.final_scope if stage is STAGES[-1] else "stage")
         pool = pools[stage]
         pool += nodes
-        retry = stage in config.retrace and round < config.max_rounds
-        if retry and not passes(pool, _cutoff(search, config, stage), config.pass_rank):
-            search.keep(nodes, [])
+        # The last round has a cutoff too, for the trace alone.
+        cutoff = _cutoff(search, config, stage) if stage in config.retrace and config.max_rounds > 1 else None
+        if round < config.max_rounds and not passes(pool, cutoff, config.pass_rank):
+            search.keep(nodes, [], pool=pool, cutoff=cutoff, pass_rank=config.pass_rank)
             round, position = round + 1, STAGES.index(Stage(config.retrace[stage]))
-            search.retrace(stage, STAGES[position], round)
+            score = ranked_score(pool, config.pass_rank)
+            search.retrace(stage, STAGES[position], round, cutoff=cutoff, score=score)
             continue
         kept = sorted(pool, key=Node.rank)[: config.keep[stage]]
         pools[stage] = []
-        search.keep(nodes, kept)
+        search.keep(nodes, kept, pool=pool, cutoff=cutoff, pass_rank=config.pass_rank)
         growing = [node for node in kept if search.can_grow(node)]
         if stage is STAGES[-1] or not growing:
             for node in kept[0].path():

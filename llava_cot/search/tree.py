@@ -1,15 +1,20 @@
 """The tree of a search: every candidate that was drawn, kept or not, and the trace made of it."""
 
+import html
 import json
 import math
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_cot.engine.branch import Branch, Finish
 from llava_cot.stages import STAGES, Stage
 
-TRACE_VERSION = 1
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from rich.tree import Tree
+
+TRACE_VERSION = 2
 
 
 def candidate_seed(seed: int, stage: Stage | None, round: int, parent: int, index: int) -> int:
@@ -71,14 +76,44 @@ class Node:
 
 
 @dataclass(frozen=True)
+class Decision:
+    """What a round did with the pool of a stage (None: whole answers). Nodes are given by id."""
+
+    stage: Stage | None
+    round: int
+    pool: list[int]  # what was compared, candidates of earlier rounds included
+    kept: list[int]  # none: the stage failed
+    cutoff: float | None = None  # where the policy had one
+    pass_rank: int = 1
+    score: float | None = None  # the pass_rank-th best of the closed ones, which the cutoff is for
+
+
+@dataclass(frozen=True)
 class Trace:
-    """Everything a search did: its settings, every candidate, every retrace, and what it cost."""
+    """Everything a search did: its settings, every candidate, every decision, and what it cost."""
 
     data: dict[str, Any]
 
     def to_json(self, indent: int | None = None) -> str:
         """As strict JSON, which has no infinities: they become the strings "inf" and "-inf"."""
         return json.dumps(_finite(self.data), indent=indent, allow_nan=False)
+
+    def to_html(self, *, image: "Image | None" = None, question: str | None = None, gold: str | None = None) -> str:
+        """As one page to look at, which needs nothing else; ``gold`` is the right answer, where one is known."""
+        from llava_cot.report.html import to_html
+
+        return to_html(self.data, image=image, question=question, gold=gold)
+
+    def to_tree(self) -> "Tree":
+        """As a tree that ``rich`` prints in a terminal."""
+        from llava_cot.report.tree import to_tree
+
+        return to_tree(self.data)
+
+    def _repr_html_(self) -> str:
+        # A frame keeps the page's style and script out of the notebook, and the notebook out of their reach.
+        page = html.escape(self.to_html())
+        return f'<iframe srcdoc="{page}" sandbox="allow-scripts" style="width: 100%; height: 40em; border: 0"></iframe>'
 
 
 def _finite(value: Any) -> Any:
