@@ -157,6 +157,15 @@ def report(ways):
         print(f"| {figures.way} | " + " | ".join(cells) + " |")
 
 
+def environment(threads):
+    """What the figures were measured on, and with."""
+    return {
+        "machine": f"{threads} cores, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=2)
@@ -169,9 +178,7 @@ def main():
     if args.out:
         figures = {
             "benchmark": "bench_search",
-            "machine": f"{args.threads} cores, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            **environment(args.threads),
             "parameters_million": round(size, 1),
             "questions": args.questions,
             "rounds": args.rounds,

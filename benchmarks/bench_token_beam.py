@@ -8,13 +8,19 @@ once.
 
 import argparse
 import json
-import platform
 import time
 from pathlib import Path
 
 import torch
-import transformers
-from bench_search import MODEL, PROMPT_TOKENS, TWO_BY_ONE_TILES, PeakMemory, build_random_mllama, random_inputs
+from bench_search import (
+    MODEL,
+    PROMPT_TOKENS,
+    TWO_BY_ONE_TILES,
+    PeakMemory,
+    build_random_mllama,
+    environment,
+    random_inputs,
+)
 
 from llava_cot import SwiresGenerator
 from llava_cot.train.tiny_processor import build_processor
@@ -106,9 +112,7 @@ def main() -> None:
     if args.out:
         found = {
             "benchmark": "bench_token_beam",
-            "machine": f"{args.threads} cores, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            **environment(args.threads),
             "new_tokens": args.tokens,
             "rows": rows,
         }

@@ -2,7 +2,7 @@
 // in linear_logprobs. For AVX-512 with bfloat16 products alone: the only instruction set with something to gain.
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/logprob_loops.h"
 
 namespace llava_cot {
 namespace {
@@ -85,32 +85,28 @@ void interleave(const uint16_t* low, const uint16_t* high, int64_t n, uint32_t* 
 }
 
 void reduce(const LogitColumns& logits, Piece* pieces) {
-  Vec largest = -INF, sum = 0.0f, weighted = 0.0f;
+  Vec largest = -INF;
   for (int64_t t = 0; t < logits.num_tokens; ++t) largest = max(largest, load(logits.x + t * logits.stride));
   const Vec shift = select(largest == Vec(-INF), 0.0f, largest);
+  Sums sums{0.0f, 0.0f};
   for (int64_t t = 0; t < logits.num_tokens; ++t) {
-    const Vec d = (load(logits.x + t * logits.stride) - shift) * logits.scale;
-    const Vec e = exp_nonpositive<true>(d);
-    sum = sum + e;
-    weighted = multiply_add(e, max(d, -88.0f), weighted);  // 0 * -88 for a masked token, where 0 * -inf would be NaN
+    sums.add((load(logits.x + t * logits.stride) - shift) * logits.scale);
   }
   float of_lane[3][LANES];
   store(largest, of_lane[0]);
-  store(sum, of_lane[1]);
-  store(weighted, of_lane[2]);
+  store(sums.sum, of_lane[1]);
+  store(sums.weighted, of_lane[2]);
   for (int lane = 0; lane < LANES; ++lane) pieces[lane] = {of_lane[0][lane], of_lane[1][lane], of_lane[2][lane]};
 }
 
-// See logits_to_gradient; here with the onehot.
+// Here with the onehot.
 void to_gradient(const LogitColumns& logits, const ColumnGradient& of, uint16_t* by_row, uint32_t* by_pair) {
   const Vec lse = load(of.lse), entropy = load(of.entropy);
   const Vec grad_logprob = load(of.grad_logprob), grad_entropy = load(of.grad_entropy);
   const Ints target = load(of.target);
   const auto gradient = [&](int64_t t) __attribute__((always_inline)) {
-    const Vec logp = multiply_add(load(logits.x + t * logits.stride), logits.scale, Vec(0.0f) - lse);
-    const Vec bounded = max(logp, -88.0f) + entropy;
-    const Vec d_logp = multiply_add(bounded, grad_entropy, grad_logprob);
-    const Vec others = exp_nonpositive<true>(logp) * -logits.scale * d_logp;
+    const Vec x = load(logits.x + t * logits.stride);
+    const Vec others = gradient_of(x, logits.scale, lse, entropy, grad_logprob, grad_entropy);
     const Ints t_all = static_cast<int32_t>(t);
     const Ints is_target = (target <= t_all) & (t_all <= target);
     const Vec all = others + select(is_target, grad_logprob * logits.scale, 0.0f);

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
@@ -19,6 +20,18 @@ struct Launch {
 };
 
 constexpr unsigned kFullWarp = 0xffffffffu;
+
+// Calls visit(T{}) with the type of the logits.
+template <class Visitor>
+void with_type_of(const torch::stable::Tensor& logits, const Visitor& visit) {
+  using torch::headeronly::ScalarType;
+  switch (logits.scalar_type()) {
+    case ScalarType::Float: return visit(float{});
+    case ScalarType::BFloat16: return visit(torch::headeronly::BFloat16{});
+    case ScalarType::Half: return visit(torch::headeronly::Half{});
+    default: STD_TORCH_CHECK(false, "logits must be float32, bfloat16 or float16");
+  }
+}
 
 }  // namespace llava_cot
 

@@ -10,9 +10,6 @@
 namespace llava_cot {
 namespace {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kIgnoreIndex = -100;
@@ -108,28 +105,16 @@ __global__ void __launch_bounds__(kThreads)
 
 void token_logprobs(Tensor logits, Tensor targets, Tensor logprobs) {
   CHECK_DIM(logits, 2);
-  CHECK_DIM(targets, 1);
-  CHECK_DIM(logprobs, 1);
   const int64_t rows = logits.size(0), vocab_size = logits.size(1);
-  CHECK_SIZE(targets, 0, rows);
-  CHECK_SIZE(logprobs, 0, rows);
-  CHECK_DTYPE(targets, Long);
-  CHECK_DTYPE(logprobs, Float);
-  CHECK_CONTIGUOUS(targets);
-  CHECK_CONTIGUOUS(logprobs);
+  CHECK_VECTOR(targets, rows, Long);
+  CHECK_VECTOR(logprobs, rows, Float);
   STD_TORCH_CHECK(vocab_size <= 1 || logits.stride(1) == 1, "logits must have stride 1 in dimension 1");
   const OnDeviceOf device(logits);
-  const auto run = [&](auto type) {
+  with_type_of(logits, [&](auto type) {
     using T = decltype(type);
     device.run(token_logprobs_kernel<T>, {rows, kThreads, kWarps * sizeof(Softmax)}, logits.const_data_ptr<T>(),
                logits.stride(0), vocab_size, targets.const_data_ptr<int64_t>(), logprobs.mutable_data_ptr<float>());
-  };
-  switch (logits.scalar_type()) {
-    case ScalarType::Float: return run(float{});
-    case ScalarType::BFloat16: return run(BFloat16{});
-    case ScalarType::Half: return run(Half{});
-    default: STD_TORCH_CHECK(false, "logits must be float32, bfloat16 or float16");
-  }
+  });
 }
 
 }  // namespace

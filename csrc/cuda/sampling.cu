@@ -7,9 +7,6 @@
 namespace llava_cot {
 namespace {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kTokensOfBlock = 4096;  // a team grows only while its blocks have more
@@ -72,12 +69,7 @@ void sample(const Tensor& logits, const Tensor& row, const Tensor& temperature, 
   const StageTags tags = check_tags(tag_table, tag_ends, token_bytes, token_offsets);
   const Arguments arguments{candidates, tags, logits.size(0), logits.size(1), logits.stride(0), 0, 0};
   const int64_t n = row.numel();
-  switch (logits.scalar_type()) {
-    case ScalarType::Float: return launch_sample<float>(logits, arguments, n);
-    case ScalarType::BFloat16: return launch_sample<BFloat16>(logits, arguments, n);
-    case ScalarType::Half: return launch_sample<Half>(logits, arguments, n);
-    default: STD_TORCH_CHECK(false, "logits must be float32, bfloat16 or float16");
-  }
+  with_type_of(logits, [&](auto type) { launch_sample<decltype(type)>(logits, arguments, n); });
 }
 
 }  // namespace

@@ -190,8 +190,8 @@ class Engine:
                 seq,
                 parent.length + 1,
                 parent.image,
-                tokens=[*([] if is_root else parent.tokens), token],
-                logprobs=[*([] if is_root else parent.logprobs), logprob],
+                tokens=[*parent.tokens, token],
+                logprobs=[*parent.logprobs, logprob],
             )
             for seq, (token, logprob) in zip(seqs, request.children)
         ]

@@ -85,12 +85,11 @@ def _can_improve(best: float, length: int, hypotheses: list[tuple[float, Branch]
 
 def _hypothesis(root: Branch, beam: Branch, step: _Step, is_eos: bool) -> Branch:
     """Of no pages: nothing will grow from it."""
-    own = ([], []) if beam is root else (beam.tokens, beam.logprobs)
     return Branch(
         root,
         seq=-1,
         length=beam.length + 1,
-        tokens=[*own[0], step.token],
-        logprobs=[*own[1], step.logprob],
+        tokens=[*beam.tokens, step.token],
+        logprobs=[*beam.logprobs, step.logprob],
         finish=Finish.EOS if is_eos else Finish.LENGTH,
     )

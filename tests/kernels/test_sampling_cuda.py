@@ -23,10 +23,7 @@ def backend(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture
-def on_fibers(backend):
-    if backend != "fibers":
-        pytest.skip("what only fibers can change or count")
+on_fibers = pytest.mark.parametrize("backend", ["fibers"], indirect=True)  # what only they can change or count
 
 
 def native(logits: torch.Tensor, **parameters) -> SampleOutput:
@@ -129,8 +126,9 @@ def test_rows_at_any_address(dtype):
 # ---- what must not change the result ----
 
 
+@on_fibers
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
-def test_team_size_and_shared_memory_do_not_show(filters, on_fibers):
+def test_team_size_and_shared_memory_do_not_show(filters):
     logits, parameters = mixed_case(10, 4, 36867, torch.float32)
     parameters = {"temperature": 0.8, "seed": parameters["seed"], "position": 11, **filters}
     expected = native(logits, **parameters)
@@ -142,8 +140,9 @@ def test_team_size_and_shared_memory_do_not_show(filters, on_fibers):
             assert_same_bits(native(logits, **parameters), expected)
 
 
+@on_fibers
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
-def test_order_of_threads_does_not_show(filters, on_fibers):
+def test_order_of_threads_does_not_show(filters):
     logits, parameters = mixed_case(12, 3, 18000, torch.bfloat16)
     parameters = {"temperature": 0.7, "seed": parameters["seed"], "position": 2, **filters}
     with fibers.limits(num_multiprocessors=10**6):
@@ -156,8 +155,9 @@ def test_order_of_threads_does_not_show(filters, on_fibers):
 # ---- what it costs ----
 
 
+@on_fibers
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_one_launch_and_one_read(dtype, on_fibers):
+def test_one_launch_and_one_read(dtype):
     logits = (torch.randn(2, 128256, generator=torch.Generator().manual_seed(0)) * 4).to(dtype)
     for filters in ({}, {"top_p": 0.9}, {"top_k": 50}, {"top_k": 50, "top_p": 0.9, "min_p": 0.01}, {"temperature": 0}):
         with fibers.counting() as counted:
