@@ -7,23 +7,25 @@ from transformers.utils import ModelOutput
 
 from llava_cot.engine.job import Usage
 from llava_cot.search.tree import Trace
-from llava_cot.stages import StageText
+from llava_cot.stages import LLAVA_COT, Grammar, StageText
 
 
 @dataclass(frozen=True)
 class Answer:
-    """``stages`` has all four stages by name, each with its ``text`` and its ``outcome``."""
+    """``stages`` has every stage of ``grammar`` by name, each with its ``text`` and its ``outcome``."""
 
     text: str  # everything that was generated, tags included
     tokens: list[int]
     stages: dict[str, StageText]
     trace: Trace
     usage: Usage
+    grammar: Grammar = LLAVA_COT
+    violation: str | None = None  # where the text leaves the grammar, in words
 
     @property
     def conclusion(self) -> str:
-        """The stripped text of the CONCLUSION, empty if the model wrote none."""
-        return self.stages["CONCLUSION"].text
+        """The stripped text of the last stage, CONCLUSION; empty if the model wrote none."""
+        return self.stages[self.grammar.conclusion].text
 
 
 @dataclass

@@ -204,7 +204,7 @@ def _answer(answer) -> Panel:
     usage = answer.usage
     lines.append(
         f"{usage.generated_tokens} tokens drawn, {usage.image_encodings} image encoding, "
-        f"{len(answer.trace.data['retraces'])} retraces, {usage.seconds:.2f} s",
+        f"{len(answer.trace.events('retraced'))} retraces, {usage.seconds:.2f} s",
         style="dim",
     )
     return Panel(lines, title=Text(f"answer: {answer.conclusion}"), title_align="left", border_style="green")

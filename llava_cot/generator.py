@@ -8,23 +8,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, MllamaForConditionalGeneration
+import transformers
+from PIL.Image import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from llava_cot.answer import Answer, Finished, SearchOutput
 from llava_cot.engine.branch import Branch
 from llava_cot.engine.engine import Engine
 from llava_cot.engine.job import Job
-from llava_cot.prompt import MODEL_INPUTS, Bos, ImageLike, build_inputs, split_rows
+from llava_cot.prompt import MODEL_INPUTS, Bos, ImageLike, build_inputs, open_image, split_rows
 from llava_cot.scoring import Calibration
 from llava_cot.search import POLICIES, SwiresConfig
 from llava_cot.search.events import Event, TextDelta
-from llava_cot.search.search import Search
+from llava_cot.search.sample import Limits
+from llava_cot.search.search import SENTENCE_ENDS, Search, name_of
 from llava_cot.search.tree import TRACE_VERSION, Node, Trace
-from llava_cot.stages import STAGES, parse
+from llava_cot.stages import LLAVA_COT, Grammar
 from llava_cot.tiny import tiny_path
 from llava_cot_kernels.stage_tags import StageTags
 
 CALIBRATION_FILE = "swires_calibration.json"
+# What transformers itself makes of its arguments before it calls a custom function
+WARPERS = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper")
+CRITERIA = ("MaxLengthCriteria", "EosTokenCriteria")
 
 
 @dataclass(frozen=True)
@@ -32,24 +38,25 @@ class _Plan:
     """A resolved ``search=``: its name, its settings and the policy bound to them."""
 
     name: str
-    config: Any
+    config: Any  # of a policy function its limits
     policy: Callable[[Search], Generator[Any, Any, Node | list[Node]]]
-    max_new_tokens: int
 
 
 class SwiresGenerator:
-    """Stage-level search on an unmodified Mllama and its processor.
+    """Stage-level search on an unmodified model (Mllama, LLaVA or Qwen2.5-VL) and its processor.
 
     ``model`` and ``processor`` stay plain transformers objects; the weights are shared, nothing is patched. One
-    generator runs one call at a time, except that calls may be made while a ``stream`` is open.
+    generator runs one call at a time, except that calls may be made while a ``stream`` is open. ``grammar`` is that of
+    the stages that the model writes.
     """
 
     def __init__(
         self,
-        model: MllamaForConditionalGeneration,
+        model: PreTrainedModel,
         processor,
         *,
         bos: Bos = "one",
+        grammar: Grammar = LLAVA_COT,
         calibration: Calibration | None = None,
         page_size: int = 16,
         num_pages: int | None = None,
@@ -57,7 +64,8 @@ class SwiresGenerator:
         if bos not in ("one", "released"):
             raise ValueError(f"bos must be 'one' or 'released', got {bos!r}")
         self.model, self.processor, self.bos, self.calibration = model, processor, bos, calibration
-        tags = StageTags.from_tokenizer(processor.tokenizer, [stage.close_tag for stage in STAGES])
+        self.grammar = grammar
+        tags = StageTags.from_tokenizer(processor.tokenizer, [*grammar.close_tags, *SENTENCE_ENDS])
         self.engine = Engine(model, tags, page_size=page_size, num_pages=num_pages)
 
     @classmethod
@@ -68,6 +76,7 @@ class SwiresGenerator:
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
         bos: Bos = "one",
+        grammar: Grammar = LLAVA_COT,
         page_size: int = 16,
         num_pages: int | None = None,
         **kwargs,
@@ -77,13 +86,21 @@ class SwiresGenerator:
         A ``swires_calibration.json`` in a local folder is loaded with it.
         """
         path = tiny_path() if str(name) == "tiny" else name
-        model = MllamaForConditionalGeneration.from_pretrained(path, dtype=dtype, **kwargs)
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **kwargs)
         if device is not None:
             model = model.to(device)
         processor = AutoProcessor.from_pretrained(path)
         file = Path(path) / CALIBRATION_FILE
         calibration = Calibration.load(file) if file.is_file() else None
-        return cls(model, processor, bos=bos, calibration=calibration, page_size=page_size, num_pages=num_pages)
+        return cls(
+            model,
+            processor,
+            bos=bos,
+            grammar=grammar,
+            calibration=calibration,
+            page_size=page_size,
+            num_pages=num_pages,
+        )
 
     def answer(self, image: ImageLike, question: str, search: Any = "swires", *, seed: int = 0, **settings) -> Answer:
         """Answer one question about one image.
@@ -95,7 +112,8 @@ class SwiresGenerator:
             settings: fields of the search's configuration to change, e.g. ``max_new_tokens=512``.
 
         Raises:
-            ValueError, TypeError: naming the argument that is wrong. OutOfPages: the KV cache is too small.
+            ValueError, TypeError: naming the argument that is wrong. OutOfPages: the KV cache is too small. What a
+            scorer or a policy function raised, when that ended the search.
         """
         return self.answer_batch([image], [question], search, seed=seed, **settings)[0]
 
@@ -106,18 +124,20 @@ class SwiresGenerator:
         search: Any = "swires",
         *,
         seed: int = 0,
+        return_exceptions: bool = False,
         **settings,
-    ) -> list[Answer]:
-        """Answer many questions as one continuous batch; ``[i]`` equals ``answer(images[i], questions[i], ...)``."""
+    ) -> list[Any]:
+        """Answer many questions as one continuous batch; ``[i]`` equals ``answer(images[i], questions[i], ...)``.
+
+        A search that fails does not touch the others. The first error is raised once all have ended; with
+        ``return_exceptions`` each stands where its answer would.
+        """
         if len(images) != len(questions):
             raise ValueError(f"questions must have one entry per image={len(images)}, got {len(questions)}")
         plan = self._plan(search, settings)
-        jobs = [
-            self._job(build_inputs(self.processor, image, question, self.bos), plan, seed)
-            for image, question in zip(images, questions)
-        ]
-        self.engine.run(jobs)
-        return [self._answer(job, job.result[1][0], plan, seed, asked) for job, asked in zip(jobs, questions)]
+        jobs = [self._ask(image, question, plan, seed) for image, question in zip(images, questions)]
+        self._run(jobs, return_exceptions)
+        return [job.error or self._answer(job, job.result[1][0], plan, seed) for job in jobs]
 
     def stream(
         self, image: ImageLike, question: str, search: Any = "swires", *, seed: int = 0, **settings
@@ -128,10 +148,14 @@ class SwiresGenerator:
         """
         events: list[Event] = []
         plan = self._plan(search, settings)
-        job = self._job(build_inputs(self.processor, image, question, self.bos), plan, seed, events.append)
+        if getattr(plan.config, "num_return_sequences", 1) > 1:
+            raise ValueError(f"num_return_sequences must be 1 in a stream, got {plan.config.num_return_sequences}")
+        job = self._ask(image, question, plan, seed, events.append)
         shown = ""
         with closing(self.engine.steps([job])) as steps:
             for _ in steps:
+                if job.error:
+                    raise job.error
                 if plan.name in ("greedy", "sample"):
                     branch = job.branches[1] if job.branches else job.result[1][0].branch  # a job that ended has none
                     text = self._decode(branch.tokens)
@@ -142,7 +166,7 @@ class SwiresGenerator:
                 yield from events
                 events.clear()
         yield from events
-        yield Finished(self._answer(job, job.result[1][0], plan, seed, question))
+        yield Finished(self._answer(job, job.result[1][0], plan, seed))
 
     def generate(
         self,
@@ -159,12 +183,14 @@ class SwiresGenerator:
         """Where ``model.generate(**inputs)`` stood: prompts and their continuations, right-padded, int64 [B, T + new].
 
         Model inputs and decoding arguments keep transformers' names and meaning (``max_new_tokens``, ``temperature``,
-        ``top_k``, ``top_p``, ``min_p``, ``num_return_sequences`` with ``search="sample"``); other fields of the
-        search's configuration may be given too. What is not supported raises by name. Without ``seed`` one is drawn
-        from torch's global generator, so that ``torch.manual_seed`` makes a run repeatable.
+        ``top_k``, ``top_p``, ``min_p``, ``num_return_sequences``); other fields of the search's configuration may be
+        given too. What is not supported raises by name. Without ``seed`` one is drawn from torch's global generator, so
+        that ``torch.manual_seed`` makes a run repeatable. A search that returns several sequences has the best first,
+        and fewer than ``num_return_sequences`` where it found fewer that differ.
         """
-        inputs = {name: kwargs.pop(name) for name in MODEL_INPUTS[1:] if name in kwargs}
-        rows = split_rows({"input_ids": input_ids, **inputs})  # type: ignore[dict-item]
+        names = MODEL_INPUTS[self.model.config.model_type]
+        inputs = {name: kwargs.pop(name) for name in names if name in kwargs}
+        rows = split_rows({"input_ids": input_ids, **inputs}, self.model.config)  # type: ignore[dict-item]
         assert input_ids is not None
         if max_length is not None:
             kwargs.setdefault("max_new_tokens", max_length - input_ids.shape[1])
@@ -174,7 +200,7 @@ class SwiresGenerator:
         if seed is None:
             seed = int(torch.randint(2**62, ()))
         jobs = [self._job(row, plan, seed) for row in rows]
-        self.engine.run(jobs)
+        self._run(jobs)
         # Without a pad token EOS pads, as in transformers; rows of one length need neither.
         pads = (pad_token_id, self.model.generation_config.pad_token_id, *self.engine.eos_token_ids)
         pad = next((token for token in pads if token is not None), None)
@@ -189,6 +215,56 @@ class SwiresGenerator:
         scored = None if None in scores else torch.tensor(scores, dtype=torch.float32, device=sequences.device)
         return SearchOutput(sequences=sequences, sequences_scores=scored, answers=tuple(answers))
 
+    def __call__(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: Sequence[Any] = (),
+        stopping_criteria: Sequence[Any] = (),
+        generation_config: Any = None,
+        *,
+        search: Any = "swires",
+        seed: int | None = None,
+        settings: Mapping[str, Any] | None = None,
+        **kwargs,
+    ) -> torch.Tensor | SearchOutput:
+        """``model.generate(**inputs, custom_generate=generator, search=..., seed=..., settings={...})``.
+
+        As ``generate(**inputs, search=..., seed=..., **settings)``. Of transformers' own arguments ``max_new_tokens``,
+        ``max_length``, ``num_return_sequences``, ``num_beams``, ``pad_token_id`` and ``return_dict_in_generate`` arrive
+        here, and ``temperature``, ``top_k``, ``top_p`` and ``min_p`` where they differ from transformers' defaults:
+        those can't be told from nothing. A streamer and ``stop_strings`` never reach a custom function.
+        """
+        if model is not self.model:
+            raise ValueError("model must be the generator's own model, got another one")
+        if model.config.model_type != "mllama":  # of other models transformers has encoded the images already
+            kind = model.config.model_type
+            raise ValueError(f"model must be an Mllama, got {kind!r}: call generator.generate(**inputs) instead")
+        for name, given, known in (
+            ("logits_processor", logits_processor, WARPERS),
+            ("stopping_criteria", stopping_criteria, CRITERIA),
+        ):
+            for item in given:
+                if type(item).__name__ not in known:
+                    raise ValueError(f"{name} is not supported by a search, got {type(item).__name__}")
+        # transformers has repeated every row already.
+        config, step = generation_config, max(generation_config.num_beams or 1, generation_config.num_return_sequences)
+        names = MODEL_INPUTS["mllama"]
+        inputs = {name: value[::step] for name, value in kwargs.items() if name in names and value is not None}
+        chosen: dict[str, Any] = {"max_new_tokens": config.max_length - input_ids.shape[1]}
+        plain = {"temperature": (1.0, None), "top_k": (50, None), "top_p": (1.0, None), "min_p": (None,)}
+        plain |= {"num_beams": (1, None), "num_return_sequences": (1, None)}
+        chosen |= {n: getattr(config, n) for n, unset in plain.items() if getattr(config, n) not in unset}
+        return self.generate(
+            input_ids[::step],
+            **inputs,
+            search=search,
+            seed=seed,
+            pad_token_id=config.pad_token_id,
+            return_dict_in_generate=bool(config.return_dict_in_generate),
+            **{**chosen, **(settings or {})},
+        )
+
     def calibrate(
         self, images: Sequence[ImageLike], questions: Sequence[str], *, data: str, seed: int = 0, **settings
     ) -> Calibration:
@@ -196,9 +272,9 @@ class SwiresGenerator:
 
         ``data`` names what it was measured on. Save it with ``calibration.save(folder / "swires_calibration.json")``.
         """
-        config = replace(SwiresConfig(max_rounds=1), **settings)
+        config = replace(SwiresConfig(max_rounds=1, grammar=self.grammar), **settings)
         answers = self.answer_batch(images, questions, config, seed=seed)
-        scores: dict[str, list[float]] = {stage.value: [] for stage in STAGES}
+        scores: dict[str, list[float]] = {str(name): [] for name in self.grammar.names}
         for answer in answers:
             for node in answer.trace.data["nodes"]:
                 if node["closed"]:
@@ -206,15 +282,15 @@ class SwiresGenerator:
         silent = [stage for stage, values in scores.items() if not values]
         if silent:
             raise ValueError(f"calibration needs closed candidates of every stage, got none of {silent[0]} on {data!r}")
-        self.calibration = Calibration.fit(_name(config.scorer), data, scores)
+        self.calibration = Calibration.fit(name_of(config.scorer), data, scores)
         return self.calibration
 
     def _plan(self, search: Any, settings: dict[str, Any]) -> _Plan:
         if callable(search) and not isinstance(search, type):
-            limit = settings.pop("max_new_tokens", SwiresConfig.max_new_tokens)
+            limits = Limits(**{name: settings.pop(name) for name in ("max_new_tokens", "budget") if name in settings})
             if settings:
                 raise ValueError(f"a policy function must bring its own settings, got {sorted(settings)[0]!r}")
-            return _Plan(_name(search), None, search, limit)
+            return _Plan(name_of(search), limits, search)
         by_config = {config_type: name for name, (config_type, _) in POLICIES.items()}
         name = by_config.get(type(search), search)
         if not isinstance(name, str) or name not in POLICIES:
@@ -224,24 +300,43 @@ class SwiresGenerator:
         for key in settings:
             if key not in known:
                 raise ValueError(f"{key} is not supported by search={name!r}; its settings are {known}")
-        config = replace(config_type() if search == name else search, **settings)
-        if config.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be >= 1, got {config.max_new_tokens}")
-        retraces = name == "swires" and config.retrace and config.max_rounds > 1
-        if retraces and config.cutoff is None and self._calibration_for(config) is None:
+        own = {"grammar": self.grammar} if "grammar" in known else {}
+        config = replace(config_type(**own) if search == name else search, **settings)
+        if getattr(config, "grammar", self.grammar) != self.grammar:
+            raise ValueError(f"grammar must be the generator's, {self.grammar}, got {config.grammar}")
+        wants = getattr(config, "needs_calibration", False)
+        if wants and self._calibration_for(config) is None:
             warnings.warn(
-                f"no calibration of scorer {_name(config.scorer)!r} for this model: nothing will be retraced. "
+                f"no calibration of scorer {name_of(config.scorer)!r} for this model: nothing will be retraced. "
                 "Use generator.calibrate(...) or SwiresConfig(cutoff=...)",
                 stacklevel=3,
             )
-        return _Plan(name, config, lambda search: policy(search, config), config.max_new_tokens)
+        return _Plan(name, config, lambda search: policy(search, config))
 
     def _calibration_for(self, config: Any) -> Calibration | None:
-        scorer = _name(getattr(config, "scorer", ""))
+        scorer = name_of(getattr(config, "scorer", ""))
         return self.calibration if self.calibration and self.calibration.scorer == scorer else None
 
+    def _ask(
+        self,
+        image: ImageLike,
+        question: str,
+        plan: _Plan,
+        seed: int,
+        on_event: Callable[[Event], None] = lambda event: None,
+    ) -> Job:
+        opened = open_image(image)
+        inputs = build_inputs(self.processor, opened, question, self.bos)
+        return self._job(inputs, plan, seed, on_event, question, opened)
+
     def _job(
-        self, inputs: dict[str, torch.Tensor], plan: _Plan, seed: int, on_event: Callable[[Event], None] | None = None
+        self,
+        inputs: dict[str, torch.Tensor],
+        plan: _Plan,
+        seed: int,
+        on_event: Callable[[Event], None] = lambda event: None,
+        question: str | None = None,
+        image: Image | None = None,
     ) -> Job:
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed must be in [0, 2**63), got {seed}")
@@ -251,45 +346,60 @@ class SwiresGenerator:
                 root,
                 self._decode,
                 seed,
-                plan.max_new_tokens,
+                plan.config.max_new_tokens,
                 self._calibration_for(plan.config),
-                on_event or (lambda event: None),
+                on_event,
                 self.engine.eos_token_ids,
+                self.grammar,
+                plan.config.budget,
+                job.usage,
+                question,
+                image,
             )
-            result = yield from plan.policy(search)
-            return search, result if isinstance(result, list) else [result]
+            nodes = yield from search.run(plan.policy)
+            return search, nodes
 
-        return Job(inputs, program)
+        job = Job(inputs, program)
+        return job
 
-    def _answer(self, job: Job, node: Node, plan: _Plan, seed: int, question: str | None = None) -> Answer:
-        search = job.result[0]
+    def _run(self, jobs: Sequence[Job], return_exceptions: bool = False) -> None:
+        self.engine.run(jobs)
+        for job in jobs:
+            if job.error and not return_exceptions:
+                raise job.error
+
+    def _answer(self, job: Job, node: Node, plan: _Plan, seed: int) -> Answer:
+        search, nodes = job.result
         tokens = node.branch.path()
         text = self._decode(tokens)
         calibration = search.calibration
         trace = {
             "version": TRACE_VERSION,
-            "question": question,  # None: only its tokens were given
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "model": self.model.config._name_or_path,
+            "question": search.question,  # None: only its tokens were given
             "search": plan.name,
-            "config": plan.config and _plain(plan.config),
+            "config": _plain(plan.config),
+            "grammar": [[str(name), *self.grammar.tag_pair(name)] for name in self.grammar.names],
             "seed": seed,
             "bos": self.bos,
             "calibration": calibration and {"scorer": calibration.scorer, "data": calibration.data},
             "prompt_tokens": job.prompt_length,
             **search.to_dict(),
             "answer": node.id,
+            "answers": [other.id for other in nodes],
             "usage": asdict(job.usage),
         }
-        return Answer(text, tokens, parse(text), Trace(trace), job.usage)
+        violation = self.grammar.violation(text)
+        return Answer(text, tokens, self.grammar.parse(text), Trace(trace), job.usage, self.grammar, violation)
 
     def _decode(self, tokens: list[int]) -> str:
         return self.processor.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def _name(scorer: Any) -> str:
-    return scorer if isinstance(scorer, str) else getattr(scorer, "__name__", type(scorer).__name__)
-
-
 def _plain(config: Any) -> dict[str, Any]:
     """The settings as JSON has them; a scorer, which may hold a model, by its name."""
     plain = {key: dict(value) if isinstance(value, Mapping) else value for key, value in vars(config).items()}
-    return {key: _name(value) if key == "scorer" else value for key, value in plain.items()}
+    plain.pop("grammar", None)  # the trace has it
+    plain["budget"] = config.budget and config.budget.limits()
+    return {key: name_of(value) if key == "scorer" else value for key, value in plain.items()}

@@ -1,6 +1,8 @@
 """The stage grammar: which tags, in which order, and what a text made of them."""
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -27,42 +29,162 @@ STAGES = tuple(Stage)
 class Outcome(StrEnum):
     """How a stage stands in a text."""
 
-    COMPLETE = "complete"  # opened and closed once
+    COMPLETE = "complete"  # opened and closed as often as the grammar has it
     UNCLOSED = "unclosed"  # opened, and the text ends before it closes
     MISSING = "missing"  # its opening tag is not there
-    REPEATED = "repeated"  # opened more than once; the text is that of the first
+    REPEATED = "repeated"  # opened more often than that; the text is that of the first
 
 
 @dataclass(frozen=True)
 class StageText:
     """One stage of a parsed text: the stripped text between its tags, and how it was found."""
 
-    stage: Stage
+    stage: str
     text: str
     outcome: Outcome
 
 
-def parse(text: str) -> dict[str, StageText]:
-    """Every stage of ``text`` by name, in the order of the grammar; never raises.
+@dataclass(frozen=True)
+class Grammar:
+    """Which stages a model writes and which may come after which.
 
-    The text of an unclosed stage runs to the next tag of the grammar or to the end, that of a missing one is empty.
+    A stage with one follower is a fixed order, with several the model chooses by what it opens, a follower before it is
+    a loop. ``start`` begins and a stage without followers ends an answer; the last such is its conclusion.
+
+    Args:
+        follows: for each stage those that may come next, in the order of preference.
+        start: those that may come first; by default the first of ``follows``.
+        max_visits: how often a stage may occur in one answer; 1 where nothing is said.
+        tags: its opening and closing tag; ``<NAME>`` and ``</NAME>`` where nothing is said.
+
+    Raises:
+        ValueError: a name that is no stage, two equal tags, or a stage from which no end can be reached.
     """
-    return {stage.value: _parse_stage(text, stage) for stage in STAGES}
+
+    follows: Mapping[str, Sequence[str]]
+    start: Sequence[str] = ()
+    max_visits: Mapping[str, int] = field(default_factory=dict)
+    tags: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        names = self.names
+        if not names:
+            raise ValueError("follows must have at least one stage, got none")
+        mentioned = {"start": self.start, "max_visits": self.max_visits, "tags": self.tags}
+        mentioned |= {f"follows[{str(name)!r}]": after for name, after in self.follows.items()}
+        for argument, stages in mentioned.items():
+            if isinstance(stages, str):
+                raise ValueError(f"{argument} must be a sequence of stages, got {stages!r}")
+            for stage in stages:
+                if stage not in names:
+                    raise ValueError(f"{argument} must name stages of {list(names)}, got {stage!r}")
+        for name, visits in self.max_visits.items():
+            if visits < 1:
+                raise ValueError(f"max_visits[{name!r}] must be >= 1, got {visits}")
+        tags = [tag for name in names for tag in self.tag_pair(name)]
+        if not all(tags) or len(set(tags)) < len(tags):
+            raise ValueError(f"tags must be distinct and not empty, got {tags}")
+        for name in names:
+            if not self._reaches_an_end(name):
+                raise ValueError(f"follows must lead from every stage to one without followers, got none from {name!r}")
+
+    @classmethod
+    def sequence(cls, *names: str, **settings) -> "Grammar":
+        """Every stage once, in this order."""
+        return cls({name: names[at + 1 : at + 2] for at, name in enumerate(names)}, **settings)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.follows)
+
+    @property
+    def conclusion(self) -> str:
+        """The stage whose text is the answer."""
+        return [name for name, after in self.follows.items() if not after][-1]
+
+    @property
+    def close_tags(self) -> list[str]:
+        return [self.tag_pair(name)[1] for name in self.names]
+
+    def tag_pair(self, name: str) -> tuple[str, str]:
+        """Its opening and its closing tag."""
+        return self.tags.get(name, (f"<{name}>", f"</{name}>"))
+
+    def allowed(self, path: Sequence[str]) -> tuple[str, ...]:
+        """The stages that may come after those of ``path``; none: the answer ends here."""
+        after = self.follows[path[-1]] if path else self.start or self.names[:1]
+        return tuple(name for name in after if path.count(name) < self.max_visits.get(name, 1))
+
+    def parse(self, text: str) -> dict[str, StageText]:
+        """Every stage of ``text`` by name, in the order of the grammar; never raises.
+
+        The text of an unclosed stage runs to the next tag of the grammar or to the end, that of a missing one is empty.
+        Of a stage that may occur several times, and does not more often, it is the last.
+        """
+        return {name: self._parse_stage(text, name) for name in self.names}
+
+    def violation(self, text: str) -> str | None:
+        """Where ``text`` leaves the grammar, in words; None if it does not."""
+        path: list[str] = []
+        inside = None
+        opens, closes = ({self.tag_pair(name)[side]: name for name in self.names} for side in (0, 1))
+        pattern = "|".join(sorted(map(re.escape, [*opens, *closes]), key=len, reverse=True))
+        for tag in re.findall(pattern, text):
+            name = opens.get(tag) or closes[tag]
+            if tag in closes:
+                if inside != name:
+                    return f"{tag} closes what is not open" + (f": {inside} is" if inside else "")
+                path.append(name)
+                inside = None
+            elif inside:
+                return f"{tag} opens inside {inside}"
+            elif name not in self.allowed(path):
+                return self.expected(path, tag)
+            else:
+                inside = name
+        if inside:
+            return f"{inside} is not closed"
+        return self.expected(path, "the end") if self.allowed(path) else None
+
+    def expected(self, path: Sequence[str], got: str) -> str:
+        """Says that ``got`` may not come after ``path``."""
+        after, allowed = f"after {path[-1]}" if path else "first", self.allowed(path)
+        return f"{after} comes {' or '.join(allowed) if allowed else 'nothing'}, got {got}"
+
+    def _reaches_an_end(self, name: str) -> bool:
+        seen, waiting = set[str](), [name]
+        while waiting:
+            after = self.follows[waiting.pop()]
+            if not after:
+                return True
+            waiting += set(after) - seen
+            seen |= set(after)
+        return False
+
+    def _parse_stage(self, text: str, name: str) -> StageText:
+        open_tag, close_tag = self.tag_pair(name)
+        _, opened, rest = text.partition(open_tag)
+        if not opened:
+            return StageText(name, "", Outcome.MISSING)
+        bodies = rest.split(open_tag)
+        is_repeated = len(bodies) > self.max_visits.get(name, 1)
+        body, closed, _ = bodies[0 if is_repeated else -1].partition(close_tag)
+        if not closed:
+            tags = [tag for other in self.names for tag in self.tag_pair(other)]
+            body = body[: min((at for tag in tags if (at := body.find(tag)) >= 0), default=None)]
+        outcome = Outcome.REPEATED if is_repeated else Outcome.COMPLETE if closed else Outcome.UNCLOSED
+        return StageText(name, body.strip(), outcome)
+
+
+LLAVA_COT = Grammar.sequence(*STAGES)  # SUMMARY, CAPTION, REASONING, CONCLUSION
+
+
+def parse(text: str) -> dict[str, StageText]:
+    """The four stages of ``text`` by name: ``LLAVA_COT.parse``."""
+    return LLAVA_COT.parse(text)
 
 
 def render(stages: dict[str, str]) -> str:
     """The four stages as one tagged text, as in LLaVA-CoT-100k."""
-    return "\n\n".join(f"{stage.open_tag} {stages[stage]} {stage.close_tag}" for stage in STAGES)
-
-
-def _parse_stage(text: str, stage: Stage) -> StageText:
-    _, opened, rest = text.partition(stage.open_tag)
-    first, repeated, _ = rest.partition(stage.open_tag)
-    body, closed, _ = first.partition(stage.close_tag)
-    if not opened:
-        return StageText(stage, "", Outcome.MISSING)
-    if not closed:
-        tags = [tag for other in STAGES for tag in (other.open_tag, other.close_tag)]
-        body = body[: min((at for tag in tags if (at := body.find(tag)) >= 0), default=None)]
-    outcome = Outcome.REPEATED if repeated else Outcome.COMPLETE if closed else Outcome.UNCLOSED
-    return StageText(stage, body.strip(), outcome)
+    pairs = ((LLAVA_COT.tag_pair(stage), stages[stage]) for stage in STAGES)
+    return "\n\n".join(f"{open_tag} {text} {close_tag}" for (open_tag, close_tag), text in pairs)

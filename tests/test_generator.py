@@ -46,7 +46,8 @@ def essence(answer):
         (n["parent"], n["stage"], n["round"], n["index"], n["seed"], n["tokens"], n["finish"], n["closed"], n["kept"])
         for n in answer.trace.data["nodes"]
     ]
-    return answer.tokens, answer.text, answer.stages, answer.trace.data["retraces"], answer.trace.data["answer"], nodes
+    retraces = [(event["stage"], event["to"], event["round"]) for event in answer.trace.events("retraced")]
+    return answer.tokens, answer.text, answer.stages, retraces, answer.trace.data["answer"], nodes
 
 
 def assert_nothing_held(generator):
@@ -110,7 +111,7 @@ BAD_ANSWERS = {
     "unknown setting": (
         lambda g, f: ask(g, search="greedy", candidates=3),
         ValueError,
-        r"candidates is not supported by search='greedy'; its settings are \['max_new_tokens'\]",
+        r"candidates is not supported by search='greedy'; its settings are \['max_new_tokens', 'budget'\]",
     ),
     "settings of a function": (
         lambda g, f: ask(g, search=lambda search: None, top_p=0.5),
@@ -312,7 +313,7 @@ def test_max_length_counts_the_prompt(tiny):
 def test_a_policy_function(tiny):
     def best_of_two(search):
         nodes = yield from search.expand([search.root], 2, None, params=SamplingParams(temperature=0.6))
-        search.score(nodes, confidence)
+        yield from search.score(nodes, confidence)
         return min(nodes, key=Node.rank)
 
     answer = ask(tiny, search=best_of_two, max_new_tokens=50, seed=9)
@@ -365,7 +366,7 @@ def test_a_trace_is_json_and_holds_the_answer(tiny):
         raise AssertionError(f"{constant} is not JSON")
 
     trace = json.loads(answer.trace.to_json(), parse_constant=refuse)
-    assert (trace["version"], trace["search"], trace["seed"], trace["bos"]) == (2, "swires", 6, "one")
+    assert (trace["version"], trace["search"], trace["seed"], trace["bos"]) == (3, "swires", 6, "one")
     assert trace["config"]["scorer"] == "unsure" and trace["config"]["candidates"]["CAPTION"] == 4
     assert trace["usage"]["generated_tokens"] == sum(len(node["tokens"]) for node in trace["nodes"])
     nodes = {node["id"]: node for node in trace["nodes"]}
@@ -438,4 +439,4 @@ def test_the_engine_has_no_weights_of_its_own(tiny):
 
 
 def test_what_the_processor_gives_is_what_generate_takes(tiny):
-    assert set(batch(tiny, [SAMPLE])) == set(MODEL_INPUTS)
+    assert set(batch(tiny, [SAMPLE])) == set(MODEL_INPUTS["mllama"])

@@ -51,9 +51,10 @@ def paged_attention_forward(
             softmax_scale=scaling,
             cu_seqlens_q=paged_batch.cu_seqlens_q,
         )
-    elif paged_batch.image_group is None or paged_batch.image_cu_seqlens is None:
+    elif paged_batch.is_prefill:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
     else:
+        assert paged_batch.image_group is not None and paged_batch.image_cu_seqlens is not None
         out = shared_attention(
             rows,
             key[0].transpose(0, 1),

@@ -13,9 +13,6 @@ class Batch:
     page_table: torch.Tensor  # [B, max_pages] int32
     seq_lens: torch.Tensor  # [B] int32, keys per sequence, this step's included
     cu_seqlens_q: torch.Tensor | None  # [B + 1] int32; None in decoding, where T == B
-    image_group: torch.Tensor | None  # [T] int32, the image segment of each token; None in prefill
-    image_cu_seqlens: torch.Tensor | None  # [G + 1] int32, the segments of the image store; None in prefill
-
-    @property
-    def is_prefill(self) -> bool:
-        return self.image_group is None
+    is_prefill: bool  # one sequence from its first token on, with its image: all keys are at hand
+    image_group: torch.Tensor | None  # [T] int32, the image segment of each token; None where none is stored
+    image_cu_seqlens: torch.Tensor | None  # [G + 1] int32, the segments of the image store; None where none is stored

@@ -43,7 +43,7 @@ class PagedLayer(_Layer):
         return key_states, value_states
 
     def get_seq_length(self) -> int:
-        return 0 if self.batch.is_prefill else 1  # Mllama only asks whether there is anything
+        return 0 if self.batch.is_prefill else 1  # models that are given positions only ask whether there is anything
 
 
 class ImageLayer(_Layer):
@@ -66,7 +66,7 @@ class ImageLayer(_Layer):
 class PagedCache(Cache):
     """The cache of one forward pass over ``kv_cache`` [2, num_self_layers, num_pages, page_size, Hkv, D]."""
 
-    def __init__(self, kv_cache: torch.Tensor, images: ImageStore, cross_layers: list[int], batch: Batch):
+    def __init__(self, kv_cache: torch.Tensor, images: ImageStore, cross_layers: tuple[int, ...], batch: Batch):
         layers: list[_Layer] = []
         num_cross = 0
         for index in range(kv_cache.shape[1] + len(cross_layers)):

@@ -1,29 +1,32 @@
 """Continuous batching of search programs over one paged KV pool."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from typing import TypeVar
+from itertools import accumulate
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
 from transformers import PreTrainedModel
 
 from llava_cot.engine.batch import Batch
-from llava_cot.engine.branch import Branch, Expand, Finish, Rank, Ranked
+from llava_cot.engine.branch import Branch, Call, Expand, Extend, Finish, Rank, Ranked
 from llava_cot.engine.job import Job, Slot
-from llava_cot.engine.model import ModelView
+from llava_cot.engine.model import open_view
+from llava_cot_kernels.logprob import token_logprobs
 from llava_cot_kernels.page_pool import OutOfPages, PagePool
 from llava_cot_kernels.paged_kv import copy_pages
 from llava_cot_kernels.sampling import SampleOutput, sample
 from llava_cot_kernels.stage_tags import StageTags
 
-_Request = TypeVar("_Request", Expand, Rank)
+_Request = TypeVar("_Request", Expand, Rank, Extend, Call)
 
 
 class Engine:
-    """Runs jobs on an unmodified Mllama: ``engine.run(jobs)``, or ``for _ in engine.steps(jobs)`` to look in between.
+    """Runs jobs on an unmodified model: ``engine.run(jobs)``, or ``for _ in engine.steps(jobs)`` to look in between.
 
     A step is one forward pass over one token of every growing branch of every job, and one draw for each. ``tags`` are
     the stop tags; their index is a branch's ``tag``. Pages and images are given back when a job ends, however it ends.
@@ -34,7 +37,7 @@ class Engine:
             raise ValueError(f"page_size must be >= 1, got {page_size}")
         if num_pages is not None and num_pages < 1:
             raise ValueError(f"num_pages must be >= 1, got {num_pages}")
-        self.view = ModelView(model, page_size, num_pages)
+        self.view = open_view(model, page_size, num_pages)
         self.pool = PagePool(self.view.num_pages, page_size)
         self.tags = tags.to(self.view.device)
         eos = model.generation_config.eos_token_id
@@ -52,7 +55,7 @@ class Engine:
         return len(self.view.images.starts())
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Run every job to its end."""
+        """Run every job to its end; one that fails has an ``error`` then and does not touch the others."""
         with closing(self.steps(jobs)) as steps:
             for _ in steps:
                 pass
@@ -60,17 +63,21 @@ class Engine:
     def steps(self, jobs: Sequence[Job]) -> Generator[None, None, None]:
         """Run jobs, yielding after each step; closing the iterator frees everything they hold.
 
-        Raises ``OutOfPages`` when a job alone needs more pages than there are. Several jobs that together need too
+        A job that alone needs more pages than there are ends with ``OutOfPages``. Several jobs that together need too
         many take turns: the youngest starts again when another has ended, with the same seeds and so the same result.
         """
         waiting, running, crowded = deque(jobs), list[Job](), False
         try:
             while waiting or running:
+                for job in [job for job in (*waiting, *running) if job.cancelled]:
+                    (running if job in running else waiting).remove(job)
+                    self._release(job)
+                    crowded = False
                 if not crowded:
                     self._admit(waiting, running)
                 crowded |= self._step(waiting, running)
                 for job in [*running]:
-                    if not job.advance(time.perf_counter()):
+                    if job.error or not job.advance(time.perf_counter()):
                         running.remove(job)
                         self._release(job)
                         crowded = False
@@ -89,86 +96,148 @@ class Engine:
                 return
             job = waiting.popleft()
             self._live.add(job)
-            running.append(job)
             now = time.perf_counter()
-            job.start(self._prefill(job), now)
-            job.advance(now)
+            try:
+                job.start(self._prefill(job), now)
+            except OutOfPages as error:
+                job.error = self._too_small(error)
+            if job.error or not job.advance(time.perf_counter()):
+                self._release(job)
+            else:
+                running.append(job)
 
     def _prefill(self, job: Job) -> Branch:
         root = Branch(None, self.pool.create(), job.prompt_length, tag_state=self.tags.start_state)
         job.branches.append(root)
-        try:
-            batch = self._batch([root], [job.prompt_length])
-        except OutOfPages as error:
-            raise self._too_small(error) from None
+        batch = self._batch([root], [job.prompt_length])
         inputs = {name: tensor.to(self.view.device) for name, tensor in job.inputs.items()}
-        root.next_logits, root.image = self.view.prefill(inputs, batch)
+        root.next_logits, root.image, root.position_offset = self.view.prefill(inputs, batch)
         job.usage.prompt_tokens += job.prompt_length
         job.usage.image_encodings += 1
         return root
 
     def _step(self, waiting: deque[Job], running: list[Job]) -> bool:
-        """Compute the last token of every branch that grows, is opened or ranked, then draw one token for every growing
-        one.
+        """Compute the last token of what grows, is opened or ranked and all tokens of an extension, then draw one token
+        for everything that grows.
 
         Returns whether a job had to go back to ``waiting`` for want of pages.
         """
         preempted = False
+        answers: dict[Any, Any] = self._call([request for _, request in _requests(running, Call)])
         ranked = {request: self._children(job, request) for job, request in _requests(running, Rank)}
+        extended = {request: self._extension(job, request) for job, request in _requests(running, Extend)}
         while True:
             try:
-                logits, sources = self._compute(running, ranked)
+                logits, sources = self._compute(running, ranked, extended)
                 break
             except OutOfPages as error:
                 if len(running) == 1:
-                    raise self._too_small(error) from None
+                    running[0].error = self._too_small(error)
+                    return preempted
                 waiting.appendleft(running.pop())
                 self._release(waiting[0])
                 preempted = True
-        answers = self._rank(logits, sources, {request: ranked[request] for _, request in _requests(running, Rank)})
+        answers |= self._rank(logits, sources, {request: ranked[request] for _, request in _requests(running, Rank)})
+        answers |= {request: [extended[request]] for _, request in _requests(running, Extend)}
         for job in running:
-            job.usage.steps += 1
+            job.usage.steps += bool(job.slots or any(not isinstance(request, Call) for request in job.requests))
             for request in job.requests:
-                if isinstance(request, Rank):
-                    job.reply(answers[request])
-                else:
+                if isinstance(request, Expand):
                     job.open(request, self._fork(job, request))
+                elif isinstance(answers[request], Exception):
+                    job.fail(answers[request])
+                else:
+                    job.reply(answers[request])
             job.requests = []
         slots = [slot for job in running for slot in job.slots]
         if not slots:
             return preempted
         rows = [sources[slot.branch if slot.branch.tokens else slot.request.parent] for slot in slots]
-        self._grow(slots, self._draw(logits, rows, slots))
+        self._grow(slots, *self._draw(logits, rows, slots))
+        now = time.perf_counter()
         for job in running:
             job.usage.generated_tokens += len(job.slots)
+            job.tick(now)
+            _stop(job)
             job.slots = [slot for slot in job.slots if slot.branch.finish is None]
         return preempted
 
-    def _compute(self, running: list[Job], ranked: dict[Rank, list[Branch]]) -> tuple[torch.Tensor, dict[Branch, int]]:
+    def _call(self, calls: list[Call]) -> dict[Call, Sequence[Any] | Exception]:
+        """The results of every call, or what it raised; those of equal functions are made together."""
+        results: dict[Call, Sequence[Any] | Exception] = {}
+        for call in calls:
+            if call in results:
+                continue
+            same = [other for other in calls if other not in results and other.function == call.function]
+            try:
+                values = list(call.function([item for other in same for item in other.items]))
+                if len(values) != sum(len(other.items) for other in same):
+                    raise ValueError(f"{call.function} must return one result per item, got {len(values)}")
+                for other in same:
+                    results[other], values = values[: len(other.items)], values[len(other.items) :]
+            except Exception as error:
+                # Whose fault it was shows when each is alone.
+                results |= {call: error} if len(same) == 1 else {k: v for o in same for k, v in self._call([o]).items()}
+        return results
+
+    def _compute(
+        self, running: list[Job], ranked: dict[Rank, list[Branch]], extended: dict[Extend, Branch]
+    ) -> tuple[torch.Tensor, dict[Branch, int]]:
         """The logits to draw from or to rank, [R, V], and the row of each branch.
 
         Raises ``OutOfPages`` before anything has changed.
         """
         opened = [(job, request.parent) for job, request in _requests(running, Expand) if request.seeds]
         looked_at = [(job, branch) for job, request in _requests(running, Rank) for branch in ranked[request]]
+        extensions = [(job, request, extended[request]) for job, request in _requests(running, Extend)]
         rows = {slot.branch: job for job in running for slot in job.slots}
         rows |= {branch: job for job, branch in opened + looked_at if branch.next_logits is None}
-        parts = []
-        if rows:
-            batch = self._batch([*rows], [1] * len(rows))
-            parts.append(self.view.decode([b.tokens[-1] for b in rows], [b.length - 1 for b in rows], batch))
-            for job in rows.values():
-                job.usage.decoded_tokens += 1
-        sources = {branch: row for row, branch in enumerate(rows)}
+        tokens = {branch: branch.tokens[-1:] for branch in rows}
+        # An extension reads the last token of its parent too, if nobody has yet.
+        tokens |= {
+            branch: (request.parent.tokens[-1:] if request.parent.next_logits is None else []) + branch.tokens
+            for _, request, branch in extensions
+        }
+        parts, sources, at = [], {}, 0
+        if tokens:
+            batch = self._batch([*tokens], [len(new) for new in tokens.values()])
+            ends = [(branch.length + branch.position_offset, len(new)) for branch, new in tokens.items()]
+            positions = [position for end, count in ends for position in range(end - count, end)]
+            parts.append(self.view.decode([token for new in tokens.values() for token in new], positions, batch))
+        for branch, new in tokens.items():
+            at += len(new)
+            sources[branch] = at - 1
+        for job in rows.values():
+            job.usage.decoded_tokens += 1
+        for job, request, branch in extensions:
+            first = request.parent.next_logits
+            read = parts[0][sources[branch] + 1 - len(tokens[branch]) : sources[branch]]
+            read = read if first is None else torch.cat([first.unsqueeze(0), read])
+            targets = torch.tensor(branch.tokens, device=read.device)
+            branch.logprobs = token_logprobs(read, targets).tolist()
+            branch.next_logits = parts[0][sources[branch]].clone()
+            job.usage.prompt_tokens += len(tokens[branch])
         for _, parent in opened:
             if parent.next_logits is None:
                 parent.next_logits = parts[0][sources[parent]].clone()
         for _, branch in opened + looked_at:
             if branch not in sources:
                 assert branch.next_logits is not None
-                sources[branch] = len(sources)
+                sources[branch] = at
+                at += 1
                 parts.append(branch.next_logits.unsqueeze(0))
         return torch.cat(parts) if parts else self.view.kv_cache.new_empty(0, self.view.vocab_size), sources
+
+    def _extension(self, job: Job, request: Extend) -> Branch:
+        parent = request.parent
+        (seq,) = self.pool.fork(parent.seq, 1)
+        state = parent.tag_state
+        for token in request.tokens:
+            state, _, _ = self.tags.advance(state, token)
+        length = parent.length + len(request.tokens)
+        branch = Branch(parent, seq, length, parent.image, tag_state=state, tokens=list(request.tokens))
+        job.branches.append(branch)
+        return branch
 
     def _children(self, job: Job, request: Rank) -> list[Branch]:
         """Put the children of a ranked branch in its place; the first takes over its sequence, the others fork it."""
@@ -224,13 +293,16 @@ class Engine:
         if len(copies):
             copy_pages(self.view.kv_cache, copies.to(device))
         is_prefill = branches[0].next_logits is None and branches[0].parent is None
-        group, cu_seqlens = (None, None) if is_prefill else self.view.images.segments([b.image for b in branches])
-        cu_seqlens_q = torch.tensor([0, *counts], dtype=torch.int32, device=device) if is_prefill else None
+        owners = [branch.image for branch, count in zip(branches, counts) for _ in range(count)]
+        group, cu_seqlens = (None, None) if is_prefill else self.view.images.segments(owners)
+        is_ragged = is_prefill or any(count > 1 for count in counts)
+        cu_seqlens_q = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device) if is_ragged else None
         return Batch(
             slot_mapping=slots.to(device),
             page_table=self.pool.page_table(seqs).to(device),
             seq_lens=torch.tensor([b.length for b in branches], dtype=torch.int32, device=device),
             cu_seqlens_q=cu_seqlens_q,
+            is_prefill=is_prefill,
             image_group=group,
             image_cu_seqlens=cu_seqlens,
         )
@@ -243,17 +315,21 @@ class Engine:
             for seq, seed in zip(seqs, request.seeds)
         ]
         job.branches += kids
+        job.usage.generations += len(kids)
         return kids
 
     @torch.inference_mode()
-    def _draw(self, logits: torch.Tensor, rows: list[int], slots: list[Slot]) -> SampleOutput:
+    def _draw(self, logits: torch.Tensor, rows: list[int], slots: list[Slot]) -> tuple[SampleOutput, torch.Tensor]:
+        """A token for each slot, and how far its distribution is from uniform: KL(uniform, softmax(logits)) in nats."""
+
         def column(values, dtype) -> torch.Tensor:
             return torch.tensor(list(values), dtype=dtype, device=logits.device)
 
         params = [slot.request.params for slot in slots]
-        return sample(
+        row = column(rows, torch.int64)
+        drawn = sample(
             logits,
-            row=column(rows, torch.int64),
+            row=row,
             temperature=column((p.temperature for p in params), torch.float32),
             top_k=column((p.top_k for p in params), torch.int32),
             top_p=column((p.top_p for p in params), torch.float32),
@@ -263,12 +339,16 @@ class Engine:
             tags=self.tags,
             tag_state=column((slot.branch.tag_state for slot in slots), torch.int32),
         )
+        # The drawn token's logit over its log-prob is the normaliser, which the sampler has summed already.
+        normaliser = logits[row, drawn.token.clamp(min=0)].float() - drawn.logprob
+        mean = logits.mean(-1, dtype=torch.float32)
+        return drawn, normaliser - mean[row] - math.log(logits.shape[1])
 
-    def _grow(self, slots: list[Slot], drawn: SampleOutput) -> None:
+    def _grow(self, slots: list[Slot], drawn: SampleOutput, certainty: torch.Tensor) -> None:
         """Note the drawn tokens; the host looks at the device here, once a step."""
-        columns = (drawn.token, drawn.logprob, drawn.sampling_logprob, drawn.entropy)
+        columns = (drawn.token, drawn.logprob, drawn.sampling_logprob, drawn.entropy, certainty)
         tag_columns = (drawn.tag_state, drawn.tag, drawn.overhang)
-        for slot, (token, logprob, sampling_logprob, entropy, tag_state, tag, overhang) in zip(
+        for slot, (token, logprob, sampling_logprob, entropy, certain, tag_state, tag, overhang) in zip(
             slots, zip(*(column.tolist() for column in (*columns, *tag_columns)))
         ):
             branch, request = slot.branch, slot.request
@@ -276,14 +356,34 @@ class Engine:
             branch.logprobs.append(logprob)
             branch.sampling_logprobs.append(sampling_logprob)
             branch.entropies.append(entropy)
+            branch.certainties.append(certain)
             branch.length += 1
             branch.tag_state = tag_state
             if token in self.eos_token_ids:
                 branch.finish = Finish.EOS
-            elif tag >= 0 and request.stop_at_tags:
+            elif tag >= 0 and (request.stops is None or tag in request.stops):
                 branch.finish, branch.tag, branch.overhang = Finish.TAG, tag, overhang
+            elif tag in request.trims:
+                branch.finish, branch.tag = Finish.TAG, tag
+                self._trim(branch, overhang)
             elif len(branch.tokens) == request.max_new_tokens:
                 branch.finish = Finish.LENGTH
+
+    def _trim(self, branch: Branch, overhang: int) -> None:
+        """Take the last token back if it goes on behind the tag; forget the tag, or the next token closes it again."""
+        branch.tag_state = self.tags.start_state
+        if not overhang or len(branch.tokens) == 1:
+            return
+        for column in (
+            branch.tokens,
+            branch.logprobs,
+            branch.sampling_logprobs,
+            branch.entropies,
+            branch.certainties,
+        ):
+            column.pop()
+        branch.length -= 1
+        self.pool.truncate(branch.seq, branch.length - 1)
 
     def _release(self, job: Job) -> None:
         """Take back everything ``job`` holds."""
@@ -305,6 +405,15 @@ class Engine:
     def _too_small(self, error: OutOfPages) -> OutOfPages:
         size = f"num_pages={self.pool.num_pages} of page_size={self.pool.page_size}"
         return OutOfPages(f"the KV cache ({size}) is too small for this search alone: {error}; raise num_pages")
+
+
+def _stop(job: Job) -> None:
+    """Ask each request once whether its branches are to stop here."""
+    asked: dict[int, bool] = {}
+    for slot in job.slots:
+        stop = slot.request.stop
+        if stop and slot.branch.finish is None and asked.setdefault(id(slot.request), stop()):
+            slot.branch.finish = Finish.STOPPED
 
 
 def _requests(jobs: list[Job], kind: type[_Request]) -> list[tuple[Job, _Request]]:

@@ -32,8 +32,13 @@ class ImageStore:
         del self._segments[start]
         self._cu_seqlens = None
 
-    def segments(self, starts: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(group [len(starts)] int32, cu_seqlens [G + 1] int32): free gaps count as segments that nobody reads."""
+    def segments(self, starts: list[int]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(group [len(starts)] int32, cu_seqlens [G + 1] int32): free gaps count as segments that nobody reads.
+
+        (None, None) for a model without cross-attention, which stores nothing.
+        """
+        if not self.kv.shape[1]:
+            return None, None
         bounds = sorted({0, *self._segments, *self._segments.values()})
         if self._cu_seqlens is None:
             self._cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=self.kv.device)

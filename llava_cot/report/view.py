@@ -9,7 +9,7 @@ from typing import Any
 
 from llava_cot.stages import STAGES, parse
 
-TRACE_VERSION = 2  # that can be shown
+TRACE_VERSION = 3  # that can be shown
 ORDER = {stage.value: index for index, stage in enumerate(STAGES)}
 
 
@@ -126,13 +126,14 @@ def stage_name(stage: str | None) -> str:
 def _read(trace: Mapping[str, Any]) -> View:
     nodes = {int(node["id"]): node for node in trace["nodes"]}
     path = _path(nodes, int(trace["answer"]))
-    kept_in = {id: int(d["round"]) for d in trace["decisions"] for id in d["kept"]}
+    decisions = [event for event in trace["events"] if event["event"] == "kept"]
+    kept_in = {id: int(d["round"]) for d in decisions for id in d["kept"]}
     cards = {id: _card(node, id in path, kept_in.get(id)) for id, node in nodes.items()}
     cells: dict[tuple[int, str | None], list[Card]] = defaultdict(list)
     for card in cards.values():
         cells[card.round, card.stage].append(card)
-    retraces = {(int(r["round"]) - 1, str(r["stage"])): r for r in trace["retraces"]}
-    pools = {(int(d["round"]), _stage(d)): _pool(d, cards, retraces) for d in trace["decisions"]}
+    retraces = {(int(r["round"]) - 1, str(r["stage"])): r for r in trace["events"] if r["event"] == "retraced"}
+    pools = {(int(d["round"]), _stage(d)): _pool(d, cards, retraces) for d in decisions}
     stages = sorted({card.stage for card in cards.values()}, key=lambda s: (ORDER.get(s or "", len(ORDER)), s or ""))
     text = "".join(nodes[id]["text"] for id in path)
     usage = trace["usage"]

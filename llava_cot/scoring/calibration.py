@@ -28,6 +28,11 @@ class Calibration:
             raise ValueError(f"calibration on {self.data!r} must have scores of stage {stage!s}, got none")
         return float(np.interp(100 * quantile, np.arange(101), self.quantiles[stage]))
 
+    def z_cutoff(self, stage: str, z: float) -> float:
+        """Mean + ``z`` standard deviations of this stage's scores, both taken from its 101 quantiles."""
+        self.cutoff(stage, 0.5)  # raises where there are none
+        return float(np.mean(self.quantiles[stage]) + z * np.std(self.quantiles[stage]))
+
     def save(self, path: Path | str) -> None:
         Path(path).write_text(json.dumps(asdict(self), indent=1) + "\n")
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from llava_cot.scoring import Scorer, resolve_scorer
 from llava_cot.search.sample import Decoding
 from llava_cot.search.search import Search
-from llava_cot.search.tree import Node
 
 
 @dataclass(frozen=True)
@@ -14,14 +13,15 @@ class BestOfNConfig(Decoding):
     scorer: str | Scorer = "confidence"
 
     def __post_init__(self):
+        super().__post_init__()
         if self.n < 1:
             raise ValueError(f"n must be >= 1, got {self.n}")
 
 
 def best_of_n(search: Search, config: BestOfNConfig):
     nodes = yield from search.expand([search.root], config.n, None, params=config.params())
-    search.score(nodes, resolve_scorer(config.scorer))
-    best = min(nodes, key=Node.rank)
-    search.keep(nodes, [best])
-    search.final(best)
+    yield from search.score(nodes, resolve_scorer(config.scorer))
+    best = search.best(nodes, config.num_return_sequences)
+    search.keep(nodes, best)
+    search.final(best[0])
     return best

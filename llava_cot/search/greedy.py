@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 
 from llava_cot.engine.branch import SamplingParams
+from llava_cot.search.sample import Limits
 from llava_cot.search.search import Search
 
 
 @dataclass(frozen=True)
-class GreedyConfig:
-    max_new_tokens: int = 2048
+class GreedyConfig(Limits):
+    pass
 
 
 def greedy(search: Search, config: GreedyConfig):

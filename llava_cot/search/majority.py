@@ -9,13 +9,13 @@ from llava_cot.scoring import Scorer, normalise, resolve_scorer
 from llava_cot.search.sample import Decoding
 from llava_cot.search.search import Search
 from llava_cot.search.tree import Node
-from llava_cot.stages import Outcome, Stage, parse
+from llava_cot.stages import Outcome
 
 
 @dataclass(frozen=True)
 class MajorityConfig(Decoding):
     """``n`` whole answers vote for their conclusions, as ``normalise`` spells them; the best answer of the winners by
-    score is returned.
+    score is returned, then those of the runners-up for ``num_return_sequences``.
 
     Ties go to the conclusion whose best answer ranks first. An answer without a complete conclusion has no vote, unless
     none has one: then each votes for what stands there.
@@ -27,6 +27,7 @@ class MajorityConfig(Decoding):
     scorer: str | Scorer = "confidence"
 
     def __post_init__(self):
+        super().__post_init__()
         if self.n < 1:
             raise ValueError(f"n must be >= 1, got {self.n}")
         if self.weight not in ("count", "confidence"):
@@ -37,17 +38,19 @@ class MajorityConfig(Decoding):
 
 def majority(search: Search, config: MajorityConfig):
     nodes = yield from search.expand([search.root], config.n, None, params=config.params())
-    search.score(nodes, resolve_scorer(config.scorer))
-    conclusions = {node: parse(node.text)[Stage.CONCLUSION] for node in nodes}
+    yield from search.score(nodes, resolve_scorer(config.scorer))
+    grammar = search.grammar
+    conclusions = {node: grammar.parse(node.text)[grammar.conclusion] for node in nodes}
     complete = [node for node, stage in conclusions.items() if stage.outcome is Outcome.COMPLETE and stage.text]
     voters = sorted(complete or nodes, key=Node.rank)
     votes: dict[str, list[Node]] = {}
     for node in voters[: max(1, round(config.keep_fraction * len(voters)))]:
         votes.setdefault(normalise(conclusions[node].text), []).append(node)
-    # Groups and their members are in order of rank, and max takes the first of equals.
-    best = max(votes.values(), key=lambda group: _weight(group, config))[0]
-    search.keep(nodes, [best])
-    search.final(best)
+    # Groups and their members are in order of rank, and sorting leaves equals in their order.
+    groups = sorted(votes.values(), key=lambda group: -_weight(group, config))
+    best = [group[0] for group in groups][: config.num_return_sequences]
+    search.keep(nodes, best)
+    search.final(best[0])
     return best
 
 

@@ -2,17 +2,25 @@
 
 import math
 import time
-from collections.abc import Callable, Generator
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from llava_cot.engine.branch import Branch, Expand, Finish, SamplingParams
+from llava_cot.engine.budget import Budget
+from llava_cot.engine.job import Usage
 from llava_cot.scoring import Calibration, Scorer, Span
 from llava_cot.search.events import Candidate, Candidates, Event, Retrace, StageFinal
-from llava_cot.search.tree import Decision, Node, candidate_seed
-from llava_cot.stages import Stage
+from llava_cot.search.finish import BudgetSpent, finish
+from llava_cot.search.tree import Node, candidate_seed, stages_of
+from llava_cot.stages import LLAVA_COT, Grammar
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Scope = Literal["stage", "path"]
+NEXT = "next"  # a stage's name in ``expand``: whichever the grammar allows after the parent
+SENTENCE_ENDS = (". ", "? ", "! ", ".\n", "?\n", "!\n")  # the engine's tags after those of the grammar
 
 
 @dataclass(eq=False)
@@ -21,8 +29,8 @@ class Search:
 
     >>> def best_of_two(search):
     ...     nodes = yield from search.expand([search.root], 2, None, params=SamplingParams(temperature=0.6))
-    ...     search.score(nodes, confidence)
-    ...     return min(nodes, key=Node.rank)
+    ...     yield from search.score(nodes, confidence)
+    ...     return search.best(nodes)
     """
 
     branch: Branch  # the prompt
@@ -32,87 +40,200 @@ class Search:
     calibration: Calibration | None = None
     on_event: Callable[[Event], None] = lambda event: None
     eos_token_ids: frozenset[int] = frozenset()
+    grammar: Grammar = LLAVA_COT  # its tags are the engine's first ones
+    budget: Budget | None = None
+    usage: Usage = field(default_factory=Usage)  # live; that of earlier runs of this search too
+    question: str | None = None
+    image: "Image | None" = None
     nodes: list[Node] = field(default_factory=list)
+    log: list[dict[str, Any]] = field(default_factory=list)
     retraces: list[Retrace] = field(default_factory=list)
-    decisions: list[Decision] = field(default_factory=list)
     root: Node = field(init=False)
-    _scores: dict[tuple[Scope, tuple[int, ...]], float] = field(default_factory=dict)
+    _scores: dict[tuple, tuple[float, str | None, dict[str, float]]] = field(default_factory=dict)
     _start: float = field(default_factory=time.perf_counter)
+    _before: Usage = field(init=False)
 
     def __post_init__(self):
         self.root = Node(0, None, None, 0, 0, self.branch)
         self.nodes.append(self.root)
+        # A search that was restarted for want of pages has paid for what it lost, but its budget is that of one run.
+        prefill = Usage(prompt_tokens=self.branch.length, image_encodings=1)
+        is_restarted = self.usage.prompt_tokens > prefill.prompt_tokens
+        self._before = self.usage - prefill if is_restarted else Usage()
+
+    def run(self, policy: Callable[["Search"], Generator[Any, Any, Any]]) -> Generator[Any, Any, list[Node]]:
+        """Run ``policy`` to its end, or to that of its budget; the nodes it returned, the best first."""
+        self.note("started", seed=self.seed)
+        try:
+            result = yield from policy(self)
+        except BudgetSpent as spent:
+            self.note("budget_spent", what=str(spent), spent=getattr(self.run_usage(), str(spent)))
+            result = yield from finish(self)
+        nodes = result if isinstance(result, list) else [result]
+        self.note("accepted", nodes=[node.id for node in nodes])
+        return nodes
 
     def can_grow(self, node: Node) -> bool:
-        return node.branch.finish is not Finish.EOS and self._tokens_left(node) > 0
+        """Whether another stage may come after ``node``."""
+        return bool(self.grammar.allowed(stages_of(node))) and self.can_continue(node)
+
+    def can_continue(self, node: Node) -> bool:
+        """Whether any token may come after ``node``."""
+        return node.branch.finish is not Finish.EOS and self.tokens_left(node) > 0
 
     def expand(
         self,
-        parents: list[Node],
+        parents: Sequence[Node],
         n: int,
-        stage: Stage | None,
+        stage: str | None,
         *,
         params: SamplingParams,
         round: int = 1,
         max_stage_tokens: int | None = None,
+        first_index: int = 0,
     ) -> Generator[list[Expand], list[list[Branch]], list[Node]]:
         """Draw ``n`` candidates of ``stage`` from each parent, each until a stage tag closes, EOS or the limit.
 
-        ``stage`` None draws whole answers, which tags do not end. Returns the new nodes in (parent, index) order.
+        ``stage`` None draws whole answers, which tags do not end; ``NEXT`` is whichever stage the grammar allows after
+        the parent. Returns the new nodes in (parent, index) order.
+
+        Raises:
+            BudgetSpent: before it draws anything, or after a candidate was stopped; the drawn ones are in the tree.
         """
+        allowed = [self._allowed(parent, stage) for parent in parents]
+        limits = [min(self.tokens_left(parent), max_stage_tokens or self.max_new_tokens) for parent in parents]
+        stops = frozenset(range(len(self.grammar.names)) if stage is not None else ())
+        places = [
+            ("|".join(names), round, parent.id, first_index + index)
+            for parent, names in zip(parents, allowed)
+            for index in range(n)
+        ]
+        seeds = [candidate_seed(self.seed, *place) for place in places]
         requests = [
             Expand(
                 parent.branch,
-                tuple(candidate_seed(self.seed, stage, round, parent.id, index) for index in range(n)),
+                tuple(seeds[at * n : at * n + n]),
                 params,
-                min(self._tokens_left(parent), max_stage_tokens or self.max_new_tokens),
-                stop_at_tags=stage is not None,
+                limit,
+                stops,
+                stop=self._stop if self.budget else None,
+            )
+            for at, (parent, limit) in enumerate(zip(parents, limits))
+        ]
+        branches = yield from self._draw(requests)
+        nodes = [
+            self._stage_node(parent, names, round, first_index + index, branch)
+            for parent, names, drawn in zip(parents, allowed, branches)
+            for index, branch in enumerate(drawn)
+        ]
+        self._drawn(nodes)
+        return nodes
+
+    def expand_sentence(
+        self, parents: Sequence[Node], n: int, *, params: SamplingParams, round: int
+    ) -> Generator[list[Expand], list[list[Branch]], list[Node]]:
+        """Draw ``n`` pieces from each parent, each to the end of a sentence or of a stage, EOS or the limit.
+
+        Their stage is None, and one is closed unless it was cut. A token that goes on into the next sentence is not
+        part of a piece.
+        """
+        stages = len(self.grammar.names)
+        trims = frozenset(range(stages, stages + len(SENTENCE_ENDS)))
+        requests = [
+            Expand(
+                parent.branch,
+                tuple(candidate_seed(self.seed, "", round, parent.id, index) for index in range(n)),
+                params,
+                self.tokens_left(parent),
+                frozenset(range(stages)),
+                trims,
+                stop=self._stop if self.budget else None,
             )
             for parent in parents
         ]
-        replies = yield requests
-        seconds = time.perf_counter() - self._start
-        new = []
-        for parent, branches in zip(parents, replies):
-            for index, branch in enumerate(branches):
-                text = self.decode(branch.tokens)
-                node = Node(len(self.nodes), parent, stage, round, index, branch, text, seconds=seconds)
-                self.nodes.append(node)
-                new.append(node)
-        return new
+        branches = yield from self._draw(requests)
+        nodes = [
+            self.node(parent, None, round, index, branch, branch.finish in (Finish.TAG, Finish.EOS))
+            for parent, drawn in zip(parents, branches)
+            for index, branch in enumerate(drawn)
+        ]
+        self._drawn(nodes)
+        return nodes
 
-    def add(self, branch: Branch, score: float) -> Node:
-        """A scored whole answer that the policy put together itself, as a node under the root."""
-        seconds, index = time.perf_counter() - self._start, len(self.nodes)
-        node = Node(index, self.root, None, 1, index - 1, branch, self.decode(branch.tokens), score, seconds=seconds)
+    def node(self, parent: Node, stage: str | None, round: int, index: int, branch: Branch, closed: bool) -> Node:
+        """Put a finished branch into the tree."""
+        seconds, text = time.perf_counter() - self._start, self.decode(branch.tokens)
+        node = Node(len(self.nodes), parent, stage, round, index, branch, text, seconds=seconds, closed=closed)
         self.nodes.append(node)
         return node
 
-    def score(self, nodes: list[Node], scorer: Scorer, scope: Scope = "stage") -> None:
+    def add(self, branch: Branch, score: float) -> Node:
+        """A scored whole answer that the policy put together itself, as a node under the root."""
+        node = self.node(self.root, None, 1, len(self.nodes) - 1, branch, branch.finish is Finish.EOS)
+        node.score = score
+        return node
+
+    def tokens_left(self, node: Node) -> int:
+        """How many tokens the path of ``node`` may still get."""
+        return self.max_new_tokens - (node.branch.length - self.branch.length)
+
+    def run_usage(self) -> Usage:
+        """What it has cost so far: of this run, should it have been restarted for want of pages."""
+        return self.usage - self._before
+
+    def spent(self) -> str | None:
+        """What of the budget is spent, short of the reserve for finishing."""
+        return self.budget.spent(self.run_usage()) if self.budget else None
+
+    def score(self, nodes: Sequence[Node], scorer: Scorer, scope: Scope = "stage") -> Generator[Any, Any, None]:
         """Give every node the score of its own text, or of its whole path.
 
-        One path of tokens has one score: equal candidates are scored once.
+        One path of tokens has one score: equal candidates are scored once, except by a ``groupwise`` scorer, whose
+        scores hold within ``nodes`` alone. A score that is not finite and a scorer that raises mark the candidate,
+        which ranks with -inf then. A scorer that raises on several candidates is asked again for each alone.
+
+        Raises:
+            BudgetSpent: too few scorer calls are left for all of them.
+            Exception: what the scorer raised, if it raised for every one of ``nodes``.
+            ValueError: the scorer does not return one number per span.
         """
-        keys = [(scope, tuple(node.branch.path())) for node in nodes]
-        new: dict[tuple, Node] = {}
+        is_groupwise = getattr(scorer, "groupwise", False)
+        keys = [(id(scorer), scope, index if is_groupwise else tuple(n.branch.path())) for index, n in enumerate(nodes)]
+        new = {key: node for key, node in zip(keys, nodes) if is_groupwise or key not in self._scores}
+        limit = self.budget.scorer_calls if self.budget else None
+        if limit is not None and self.run_usage().scorer_calls + len(new) > limit:
+            raise BudgetSpent("scorer_calls")
+        self.usage.scorer_calls += len(new)
+        spans = [self._span(node, scope) for node in new.values()]
+        scores = (yield from self._evaluate(scorer, spans)) if spans else []
+        for key, span, score in zip(new, spans, scores):
+            if isinstance(score, Exception):
+                self._scores[key] = -math.inf, repr(score), span.notes
+            elif not math.isfinite(score):
+                self._scores[key] = -math.inf, f"the score is {score}", span.notes
+            else:
+                self._scores[key] = float(score), None, span.notes
         for key, node in zip(keys, nodes):
-            if key not in self._scores:
-                new.setdefault(key, node)
-        if new:
-            spans = [_span(node.path() if scope == "path" else [node]) for node in new.values()]
-            scores = scorer(spans)
-            if len(scores) != len(spans):
-                raise ValueError(f"scorer must return {len(spans)} scores, one per span, got {len(scores)}")
-            self._scores |= {key: -math.inf if math.isnan(s) else float(s) for key, s in zip(new, scores)}
-        for key, node in zip(keys, nodes):
-            node.score = self._scores[key]
+            node.score, node.error, node.notes = self._scores[key]
+        ids, errors = [node.id for node in nodes], {str(node.id): node.error for node in nodes if node.error}
+        places = {"scorer": name_of(scorer), "scope": scope, "nodes": ids}
+        self.note("scored", **places, scores=[node.score for node in nodes], errors=errors)
+        raised = [score for score in scores if isinstance(score, Exception)]
+        if raised and all(node.error for node in nodes):
+            raised[0].add_note(f"the scorer raised for every candidate: {ids}")
+            raise raised[0]
+
+    def best(self, nodes: Sequence[Node], n: int = 1) -> list[Node]:
+        """The ``n`` best that differ in their tokens, the best first; fewer where there are no more."""
+        distinct = {tuple(node.branch.path()): node for node in reversed(sorted(nodes, key=Node.rank))}
+        return sorted(distinct.values(), key=Node.rank)[:n]
 
     def keep(
         self,
-        nodes: list[Node],
-        kept: list[Node],
+        nodes: Sequence[Node],
+        kept: Sequence[Node],
         *,
-        pool: list[Node] | None = None,
+        pool: Sequence[Node] | None = None,
         cutoff: float | None = None,
         pass_rank: int = 1,
     ) -> None:
@@ -124,46 +245,113 @@ class Search:
         for node in kept:
             node.kept = True
         pool = nodes if pool is None else pool
-        ids = [node.id for node in pool], [node.id for node in kept]
-        score = ranked_score(pool, pass_rank)
-        self.decisions.append(Decision(nodes[0].stage, nodes[0].round, *ids, cutoff, pass_rank, score))
+        self.note(
+            "kept",
+            stage=nodes[0].stage,
+            round=nodes[0].round,
+            pool=[node.id for node in pool],
+            kept=[node.id for node in kept],
+            pruned=[node.id for node in pool if node not in kept],
+            cutoff=cutoff,
+            pass_rank=pass_rank,
+            score=ranked_score(pool, pass_rank),
+        )
         shown = [Candidate(n.id, n.parent.id, n.text, n.score, n.closed, n in kept) for n in nodes]  # type: ignore
         self.on_event(Candidates(nodes[0].stage, nodes[0].round, tuple(shown)))
 
     def retrace(
-        self, stage: Stage, to: Stage, round: int, *, cutoff: float | None = None, score: float | None = None
+        self, stage: str, to: str, round: int, *, cutoff: float | None = None, score: float | None = None
     ) -> None:
         """Note that ``stage`` failed, ``score`` not being above ``cutoff``; round ``round`` samples ``to`` again."""
         self.retraces.append(Retrace(stage, to, round, cutoff, score))
+        reason = "too few candidates closed" if score is None else "not above the cutoff"
+        self.note("retraced", stage=stage, to=to, round=round, cutoff=cutoff, score=score, reason=reason)
         self.on_event(self.retraces[-1])
 
     def final(self, node: Node) -> None:
         """Note that no retrace can take ``node`` back any more."""
         self.on_event(StageFinal(node.stage, node.text))
 
+    def note(self, event: str, **facts: Any) -> None:
+        """Write an event into the trace's log."""
+        self.log.append({"event": event, "seconds": time.perf_counter() - self._start, **facts})
+
     def to_dict(self) -> dict[str, Any]:
         """What the trace has of it."""
-        return {
-            "nodes": [node.to_dict() for node in self.nodes[1:]],
-            "retraces": [{"stage": r.stage, "to": r.to, "round": r.round} for r in self.retraces],  # why: decisions
-            "decisions": [asdict(decision) for decision in self.decisions],
-        }
+        return {"nodes": [node.to_dict() for node in self.nodes[1:]], "events": self.log}
 
-    def _tokens_left(self, node: Node) -> int:
-        return self.max_new_tokens - (node.branch.length - self.branch.length)
+    def _draw(self, requests: list[Expand]) -> Generator[list[Expand], list[list[Branch]], list[list[Branch]]]:
+        if spent := self.spent():
+            raise BudgetSpent(spent)
+        return (yield requests)
+
+    def _drawn(self, nodes: list[Node]) -> None:
+        places = {"stage": nodes[0].stage, "round": nodes[0].round} if nodes else {}
+        self.note("generated", **places, nodes=[node.id for node in nodes])
+        if any(node.branch.finish is Finish.STOPPED for node in nodes):
+            raise BudgetSpent(self.spent())
+
+    def _stop(self) -> bool:
+        return self.spent() is not None
+
+    def _allowed(self, parent: Node, stage: str | None) -> tuple[str, ...]:
+        return self.grammar.allowed(stages_of(parent)) if stage is NEXT else () if stage is None else (stage,)
+
+    def _stage_node(self, parent: Node, allowed: tuple[str, ...], round: int, index: int, branch: Branch) -> Node:
+        """A candidate of one of the stages ``allowed``, or with none a whole answer."""
+        if not allowed:
+            return self.node(parent, None, round, index, branch, branch.finish is Finish.EOS)
+        written = self.grammar.names[branch.tag] if branch.finish is Finish.TAG else None
+        node = self.node(parent, allowed[0], round, index, branch, written in allowed)
+        if written in allowed:
+            node.stage = written
+        elif branch.finish is not Finish.STOPPED:
+            got = self.grammar.tag_pair(written)[1] if written else f"the end ({branch.finish})"
+            node.violation = self.grammar.expected(stages_of(parent), got)
+        return node
+
+    def _evaluate(self, scorer: Scorer, spans: list[Span]) -> Generator[Any, Any, list[float | Exception]]:
+        """The score of each span, or what the scorer raised for it."""
+        try:
+            scores = scorer(spans)
+            if isinstance(scores, Generator):
+                scores = yield from scores
+        except Exception as error:
+            if len(spans) == 1 or getattr(scorer, "groupwise", False):
+                return [error for _ in spans]
+            results: list[float | Exception] = []
+            for span in spans:
+                results += yield from self._evaluate(scorer, [span])
+            return results
+        if len(scores) != len(spans):
+            raise ValueError(f"scorer must return {len(spans)} scores, one per span, got {len(scores)}")
+        return list(scores)
+
+    def _span(self, node: Node, scope: Scope) -> Span:
+        nodes = node.path() if scope == "path" else [node]
+        branches = [node.branch for node in nodes]
+        return Span(
+            text="".join(node.text for node in nodes),
+            tokens=[token for branch in branches for token in branch.tokens],
+            logprobs=[logprob for branch in branches for logprob in branch.logprobs],
+            entropies=[entropy for branch in branches for entropy in branch.entropies],
+            certainties=[certainty for branch in branches for certainty in branch.certainties],
+            stage=node.stage if scope == "stage" else None,
+            path_text="".join(node.text for node in node.path()),
+            closed=node.closed,
+            question=self.question,
+            image=self.image,
+            grammar=self.grammar,
+            branch=node.branch,
+        )
 
 
-def ranked_score(pool: list[Node], rank: int) -> float | None:
+def name_of(scorer: Any) -> str:
+    """What settings, calibrations and traces call a scorer or a policy."""
+    return scorer if isinstance(scorer, str) else getattr(scorer, "__name__", type(scorer).__name__)
+
+
+def ranked_score(pool: Sequence[Node], rank: int) -> float | None:
     """The ``rank``-th best score of the closed candidates; None if there are not so many."""
     scores = sorted((node.score for node in pool if node.closed and node.score is not None), reverse=True)
     return scores[rank - 1] if len(scores) >= rank else None
-
-
-def _span(nodes: list[Node]) -> Span:
-    branches = [node.branch for node in nodes]
-    return Span(
-        text="".join(node.text for node in nodes),
-        tokens=[token for branch in branches for token in branch.tokens],
-        logprobs=[logprob for branch in branches for logprob in branch.logprobs],
-        entropies=[entropy for branch in branches for entropy in branch.entropies],
-    )

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from llava_cot.scoring import Scorer
 from llava_cot.search.sample import Decoding
 from llava_cot.search.search import Scope, Search
-from llava_cot.search.swires import SwiresConfig, swires
-from llava_cot.stages import STAGES, Stage
+from llava_cot.search.swires import PerStage, SwiresConfig, swires
+from llava_cot.stages import LLAVA_COT, Grammar
 
 
 @dataclass(frozen=True)
@@ -18,23 +18,20 @@ class StageBeamConfig(Decoding):
     the best is the answer.
     """
 
-    candidates: int | Mapping[str, int] = 4
-    keep: int | Mapping[str, int] = 2
+    candidates: PerStage = 4
+    keep: PerStage = 2
     scorer: str | Scorer = "confidence"
     final_scope: Scope = "stage"  # the last pick is by the CONCLUSION's or by the whole text's score
     max_stage_tokens: Mapping[str, int] = field(default_factory=dict)  # cut a stage that does not close by then
+    grammar: Grammar = LLAVA_COT
 
     def __post_init__(self):
+        super().__post_init__()
         self.to_swires()  # raises what is wrong
 
     def to_swires(self) -> SwiresConfig:
-        keep = {**_per_stage(self.keep), Stage.CONCLUSION.value: 1}
-        return SwiresConfig(**{**vars(self), "candidates": _per_stage(self.candidates), "keep": keep, "retrace": {}})
+        return SwiresConfig(**{**vars(self), "retrace": {}})
 
 
 def stage_beam(search: Search, config: StageBeamConfig):
     return swires(search, config.to_swires())
-
-
-def _per_stage(number: int | Mapping[str, int]) -> Mapping[str, int]:
-    return number if isinstance(number, Mapping) else {stage.value: number for stage in STAGES}

@@ -1,16 +1,22 @@
 """SWIRES, stage-wise retracing search (arXiv 2411.10440v6, section 3.2.2 and algorithm 1)."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Generator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
-from llava_cot.scoring import Scorer, resolve_scorer
+from llava_cot.scoring import Scorer, normalise, resolve_scorer
 from llava_cot.search.sample import Decoding
-from llava_cot.search.search import Scope, Search, ranked_score
-from llava_cot.search.tree import Node
-from llava_cot.stages import STAGES, Stage
+from llava_cot.search.search import NEXT, Scope, Search, ranked_score
+from llava_cot.search.tree import Node, stages_of
+from llava_cot.stages import LLAVA_COT, STAGES, Grammar
 
 # InternLM-XComposer2.5-7B-reward on REASONING (appendix D): mean + z * std, z of the 60th percentile
-XCOMPOSER_REWARD_CUTOFF = -0.77 + 0.2533 * 2.08
+XCOMPOSER_REWARD_Z = 0.2533
+XCOMPOSER_REWARD_CUTOFF = -0.77 + XCOMPOSER_REWARD_Z * 2.08
+
+PerStage = int | Mapping[str, int]
 
 
 def _stages(summary, caption, reasoning, conclusion) -> dict[str, int]:
@@ -24,53 +30,77 @@ class SwiresConfig(Decoding):
     A stage is sampled ``candidates[stage]`` times in all, spread evenly over its parents (at least once each), and the
     candidates join the stage's pool. The pool passes when its ``pass_rank``-th best score is above the cutoff: then the
     best ``keep[stage]`` go on and the pool is emptied. Otherwise a new round starts from stage ``retrace[stage]``; a
-    stage that is not in ``retrace`` always passes, and so does every stage in the last of ``max_rounds`` rounds.
+    stage that is not in ``retrace`` always passes, and so does every stage in the last of ``max_rounds`` rounds. One
+    number for ``candidates`` or ``keep`` is that of every stage. The stages are those of ``grammar``, the generator's.
+
+    At most one of ``cutoff``, ``cutoff_z`` and ``cutoff_agreement`` takes the place of ``cutoff_quantile``. The last is
+    a pass rule of its own: so large a share of the pool must say the same, as ``normalise`` spells it.
     """
 
-    candidates: Mapping[str, int] = field(default_factory=lambda: _stages(4, 4, 4, 4))
-    keep: Mapping[str, int] = field(default_factory=lambda: _stages(1, 1, 1, 1))
-    retrace: Mapping[str, str] = field(
-        default_factory=lambda: {
-            "SUMMARY": "SUMMARY",
-            "CAPTION": "SUMMARY",
-            "REASONING": "CAPTION",
-            "CONCLUSION": "REASONING",
-        }
-    )
+    candidates: PerStage = 4
+    keep: PerStage = 1  # of a stage that ends the answer: num_return_sequences
+    retrace: Mapping[str, str] | None = None  # None: every stage to the one before it, the first to itself
     pass_rank: int = 1
     max_rounds: int = 3
     cutoff_quantile: float = 0.6  # of the calibrated scores of the stage
     cutoff: float | None = None  # an absolute one instead
+    cutoff_z: float | None = None  # mean + z * std of the calibrated scores instead
+    cutoff_agreement: float | None = None
+    accumulate: Collection[str] | None = None  # stages whose pool outlives a retrace; None: all
+    accept_after: int | None = None  # draw so many of a stage first, and the others only if these do not pass
     scorer: str | Scorer = "confidence"
     final_scope: Scope = "stage"  # the last pick is by the CONCLUSION's or by the whole text's score
     max_stage_tokens: Mapping[str, int] = field(default_factory=dict)  # cut a stage that does not close by then
+    grammar: Grammar = LLAVA_COT
 
     def __post_init__(self):
-        for name in ("candidates", "keep", "retrace", "max_stage_tokens"):
-            mapping = getattr(self, name)
-            unknown = set(mapping) - set(STAGES)
+        super().__post_init__()
+        names = self.grammar.names
+        ends = {name for name in names if not self.grammar.follows[name]}
+        if self.retrace is None:
+            object.__setattr__(self, "retrace", dict(zip(names, (names[0], *names))))
+        for name in ("candidates", "keep"):
+            if not isinstance(getattr(self, name), Mapping):
+                object.__setattr__(self, name, dict.fromkeys(names, getattr(self, name)))
+        for name in ("candidates", "keep", "retrace", "max_stage_tokens", "accumulate"):
+            mapping = getattr(self, name) or {}
+            unknown = set(mapping) - set(names)
             if unknown:
                 raise ValueError(
-                    f"{name} must have stages {[str(s) for s in STAGES]} as keys, got {sorted(unknown)[0]!r}"
+                    f"{name} must have stages {[str(s) for s in names]} as keys, got {sorted(unknown)[0]!r}"
                 )
-            low = [stage for stage, count in mapping.items() if name != "retrace" and count < 1]
+            low = [s for s in mapping if name not in ("retrace", "accumulate") and mapping[s] < 1]
             if low:
-                raise ValueError(f"{name}[{low[0]!r}] must be >= 1, got {mapping[low[0]]}")
-        for stage, target in self.retrace.items():
-            if target not in STAGES or STAGES.index(target) > STAGES.index(stage):
+                raise ValueError(f"{name}[{str(low[0])!r}] must be >= 1, got {mapping[low[0]]}")
+        object.__setattr__(self, "keep", {**self.keep, **dict.fromkeys(ends, self.num_return_sequences)})  # type: ignore
+        for stage, target in self.retrace.items():  # type: ignore[union-attr]
+            if target not in names or names.index(target) > names.index(stage):
                 raise ValueError(f"retrace[{stage!r}] must be that stage or one before it, got {target!r}")
         for name in ("candidates", "keep"):
-            missing = [stage.value for stage in STAGES if stage not in getattr(self, name)]
+            missing = [str(stage) for stage in names if stage not in getattr(self, name)]
             if missing:
                 raise ValueError(f"{name} must have a number for every stage, got none for {missing[0]!r}")
-        if self.pass_rank < 1:
-            raise ValueError(f"pass_rank must be >= 1, got {self.pass_rank}")
-        if self.max_rounds < 1:
-            raise ValueError(f"max_rounds must be >= 1, got {self.max_rounds}")
-        if not 0 <= self.cutoff_quantile <= 1:
-            raise ValueError(f"cutoff_quantile must be in [0, 1], got {self.cutoff_quantile}")
+        self._check_numbers()
+
+    def _check_numbers(self):
+        for name in ("pass_rank", "max_rounds", "accept_after"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        for name in ("cutoff_quantile", "cutoff_agreement"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {value}")
+        given = [n for n in ("cutoff", "cutoff_z", "cutoff_agreement") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{given[0]} and {given[1]} must not both be given")
         if self.final_scope not in ("stage", "path"):
             raise ValueError(f"final_scope must be 'stage' or 'path', got {self.final_scope!r}")
+
+    @property
+    def needs_calibration(self) -> bool:
+        is_absolute = self.cutoff is not None or self.cutoff_agreement is not None
+        return bool(self.retrace) and self.max_rounds > 1 and not is_absolute
 
     @classmethod
     def published(cls, **changes) -> "SwiresConfig":
@@ -98,53 +128,107 @@ class SwiresConfig(Decoding):
         return cls.published(**{**dict(retrace=retrace, pass_rank=1, max_rounds=4), **changes})
 
 
-def passes(pool: list[Node], cutoff: float | None, pass_rank: int) -> bool:
-    """Whether the ``pass_rank``-th best closed candidate scores above the cutoff."""
-    if cutoff is None:
-        return True
-    score = ranked_score(pool, pass_rank)
-    return score is not None and score > cutoff
-
-
-def swires(search: Search, config: SwiresConfig):
-    scorer = resolve_scorer(config.scorer)
-    parents: dict[Stage, list[Node]] = {STAGES[0]: [search.root]}
-    pools: dict[Stage, list[Node]] = {stage: [] for stage in STAGES}
-    position, round = 0, 1
+def swires(search: Search, config: SwiresConfig) -> Generator[Any, Any, list[Node]]:
+    # By depth: what is sampled from, and what was sampled and has not passed. Answers may end at several depths.
+    parents: list[list[Node]] = [[search.root]]
+    pools: list[list[Node]] = [[]]
+    ended: list[Node] = []
+    round = 1
     while True:
-        stage = STAGES[position]
+        depth = len(parents) - 1
+        pool = pools[depth]
+        nodes = yield from _sample(search, config, parents[depth], pool, round)
+        stage = min(pool, key=Node.rank).stage
+        assert stage is not None and config.retrace is not None
+        # The last round has a cutoff too, for the trace alone.
+        may_retrace = stage in config.retrace and config.max_rounds > 1
+        cutoff = _cutoff(search, config, stage) if may_retrace else None
+        keep = partial(search.keep, nodes, pool=pool, cutoff=cutoff, pass_rank=config.pass_rank)
+        if may_retrace and round < config.max_rounds and not _passes(search, config, pool):
+            keep([])
+            round += 1
+            target = config.retrace[stage]
+            depth = _depth_of(search, target, parents)
+            pools = [p if _accumulates(config, p) else [] for p in pools]
+            del parents[depth + 1 :]
+            score = ranked_score(pool, config.pass_rank)
+            search.retrace(stage, target, round, cutoff=cutoff, score=score)
+            continue
+        kept = sorted(pool, key=Node.rank)[: config.keep[stage]]  # type: ignore[index]
+        pools[depth] = []
+        keep(kept)
+        growing = [node for node in kept if search.can_grow(node)]
+        ended += [node for node in kept if node.closed and node not in growing]
+        if not growing:
+            best = search.best(ended or kept, config.num_return_sequences)
+            for node in best[0].path():
+                search.final(node)
+            return best
+        parents.append(growing)
+        if len(pools) < len(parents):
+            pools.append([])
+
+
+def _sample(search: Search, config: SwiresConfig, parents: list[Node], pool: list[Node], round: int):
+    """Sample and score what comes after ``parents`` into their pool: in two goes where the first may be enough."""
+    stages = {name for parent in parents for name in search.grammar.allowed(stages_of(parent))}
+    each = max(1, max(config.candidates[stage] for stage in stages) // len(parents))  # type: ignore[index]
+    first = min(each, max(1, config.accept_after // len(parents))) if config.accept_after else each
+    limits = [config.max_stage_tokens[stage] for stage in stages if stage in config.max_stage_tokens]
+    new: list[Node] = []
+    for start, stop in ((0, first), (first, each)):
+        if start == stop or (start and _passes(search, config, pool)):
+            break
         nodes = yield from search.expand(
-            parents[stage],
-            max(1, config.candidates[stage] // len(parents[stage])),
-            stage,
+            parents,
+            stop - start,
+            NEXT,
             params=config.params(),
             round=round,
-            max_stage_tokens=config.max_stage_tokens.get(stage),
+            max_stage_tokens=max(limits) if len(limits) == len(stages) else None,
+            first_index=start,
         )
-        search.score(nodes, scorer, config.final_scope if stage is STAGES[-1] else "stage")
-        pool = pools[stage]
         pool += nodes
-        # The last round has a cutoff too, for the trace alone.
-        cutoff = _cutoff(search, config, stage) if stage in config.retrace and config.max_rounds > 1 else None
-        if round < config.max_rounds and not passes(pool, cutoff, config.pass_rank):
-            search.keep(nodes, [], pool=pool, cutoff=cutoff, pass_rank=config.pass_rank)
-            round, position = round + 1, STAGES.index(Stage(config.retrace[stage]))
-            score = ranked_score(pool, config.pass_rank)
-            search.retrace(stage, STAGES[position], round, cutoff=cutoff, score=score)
-            continue
-        kept = sorted(pool, key=Node.rank)[: config.keep[stage]]
-        pools[stage] = []
-        search.keep(nodes, kept, pool=pool, cutoff=cutoff, pass_rank=config.pass_rank)
-        growing = [node for node in kept if search.can_grow(node)]
-        if stage is STAGES[-1] or not growing:
-            for node in kept[0].path():
-                search.final(node)
-            return kept[0]
-        position += 1
-        parents[STAGES[position]] = growing
+        new += nodes
+        scorer = resolve_scorer(config.scorer)
+        asked = pool if getattr(scorer, "groupwise", False) else nodes
+        for is_end in (False, True):
+            group = [n for n in asked if (not search.grammar.follows[n.stage]) == is_end]  # type: ignore[index]
+            if group:
+                yield from search.score(group, scorer, config.final_scope if is_end else "stage")
+    return new
 
 
-def _cutoff(search: Search, config: SwiresConfig, stage: Stage) -> float | None:
-    if config.cutoff is not None:
+def _passes(search: Search, config: SwiresConfig, pool: list[Node]) -> bool:
+    """Whether enough candidates are good enough, each measured by the cutoff of its own stage."""
+    closed = [node for node in pool if node.closed]
+    if config.cutoff_agreement is not None:
+        bodies = [normalise(search.grammar.parse(node.text)[node.stage].text) for node in closed]  # type: ignore
+        return max(Counter(bodies).values(), default=0) >= config.cutoff_agreement * len(pool)
+    if config.cutoff is None and search.calibration is None:
+        return True
+    good = [node for node in closed if node.score > _cutoff(search, config, node.stage)]  # type: ignore
+    return len(good) >= config.pass_rank
+
+
+def _cutoff(search: Search, config: SwiresConfig, stage: str) -> float | None:
+    if config.cutoff is not None or config.cutoff_agreement is not None:
         return config.cutoff
-    return search.calibration.cutoff(stage, config.cutoff_quantile) if search.calibration else None
+    if search.calibration is None:
+        return None
+    if config.cutoff_z is not None:
+        return search.calibration.z_cutoff(stage, config.cutoff_z)
+    return search.calibration.cutoff(stage, config.cutoff_quantile)
+
+
+def _depth_of(search: Search, stage: str, parents: list[list[Node]]) -> int:
+    """The deepest place where ``stage`` may be sampled."""
+    return max(
+        depth
+        for depth, nodes in enumerate(parents)
+        if any(stage in search.grammar.allowed(stages_of(node)) for node in nodes)
+    )
+
+
+def _accumulates(config: SwiresConfig, pool: list[Node]) -> bool:
+    return config.accumulate is None or any(node.stage in config.accumulate for node in pool)

@@ -4,20 +4,21 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from llava_cot.engine.branch import Branch, Finish, Rank, Ranked
+from llava_cot.search.sample import Limits
 from llava_cot.search.search import Search
 
 
 @dataclass(frozen=True)
-class TokenBeamConfig:
+class TokenBeamConfig(Limits):
     """Names, defaults and meaning are transformers' (``GenerationConfig``); the answer is the best of the beams."""
 
-    max_new_tokens: int = 2048
     num_beams: int = 4
     length_penalty: float = 1.0  # a hypothesis scores its log-prob over length ** length_penalty
     early_stopping: bool | Literal["never"] = False
     num_return_sequences: int = 1
 
     def __post_init__(self):
+        super().__post_init__()
         if self.num_beams < 1:
             raise ValueError(f"num_beams must be >= 1, got {self.num_beams}")
         if not 1 <= self.num_return_sequences <= self.num_beams:
@@ -50,7 +51,8 @@ def token_beam(search: Search, config: TokenBeamConfig):
             for token, logprob in zip(ranked.tokens, ranked.logprobs)
         ]
         steps = sorted(steps, key=lambda step: (-step.score, step.beam, step.token))[:width]
-        is_last = length == config.max_new_tokens
+        spent = search.spent()  # then the best beams so far are the answers
+        is_last = length == config.max_new_tokens or spent is not None
         for step in steps[:num_beams]:  # those behind only take the places of beams that end
             if is_last or step.token in eos:
                 hypothesis = _hypothesis(search.branch, beams[step.beam][1].branch, step, step.token in eos)
@@ -65,6 +67,8 @@ def token_beam(search: Search, config: TokenBeamConfig):
         replies = yield [Rank(ranked.branch, width, own) for (_, ranked), own in zip(beams, children)]
         next_of = [iter(reply) for reply in replies]
         beams = [(step.score, next(next_of[step.beam])) for step in steps]
+    if spent:
+        search.note("budget_spent", what=spent)
     nodes = [search.add(branch, score) for score, branch in hypotheses]
     best = nodes[: config.num_return_sequences]
     search.keep(nodes, best)

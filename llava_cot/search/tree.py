@@ -3,21 +3,20 @@
 import html
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
-from llava_cot.engine.branch import Branch, Finish
-from llava_cot.stages import STAGES, Stage
+from llava_cot.engine.branch import Branch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from rich.tree import Tree
 
-TRACE_VERSION = 2
+TRACE_VERSION = 3
 
 
-def candidate_seed(seed: int, stage: Stage | None, round: int, parent: int, index: int) -> int:
+def candidate_seed(seed: int, stage: str | None, round: int, parent: int, index: int) -> int:
     """A candidate's own seed, in [0, 2**63): a hash of where it stands in the tree, never of a batch row."""
     place = f"{seed}/{stage or ''}/{round}/{parent}/{index}".encode()
     return int.from_bytes(blake2b(place, digest_size=8).digest(), "little") >> 1
@@ -25,11 +24,16 @@ def candidate_seed(seed: int, stage: Stage | None, round: int, parent: int, inde
 
 @dataclass(eq=False)
 class Node:
-    """A candidate: one stage (``stage`` None: a whole answer) drawn from ``parent``. The root has no parent."""
+    """A candidate: one stage (``stage`` None: a whole answer or a part of one) drawn from ``parent``, the root's None.
+
+    ``closed``: it ended as it should, with its own closing tag, or with EOS for a whole answer. ``violation`` says how
+    a stage's candidate left the grammar, ``error`` why it has no score of its own (it ranks with -inf then), and
+    ``notes`` what its scorer has to tell, such as the scores that it combined.
+    """
 
     id: int
     parent: "Node | None"
-    stage: Stage | None
+    stage: str | None
     round: int
     index: int
     branch: Branch
@@ -37,13 +41,10 @@ class Node:
     score: float | None = None
     kept: bool = False
     seconds: float = 0.0  # from the start of the search to its last token
-
-    @property
-    def closed(self) -> bool:
-        """Whether it ended as its stage should: with its own closing tag, or with EOS for a whole answer."""
-        if self.stage is None:
-            return self.branch.finish is Finish.EOS
-        return self.branch.finish is Finish.TAG and self.branch.tag == STAGES.index(self.stage)
+    closed: bool = False
+    violation: str | None = None
+    error: str | None = None
+    notes: dict[str, float] = field(default_factory=dict)
 
     def path(self) -> list["Node"]:
         """The nodes from the first stage to this one, without the root."""
@@ -51,7 +52,8 @@ class Node:
 
     def rank(self) -> tuple:
         """Sorts the best first: closed ones, then by score; ties go to the lowest (round, parent, index)."""
-        assert self.score is not None and self.parent is not None
+        if self.score is None or self.parent is None:
+            raise ValueError(f"node {self.id} must have a score to be ranked: yield from search.score(nodes, scorer)")
         return (not self.closed, -self.score, self.round, self.parent.id, self.index)
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,33 +61,29 @@ class Node:
         return {
             "id": self.id,
             "parent": self.parent.id if self.parent else None,
-            "stage": self.stage and self.stage.value,
+            "stage": self.stage and str(self.stage),
             "round": self.round,
             "index": self.index,
             "seed": branch.seed,
             "text": self.text,
             "tokens": branch.tokens,
             "logprobs": branch.logprobs,
+            "sampling_logprobs": branch.sampling_logprobs,
             "entropies": branch.entropies,
             "finish": branch.finish and branch.finish.value,
             "closed": self.closed,
+            "violation": self.violation,
             "score": self.score,
+            "error": self.error,
+            "notes": self.notes,
             "kept": self.kept,
             "seconds": self.seconds,
         }
 
 
-@dataclass(frozen=True)
-class Decision:
-    """What a round did with the pool of a stage (None: whole answers). Nodes are given by id."""
-
-    stage: Stage | None
-    round: int
-    pool: list[int]  # what was compared, candidates of earlier rounds included
-    kept: list[int]  # none: the stage failed
-    cutoff: float | None = None  # where the policy had one
-    pass_rank: int = 1
-    score: float | None = None  # the pass_rank-th best of the closed ones, which the cutoff is for
+def stages_of(node: Node) -> list[str]:
+    """The stages on the way to ``node``."""
+    return [ancestor.stage for ancestor in node.path() if ancestor.stage is not None]
 
 
 @dataclass(frozen=True)
@@ -93,6 +91,10 @@ class Trace:
     """Everything a search did: its settings, every candidate, every decision, and what it cost."""
 
     data: dict[str, Any]
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """Those of the log that are of this kind, e.g. ``"retraced"``."""
+        return [event for event in self.data["events"] if event["event"] == kind]
 
     def to_json(self, indent: int | None = None) -> str:
         """As strict JSON, which has no infinities: they become the strings "inf" and "-inf"."""

@@ -34,9 +34,9 @@ def record_logits(engine):
     prefill, decode = view.prefill, view.decode
 
     def recording_prefill(*args):
-        row, image = prefill(*args)
-        logits.append(row)
-        return row, image
+        prefilled = prefill(*args)
+        logits.append(prefilled.logits)
+        return prefilled
 
     def recording_decode(*args):
         rows = decode(*args)

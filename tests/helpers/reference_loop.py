@@ -91,14 +91,18 @@ class PublishedWay:
     def _generate(self, prefix, seeds, params, limit, stop_at_tags, cache):
         ids = torch.cat([self.prompt, torch.tensor([prefix], dtype=torch.int64)], dim=1).expand(len(seeds), -1)
         start = ids.shape[1]
-        mask = self.inputs["cross_attention_mask"]
-        mask = torch.cat([mask, mask[:, -1:].expand(-1, start - mask.shape[1], -1, -1)], dim=1)
-        given = cache or {k: v for k, v in self.inputs.items() if k not in ("cross_attention_mask", "attention_mask")}
+        per_token = ("attention_mask", "cross_attention_mask", "mm_token_type_ids")
+        given = cache or {k: v for k, v in self.inputs.items() if k not in per_token}
+        mask, kinds = self.inputs.get("cross_attention_mask"), self.inputs.get("mm_token_type_ids")
+        if mask is not None:  # what is drawn sees what the prompt's last token sees
+            mask = torch.cat([mask, mask[:, -1:].expand(-1, start - mask.shape[1], -1, -1)], dim=1)
+            given["cross_attention_mask"] = mask.expand(len(seeds), -1, -1, -1)
+        if kinds is not None:  # and is text
+            given["mm_token_type_ids"] = torch.nn.functional.pad(kinds, (0, start - kinds.shape[1]))
         draw = SeededDraw(seeds, params, self.backend)
         out = self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            cross_attention_mask=mask.expand(len(seeds), -1, -1, -1),
             **given,
             do_sample=False,
             temperature=None,

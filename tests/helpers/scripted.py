@@ -70,7 +70,7 @@ def play(
         depth, ancestor = 0, request.parent
         while ancestor.parent is not None:
             depth, ancestor = depth + 1, ancestor.parent
-        stage = STAGES[depth].value if request.stop_at_tags else None
+        stage = STAGES[depth].value if request.stops else None
         draft = script(stage, len(played.search.retraces) + 1, parent, index)
         token = next(fresh) if draft.token is None else draft.token
         length = min(draft.length, request.max_new_tokens)
@@ -90,7 +90,7 @@ def play(
         try:
             requests = coroutine.send(reply)
         except StopIteration as stop:
-            played.result = stop.value
+            played.result = stop.value[0] if isinstance(stop.value, list) else stop.value
             return played
         played.requests += requests
         reply = [

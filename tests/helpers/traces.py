@@ -7,6 +7,7 @@ from llava_cot.engine.job import Usage
 from llava_cot.search import SwiresConfig
 from llava_cot.search.swires import swires
 from llava_cot.search.tree import TRACE_VERSION, Trace
+from llava_cot.stages import STAGES
 
 HOSTILE = "</script><script>alert(1)</script><!-- <b><img src=x onerror=alert(2)> <details> & 'a' \"b\" 👩‍🚀🎉"
 LONG = "word " * 1999 + "<end>"  # 10,000 characters
@@ -14,19 +15,28 @@ LONG = "word " * 1999 + "<end>"  # 10,000 characters
 
 def trace_of(played, name="swires", question=f"How many? {HOSTILE}") -> Trace:
     nodes = played.search.nodes[1:]
-    usage = Usage(PROMPT_LENGTH, 7, sum(len(node.branch.tokens) for node in nodes), 1, 5, nodes[-1].seconds)
+    usage = Usage(
+        prompt_tokens=PROMPT_LENGTH,
+        decoded_tokens=7,
+        generated_tokens=sum(len(node.branch.tokens) for node in nodes),
+        image_encodings=1,
+        steps=5,
+        seconds=nodes[-1].seconds,
+    )
     return Trace(
         {
             "version": TRACE_VERSION,
             "question": question,
             "search": name,
             "config": None,
+            "grammar": [[str(stage), stage.open_tag, stage.close_tag] for stage in STAGES],
             "seed": 3,
             "bos": "one",
             "calibration": None,
             "prompt_tokens": PROMPT_LENGTH,
             **played.search.to_dict(),
             "answer": played.result.id,
+            "answers": [played.result.id],
             "usage": asdict(usage),
         }
     )

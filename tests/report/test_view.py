@@ -87,7 +87,7 @@ def test_a_watcher_is_told_too():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"version": 1}, "trace must be a search's trace of version 2, got version 1"),
+        ({"version": 1}, "trace must be a search's trace of version 3, got version 1"),
         ({"nodes": None}, "trace must be a whole trace, got one with TypeError"),
         ({"nodes": [{"id": 1}]}, "trace must be a whole trace, got one with KeyError: 'logprobs'"),
         ({"usage": {}}, "trace must be a whole trace, got one with KeyError: 'generated_tokens'"),

@@ -41,7 +41,7 @@ def test_the_best_answer(drafts, best):
 def test_one_request_of_n_whole_answers():
     played = run([Draft(finish=END)] * 3, temperature=0.3, top_p=0.5)
     (request,) = played.requests
-    assert len(set(request.seeds)) == 3 and not request.stop_at_tags
+    assert len(set(request.seeds)) == 3 and request.stops == frozenset()
     assert (request.params.temperature, request.params.top_p) == (0.3, 0.5)
 
 

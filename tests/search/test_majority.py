@@ -80,7 +80,7 @@ def test_a_fraction_is_of_those_who_have_a_vote():
 def test_one_request_of_n_whole_answers():
     played = run([said("3")] * 3, temperature=0.3, top_p=0.5)
     (request,) = played.requests
-    assert len(set(request.seeds)) == 3 and not request.stop_at_tags
+    assert len(set(request.seeds)) == 3 and request.stops == frozenset()
     assert (request.params.temperature, request.params.top_p) == (0.3, 0.5)
 
 

@@ -76,6 +76,6 @@ def _compare(plain, answer, cutoff):
             EXCUSED.append(f"node {got['id']} kept, score gap {gap:.1e}")
             return
     assert len(nodes) == len(plain.nodes)
-    assert [(r["stage"], r["to"], r["round"]) for r in answer.trace.data["retraces"]] == plain.retraces
+    assert [(r["stage"], r["to"], r["round"]) for r in answer.trace.events("retraced")] == plain.retraces
     assert answer.trace.data["answer"] == plain.answer.id
     assert answer.tokens == plain.answer.tokens()

@@ -1,0 +1,67 @@
+"""How a search ends that has spent its budget: with the best answer so far, or greedily from the best prefix."""
+
+from collections.abc import Generator
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from llava_cot.engine.branch import Branch, Expand, Finish, SamplingParams
+from llava_cot.search.tree import Node, candidate_seed, stages_of
+
+if TYPE_CHECKING:
+    from llava_cot.search.search import Search
+
+
+class BudgetSpent(Exception):
+    """Raised where a policy asks for more than its budget has; its text is the name of the limit."""
+
+
+def finish(search: "Search") -> Generator[Any, Any, Node]:
+    """The best whole answer that there is, by score; with none, the best prefix, finished with what the reserve allows.
+
+    The best prefix has the most closed stages (a candidate that was stopped in the middle of one counts half), then the
+    best score or, where it has none, mean log-prob.
+    """
+    drawn = search.nodes[1:]
+    answers = [node for node in drawn if node.closed and _is_answer(search, node)]
+    if answers:
+        best = max(answers, key=lambda node: (node.score is not None, *_promise(node)))
+    else:
+        prefixes = [n for n in drawn if n.closed or n.branch.finish is Finish.STOPPED]
+        prefix = max(prefixes, key=lambda node: (_progress(node), *_promise(node)), default=search.root)
+        best = yield from _continue(search, prefix)
+    for node in best.path():
+        node.kept = True
+        search.final(node)
+    return best
+
+
+def _is_answer(search: "Search", node: Node) -> bool:
+    return node.branch.finish is Finish.EOS or not search.grammar.allowed(stages_of(node))
+
+
+def _progress(node: Node) -> float:
+    return sum(1.0 if ancestor.closed else 0.5 for ancestor in node.path())
+
+
+def _promise(node: Node) -> tuple[float, int]:
+    logprobs = node.branch.logprobs
+    return node.score if node.score is not None else fmean(logprobs) if logprobs else 0.0, -node.id
+
+
+def _continue(search: "Search", prefix: Node) -> Generator[Any, Any, Node]:
+    budget, left = search.budget, search.tokens_left(prefix)
+    assert budget is not None
+    if budget.generated_tokens is not None:
+        left = min(left, budget.generated_tokens - search.run_usage().generated_tokens)
+    if left < 1:
+        nothing = Branch(prefix.branch, -1, prefix.branch.length)
+        return prefix if prefix.parent else search.node(prefix, None, 1, 0, nothing, False)
+    greedy, seed = SamplingParams(temperature=0.0), candidate_seed(search.seed, "finish", 1, prefix.id, 0)
+
+    def stop() -> bool:
+        return budget.spent(search.run_usage(), finishing=True) is not None
+
+    ((branch,),) = yield [Expand(prefix.branch, (seed,), greedy, left, frozenset(), stop=stop)]
+    node = search.node(prefix, None, prefix.round or 1, 0, branch, branch.finish is Finish.EOS)
+    search.note("generated", stage=None, round=node.round, nodes=[node.id])
+    return node
