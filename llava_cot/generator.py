@@ -13,15 +13,17 @@ from PIL.Image import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
 
 from llava_cot.answer import Answer, Finished, SearchOutput
+from llava_cot.checkpoint import checkpoint_sha256
 from llava_cot.engine.branch import Branch
 from llava_cot.engine.engine import Engine
 from llava_cot.engine.job import Job
 from llava_cot.prompt import MODEL_INPUTS, Bos, ImageLike, build_inputs, open_image, split_rows
 from llava_cot.scoring import Calibration
+from llava_cot.scoring.scorer import name_of
 from llava_cot.search import POLICIES, SwiresConfig
 from llava_cot.search.events import Event, TextDelta
 from llava_cot.search.sample import Limits
-from llava_cot.search.search import SENTENCE_ENDS, Search, name_of
+from llava_cot.search.search import SENTENCE_ENDS, Search
 from llava_cot.search.tree import TRACE_VERSION, Node, Trace
 from llava_cot.stages import LLAVA_COT, Grammar
 from llava_cot.tiny import tiny_path
@@ -57,13 +59,14 @@ class SwiresGenerator:
         *,
         bos: Bos = "one",
         grammar: Grammar = LLAVA_COT,
-        calibration: Calibration | None = None,
+        calibrations: Sequence[Calibration] = (),
         page_size: int = 16,
         num_pages: int | None = None,
     ):
         if bos not in ("one", "released"):
             raise ValueError(f"bos must be 'one' or 'released', got {bos!r}")
-        self.model, self.processor, self.bos, self.calibration = model, processor, bos, calibration
+        self.model, self.processor, self.bos = model, processor, bos
+        self.calibrations = {calibration.scorer: calibration for calibration in calibrations}
         self.grammar = grammar
         tags = StageTags.from_tokenizer(processor.tokenizer, [*grammar.close_tags, *SENTENCE_ENDS])
         self.engine = Engine(model, tags, page_size=page_size, num_pages=num_pages)
@@ -91,13 +94,17 @@ class SwiresGenerator:
             model = model.to(device)
         processor = AutoProcessor.from_pretrained(path)
         file = Path(path) / CALIBRATION_FILE
-        calibration = Calibration.load(file) if file.is_file() else None
+        calibrations = Calibration.load_all(file) if file.is_file() else []
+        sha256 = checkpoint_sha256(path)
+        for calibration in calibrations:
+            if calibration.model not in (None, sha256):
+                raise ValueError(f"{file} must be of the weights beside it, {sha256}, got one of {calibration.model}")
         return cls(
             model,
             processor,
             bos=bos,
             grammar=grammar,
-            calibration=calibration,
+            calibrations=calibrations,
             page_size=page_size,
             num_pages=num_pages,
         )
@@ -270,6 +277,8 @@ class SwiresGenerator:
     ) -> Calibration:
         """Measure what scores the candidates of each stage get, use the result from now on and return it.
 
+        ``settings`` are those of a ``SwiresConfig`` of one round: the scorer and the sampling to calibrate for.
+
         ``data`` names what it was measured on. Save it with ``calibration.save(folder / "swires_calibration.json")``.
         """
         config = replace(SwiresConfig(max_rounds=1, grammar=self.grammar), **settings)
@@ -282,8 +291,14 @@ class SwiresGenerator:
         silent = [stage for stage, values in scores.items() if not values]
         if silent:
             raise ValueError(f"calibration needs closed candidates of every stage, got none of {silent[0]} on {data!r}")
-        self.calibration = Calibration.fit(name_of(config.scorer), data, scores)
-        return self.calibration
+        calibration = Calibration.fit(name_of(config.scorer), data, scores, checkpoint_sha256(self._folder))
+        self.calibrations[calibration.scorer] = calibration
+        return calibration
+
+    @property
+    def _folder(self) -> str:
+        """Where the model was loaded from, if from anywhere."""
+        return self.model.config._name_or_path
 
     def _plan(self, search: Any, settings: dict[str, Any]) -> _Plan:
         if callable(search) and not isinstance(search, type):
@@ -314,8 +329,7 @@ class SwiresGenerator:
         return _Plan(name, config, lambda search: policy(search, config))
 
     def _calibration_for(self, config: Any) -> Calibration | None:
-        scorer = name_of(getattr(config, "scorer", ""))
-        return self.calibration if self.calibration and self.calibration.scorer == scorer else None
+        return self.calibrations.get(name_of(getattr(config, "scorer", "")))
 
     def _ask(
         self,
@@ -376,7 +390,7 @@ class SwiresGenerator:
         trace = {
             "version": TRACE_VERSION,
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            "model": self.model.config._name_or_path,
+            "model": self._folder,
             "question": search.question,  # None: only its tokens were given
             "search": plan.name,
             "config": _plain(plan.config),

@@ -407,7 +407,7 @@ def test_a_calibration_is_of_one_scorer(bare_generator, tiny):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         calibration = generator.calibrate(images, questions, data="five images", max_stage_tokens=LIMITS)
-    assert generator.calibration is calibration
+    assert generator.calibrations == {"confidence": calibration}
     answer = ask(generator, search="swires", retrace={}, max_new_tokens=20)
     assert answer.trace.data["calibration"] == {"scorer": "confidence", "data": "five images"}
     with pytest.warns(UserWarning, match="no calibration of scorer 'doubled'"):

@@ -1,11 +1,28 @@
-"""How good is a candidate: scorers, one a file, and the calibration that turns scores into thresholds."""
+"""How good is a candidate: scorers, one idea a file, and the calibration that turns scores into thresholds."""
 
+from llava_cot.scoring.agreement import look_ahead, self_consistency, vote
 from llava_cot.scoring.calibration import Calibration
-from llava_cot.scoring.confidence import confidence
+from llava_cot.scoring.combine import Borda, ByStage, Weighted
+from llava_cot.scoring.confidence import confidence, lowest_group, negative_entropy, self_certainty, tail
+from llava_cot.scoring.diagnostics import Diagnosis, diagnose, within_question_auc
+from llava_cot.scoring.judge import JudgeScorer
 from llava_cot.scoring.normalise import normalise
-from llava_cot.scoring.scorer import Scorer, Span
+from llava_cot.scoring.scorer import Scorer, Span, groupwise
 
-SCORERS: dict[str, Scorer] = {"confidence": confidence}
+# What suits each stage where there is no second model: facts, where it leads to, the answer
+by_stage = ByStage({"CAPTION": self_consistency, "REASONING": look_ahead, "CONCLUSION": vote}, default=vote)
+
+SCORERS: dict[str, Scorer] = {
+    "confidence": confidence,
+    "lowest_group": lowest_group,
+    "tail": tail,
+    "negative_entropy": negative_entropy,
+    "self_certainty": self_certainty,
+    "self_consistency": self_consistency,
+    "vote": vote,
+    "look_ahead": look_ahead,
+    "by_stage": by_stage,
+}
 
 
 def resolve_scorer(scorer: str | Scorer) -> Scorer:
@@ -17,4 +34,28 @@ def resolve_scorer(scorer: str | Scorer) -> Scorer:
     return SCORERS[scorer]
 
 
-__all__ = ["SCORERS", "Calibration", "Scorer", "Span", "confidence", "normalise", "resolve_scorer"]
+__all__ = [
+    "SCORERS",
+    "Borda",
+    "ByStage",
+    "Calibration",
+    "Diagnosis",
+    "JudgeScorer",
+    "Scorer",
+    "Span",
+    "Weighted",
+    "by_stage",
+    "confidence",
+    "diagnose",
+    "groupwise",
+    "look_ahead",
+    "lowest_group",
+    "negative_entropy",
+    "normalise",
+    "resolve_scorer",
+    "self_certainty",
+    "self_consistency",
+    "tail",
+    "vote",
+    "within_question_auc",
+]

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llava_cot.engine.branch import Branch
 from llava_cot.stages import LLAVA_COT, Grammar
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+T = TypeVar("T", bound=Callable)
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Span:
     image: "Image | None" = None
     grammar: Grammar = LLAVA_COT
     branch: Branch | None = None  # for scorers that read or draw on from here
+    tokens_left: int = 0  # that its path may still get
+    decode: Callable[[list[int]], str] = str  # token ids to text
     notes: dict[str, float] = field(default_factory=dict)
 
 
@@ -39,7 +43,34 @@ class Span:
 Scorer = Callable[[Sequence[Span]], Sequence[float] | Generator[Any, Any, Sequence[float]]]
 
 
-def groupwise(scorer: Scorer) -> Scorer:
+def groupwise(scorer: T) -> T:
     """Marks a scorer whose numbers depend on the other candidates: it is given the whole pool, equal ones too."""
     scorer.groupwise = True  # type: ignore[attr-defined]
     return scorer
+
+
+def is_groupwise(scorer: Scorer) -> bool:
+    return getattr(scorer, "groupwise", False)
+
+
+class WrongNumber(ValueError):
+    """A scorer returned another number of scores than it was given spans."""
+
+
+def ask(scorer: Scorer, spans: Sequence[Span]) -> Generator[Any, Any, Sequence[float]]:
+    """``yield from ask(...)``: the scores of a plain scorer or of one that is a generator, one for each span.
+
+    Raises:
+        WrongNumber: it returns another number of scores.
+    """
+    scores = scorer(spans)
+    if isinstance(scores, Generator):
+        scores = yield from scores
+    if len(scores) != len(spans):
+        raise WrongNumber(f"scorer must return {len(spans)} scores, one per span, got {len(scores)}")
+    return scores
+
+
+def name_of(scorer: Any) -> str:
+    """What settings, calibrations and traces call a scorer or a policy."""
+    return scorer if isinstance(scorer, str) else getattr(scorer, "__name__", type(scorer).__name__)

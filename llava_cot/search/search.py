@@ -3,13 +3,14 @@
 import math
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from llava_cot.engine.branch import Branch, Expand, Finish, SamplingParams
 from llava_cot.engine.budget import Budget
 from llava_cot.engine.job import Usage
 from llava_cot.scoring import Calibration, Scorer, Span
+from llava_cot.scoring.scorer import WrongNumber, ask, is_groupwise, name_of
 from llava_cot.search.events import Candidate, Candidates, Event, Retrace, StageFinal
 from llava_cot.search.finish import BudgetSpent, finish
 from llava_cot.search.tree import Node, candidate_seed, stages_of
@@ -197,9 +198,9 @@ class Search:
             Exception: what the scorer raised, if it raised for every one of ``nodes``.
             ValueError: the scorer does not return one number per span.
         """
-        is_groupwise = getattr(scorer, "groupwise", False)
-        keys = [(id(scorer), scope, index if is_groupwise else tuple(n.branch.path())) for index, n in enumerate(nodes)]
-        new = {key: node for key, node in zip(keys, nodes) if is_groupwise or key not in self._scores}
+        whole = is_groupwise(scorer)
+        keys = [(id(scorer), scope, index if whole else tuple(n.branch.path())) for index, n in enumerate(nodes)]
+        new = {key: node for key, node in zip(keys, nodes) if whole or key not in self._scores}
         limit = self.budget.scorer_calls if self.budget else None
         if limit is not None and self.run_usage().scorer_calls + len(new) > limit:
             raise BudgetSpent("scorer_calls")
@@ -313,19 +314,36 @@ class Search:
     def _evaluate(self, scorer: Scorer, spans: list[Span]) -> Generator[Any, Any, list[float | Exception]]:
         """The score of each span, or what the scorer raised for it."""
         try:
-            scores = scorer(spans)
-            if isinstance(scores, Generator):
-                scores = yield from scores
+            return [*(yield from self._guard(ask(scorer, spans)))]
+        except (BudgetSpent, WrongNumber):
+            raise
         except Exception as error:
-            if len(spans) == 1 or getattr(scorer, "groupwise", False):
+            if len(spans) == 1 or is_groupwise(scorer):
                 return [error for _ in spans]
             results: list[float | Exception] = []
             for span in spans:
                 results += yield from self._evaluate(scorer, [span])
             return results
-        if len(scores) != len(spans):
-            raise ValueError(f"scorer must return {len(spans)} scores, one per span, got {len(scores)}")
-        return list(scores)
+
+    def _guard(self, program: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+        """Run what a scorer asks of the engine within the budget."""
+        reply: Any = None
+        failure: Exception | None = None
+        while True:
+            try:
+                requests = program.throw(failure) if failure else program.send(reply)
+            except StopIteration as stop:
+                return stop.value
+            if self.budget:
+                if spent := self.spent():
+                    program.close()
+                    raise BudgetSpent(spent)
+                requests = [replace(r, stop=self._stop) if isinstance(r, Expand) else r for r in requests]
+            reply = failure = None
+            try:
+                reply = yield requests
+            except Exception as error:
+                failure = error
 
     def _span(self, node: Node, scope: Scope) -> Span:
         nodes = node.path() if scope == "path" else [node]
@@ -343,12 +361,9 @@ class Search:
             image=self.image,
             grammar=self.grammar,
             branch=node.branch,
+            tokens_left=self.tokens_left(node),
+            decode=self.decode,
         )
-
-
-def name_of(scorer: Any) -> str:
-    """What settings, calibrations and traces call a scorer or a policy."""
-    return scorer if isinstance(scorer, str) else getattr(scorer, "__name__", type(scorer).__name__)
 
 
 def ranked_score(pool: Sequence[Node], rank: int) -> float | None:

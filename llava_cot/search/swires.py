@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from llava_cot.scoring import Scorer, normalise, resolve_scorer
+from llava_cot.scoring.scorer import is_groupwise
 from llava_cot.search.sample import Decoding
 from llava_cot.search.search import NEXT, Scope, Search, ranked_score
 from llava_cot.search.tree import Node, stages_of
@@ -158,7 +159,7 @@ def swires(search: Search, config: SwiresConfig) -> Generator[Any, Any, list[Nod
         pools[depth] = []
         keep(kept)
         growing = [node for node in kept if search.can_grow(node)]
-        ended += [node for node in kept if node.closed and node not in growing]
+        ended += [node for node in kept if node.closed and not search.grammar.allowed(stages_of(node))]
         if not growing:
             best = search.best(ended or kept, config.num_return_sequences)
             for node in best[0].path():
@@ -191,7 +192,7 @@ def _sample(search: Search, config: SwiresConfig, parents: list[Node], pool: lis
         pool += nodes
         new += nodes
         scorer = resolve_scorer(config.scorer)
-        asked = pool if getattr(scorer, "groupwise", False) else nodes
+        asked = pool if is_groupwise(scorer) else nodes
         for is_end in (False, True):
             group = [n for n in asked if (not search.grammar.follows[n.stage]) == is_end]  # type: ignore[index]
             if group:

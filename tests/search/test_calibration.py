@@ -30,8 +30,23 @@ def test_scores_that_are_none_do_not_count():
 
 def test_saved_and_loaded(tmp_path):
     calibration = Calibration.fit("confidence", "noise", {"CAPTION": SCORES.tolist()})
-    calibration.save(tmp_path / "c.json")
-    assert Calibration.load(tmp_path / "c.json") == calibration
+    other = Calibration.fit("tail", "noise", {"CAPTION": [1.0, 2.0]}, model="abc")
+    for one in (Calibration.fit("confidence", "older", {"CAPTION": [0.0]}), other, calibration):
+        one.save(tmp_path / "c.json")
+    assert Calibration.load_all(tmp_path / "c.json") == [other, calibration]
+    assert [path.name for path in tmp_path.iterdir()] == ["c.json"]
+    (tmp_path / "d.json").write_text('{"scorer": "tail"}')
+    with pytest.raises(ValueError, match="path must be a file of calibrations"):
+        Calibration.load_all(tmp_path / "d.json")
+
+
+def test_the_other_scales():
+    calibration = Calibration.fit("confidence", "noise", {"CAPTION": SCORES.tolist()})
+    assert calibration.z_cutoff("CAPTION", 0.2533) == pytest.approx(SCORES.mean() + 0.2533 * SCORES.std(), abs=0.05)
+    for score in (-9.0, -1.0, 0.0, 0.3, 9.0):
+        assert calibration.quantile("CAPTION", score) == pytest.approx((score > SCORES).mean(), abs=0.01)
+    flat = Calibration.fit("vote", "noise", {"CAPTION": [0.0] * 50 + [1.0] * 50})
+    assert flat.quantile("CAPTION", 1.0) == pytest.approx(0.75, abs=0.02)  # ties count half
 
 
 @pytest.mark.parametrize("cutoff, retraces", [(None, 1), (0.2, 0)])

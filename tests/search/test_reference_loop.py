@@ -47,7 +47,7 @@ def _inputs(tiny, sample):
 
 
 def _cutoff(tiny, config):
-    return lambda stage: tiny.calibration.cutoff(stage, config.cutoff_quantile)
+    return lambda stage: tiny.calibrations["confidence"].cutoff(stage, config.cutoff_quantile)
 
 
 def _decision_gap(plain, node, cutoff):

@@ -1,0 +1,93 @@
+"""Scorers made of scorers: another one for each stage, by rank, or by weighted value. The trace shows every part."""
+
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any
+
+from llava_cot.scoring.calibration import Calibration
+from llava_cot.scoring.scorer import Scorer, Span, ask, is_groupwise, name_of
+
+
+class ByStage:
+    """``scorers[stage]`` for the candidates of a stage, ``default`` for the others and for whole answers."""
+
+    def __init__(self, scorers: Mapping[str, Scorer], default: Scorer, name: str = "by_stage"):
+        self.scorers, self.default, self.__name__ = dict(scorers), default, name
+        self.groupwise = any(map(is_groupwise, [*scorers.values(), default]))
+
+    def __call__(self, spans: Sequence[Span]) -> Generator[Any, Any, list[float]]:
+        scores = [0.0] * len(spans)
+        for stage in dict.fromkeys(span.stage for span in spans):
+            places = [at for at, span in enumerate(spans) if span.stage == stage]
+            scorer = self.scorers.get(stage, self.default) if stage else self.default
+            found = yield from ask(scorer, [spans[at] for at in places])
+            for at, score in zip(places, found):
+                scores[at] = score
+        return scores
+
+
+class Borda:
+    """By rank: for each part the share of the other candidates that are worse, ties half; of these the weighted mean.
+
+    Ranks need no common scale (arXiv 2502.18581 votes so). They hold within one pool, so cutoffs from a calibration
+    mean little.
+    """
+
+    groupwise = True
+
+    def __init__(self, weights: Mapping[Scorer, float], name: str = "borda"):
+        self.weights, self.__name__ = _checked(weights), name
+
+    def __call__(self, spans: Sequence[Span]) -> Generator[Any, Any, list[float]]:
+        parts = yield from _parts(self.weights, spans)
+        return _mean(
+            {scorer: [_rank(score, scores) for score in scores] for scorer, scores in parts.items()}, self.weights
+        )
+
+
+class Weighted:
+    """By value: the weighted mean of the parts, each as the share of its calibrated scores of that stage below it.
+
+    A part without a calibration of its name counts with its own value, so those must be on one scale.
+    """
+
+    def __init__(
+        self, weights: Mapping[Scorer, float], calibrations: Sequence[Calibration] = (), name: str = "weighted"
+    ):
+        self.weights, self.__name__ = _checked(weights), name
+        self.calibrations = {calibration.scorer: calibration for calibration in calibrations}
+        self.groupwise = any(map(is_groupwise, weights))
+
+    def __call__(self, spans: Sequence[Span]) -> Generator[Any, Any, list[float]]:
+        parts = yield from _parts(self.weights, spans)
+        for scorer, scores in parts.items():
+            calibration = self.calibrations.get(name_of(scorer))
+            if calibration is not None:
+                stages = [span.stage or span.grammar.conclusion for span in spans]
+                parts[scorer] = [calibration.quantile(stage, score) for stage, score in zip(stages, scores)]
+        return _mean(parts, self.weights)
+
+
+def _checked(weights: Mapping[Scorer, float]) -> dict[Scorer, float]:
+    if not weights or any(weight < 0 for weight in weights.values()) or not sum(weights.values()):
+        raise ValueError(f"weights must be >= 0 and not all 0, got {[*weights.values()]}")
+    return dict(weights)
+
+
+def _parts(weights: Mapping[Scorer, float], spans: Sequence[Span]) -> Generator[Any, Any, dict[Scorer, list[float]]]:
+    parts = {}
+    for scorer in weights:
+        parts[scorer] = [*(yield from ask(scorer, spans))]
+        for span, score in zip(spans, parts[scorer]):
+            span.notes[name_of(scorer)] = float(score)
+    return parts
+
+
+def _rank(score: float, scores: Sequence[float]) -> float:
+    below = sum(other < score for other in scores)
+    ties = sum(other == score for other in scores) - 1
+    return (below + ties / 2) / (len(scores) - 1) if len(scores) > 1 else 1.0
+
+
+def _mean(parts: Mapping[Scorer, Sequence[float]], weights: Mapping[Scorer, float]) -> list[float]:
+    columns = [[weights[scorer] * score for score in scores] for scorer, scores in parts.items()]
+    return [sum(row) / sum(weights.values()) for row in zip(*columns)]

@@ -1,0 +1,132 @@
+"""The model as its own judge: it is asked about its candidates, and the log-probs of its verdict are the score."""
+
+import re
+from collections.abc import Generator, Sequence
+from itertools import permutations
+from typing import Any, Literal
+
+import torch
+
+from llava_cot.engine.branch import Branch, Expand, Extend, SamplingParams
+from llava_cot.scoring.scorer import Span
+
+YES_NO = "Is the {stage} above right for this image and question? Answer yes or no."
+PAIRWISE = (
+    "Here are two candidates for the {stage} of an answer to this question.\n\nResponse 1: {first}\n\n"
+    "Response 2: {second}\n\nWhich one is more accurate for the image, more complete and better reasoned? "
+    "Answer 1 or 2."
+)
+VERDICT_TOKENS = 16
+_SENTINEL = "\u2060judged\u2060"
+
+
+class JudgeScorer:
+    """Scores are probabilities of the verdict, in [0, 1].
+
+    ``mode="yes_no"`` asks after each candidate whether it is right, and scores P(yes) against P(no). With
+    ``mode="pairwise"`` it is asked behind the prompt which of two candidates is better, for every pair and in both
+    orders, since judges prefer a place; the score is the mean over its pairs of the probability that it wins. The
+    candidates' pages, or the prompt's, are shared: only the question to the judge is computed, of all candidates of all
+    searches as one batch.
+
+    ``generate=True`` has the model write its verdict instead (greedily, at most 16 tokens) and reads the first of the
+    two words in it: 1, 0, or 0.5 for neither. That is in the spirit of the published judge, whose wording and random
+    pairs differ.
+
+    Args:
+        processor: of the model that searches, with its chat template.
+        prompt: what the judge is asked, with ``{stage}``, or ``{stage}``, ``{first}`` and ``{second}``.
+        words: the verdicts for and against: "yes" and "no", or "1" and "2".
+
+    Raises:
+        ValueError: an unknown mode, or verdicts whose first tokens are the same.
+
+    Source: arXiv 2411.10440v1 (pairs), 2512.19433 (yes-logit), 2502.06233 (P(True)).
+    """
+
+    def __init__(
+        self,
+        processor: Any,
+        mode: Literal["yes_no", "pairwise"] = "yes_no",
+        *,
+        prompt: str | None = None,
+        words: tuple[str, str] | None = None,
+        generate: bool = False,
+    ):
+        if mode not in ("yes_no", "pairwise"):
+            raise ValueError(f"mode must be 'yes_no' or 'pairwise', got {mode!r}")
+        self.processor, self.mode, self.generate = processor, mode, generate
+        self.groupwise = mode == "pairwise"
+        self.__name__ = f"judge_{mode}"
+        self.prompt = prompt or (YES_NO if mode == "yes_no" else PAIRWISE)
+        self.words = words or (("yes", "no") if mode == "yes_no" else ("1", "2"))
+        first, second = (self._first_tokens(word) for word in self.words)
+        self._ids = sorted(first - second), sorted(second - first)  # a token such as a lone space tells nothing
+        if not all(self._ids):
+            raise ValueError(f"words must begin with different tokens, got {self.words}")
+
+    def __call__(self, spans: Sequence[Span]) -> Generator[Any, Any, list[float]]:
+        if self.mode == "yes_no":
+            asked = [self._ask(span.branch, stage=span.stage or "answer") for span in spans]
+            return (yield from self._verdicts(asked, spans))
+        pairs = [*permutations(range(len(spans)), 2)]
+        asked = [
+            self._ask(
+                _root(spans[first].branch),
+                stage=spans[first].stage or "answer",
+                first=spans[first].text.strip(),
+                second=spans[second].text.strip(),
+            )
+            for first, second in pairs
+        ]
+        wins = yield from self._verdicts(asked, [spans[first] for first, _ in pairs])
+        scores = [[] for _ in spans]  # type: list[list[float]]
+        for (first, second), win in zip(pairs, wins):
+            scores[first].append(win)
+            scores[second].append(1 - win)
+        return [sum(own) / len(own) if own else 1.0 for own in scores]
+
+    def _verdicts(self, asked: list[Extend], spans: Sequence[Span]) -> Generator[Any, Any, list[float]]:
+        """The probability of the first word for each question asked."""
+        branches: list[Branch] = [branch for (branch,) in (yield asked)] if asked else []
+        if self.generate and branches:
+            greedy = SamplingParams(temperature=0.0)
+            replies = yield [Expand(branch, (0,), greedy, VERDICT_TOKENS, frozenset()) for branch in branches]
+            return [self._read(span.decode(branch.tokens)) for span, (branch,) in zip(spans, replies)]
+        verdicts = []
+        for branch in branches:
+            assert branch.next_logits is not None
+            logprobs = torch.log_softmax(branch.next_logits.float(), -1)
+            for_it, against = (float(torch.logsumexp(logprobs[ids], 0)) for ids in self._ids)
+            verdicts.append(float(torch.sigmoid(torch.tensor(for_it - against))))
+        return verdicts
+
+    def _read(self, verdict: str) -> float:
+        found = re.search(rf"\b({'|'.join(map(re.escape, self.words))})\b", verdict, re.IGNORECASE)
+        return 0.5 if found is None else float(found[1].lower() == self.words[0].lower())
+
+    def _ask(self, branch: Branch | None, **facts: str) -> Extend:
+        """The judge's question as a turn of the chat, behind what the model has written so far."""
+        assert branch is not None
+        turns = [
+            {"role": "user", "content": [{"type": "text", "text": "?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": _SENTINEL}]},
+            {"role": "user", "content": [{"type": "text", "text": self.prompt.format(**facts)}]},
+        ]
+        text = self.processor.apply_chat_template(turns, add_generation_prompt=True)
+        # It begins with the special token that ends a turn, so that no word is cut in two by where it begins.
+        behind = text.partition(_SENTINEL)[2]
+        tokens = self.processor.tokenizer(behind, add_special_tokens=False).input_ids
+        has_ended = branch.tokens[-1:] == tokens[:1]  # a whole answer ends its turn itself
+        return Extend(branch, tuple(tokens[has_ended:]))
+
+    def _first_tokens(self, word: str) -> set[int]:
+        """The tokens that a verdict may begin with, however it is written."""
+        encode = self.processor.tokenizer
+        forms = [form for plain in (word, word.capitalize()) for form in (plain, f" {plain}")]
+        return {encode(form, add_special_tokens=False).input_ids[0] for form in forms}
+
+
+def _root(branch: Branch | None) -> Branch:
+    assert branch is not None
+    return _root(branch.parent) if branch.parent is not None else branch
