@@ -155,7 +155,9 @@ def swires(search: Search, config: SwiresConfig) -> Generator[Any, Any, list[Nod
             score = ranked_score(pool, config.pass_rank)
             search.retrace(stage, target, round, cutoff=cutoff, score=score)
             continue
-        kept = sorted(pool, key=Node.rank)[: config.keep[stage]]  # type: ignore[index]
+        # Of candidates of one stage the best are the good ones anyway; those of several have no common scale.
+        order = sorted(pool, key=lambda node: (not _is_good(search, config, node), node.rank()))
+        kept = order[: config.keep[stage]]  # type: ignore[index]
         pools[depth] = []
         keep(kept)
         growing = [node for node in kept if search.can_grow(node)]
@@ -208,8 +210,14 @@ def _passes(search: Search, config: SwiresConfig, pool: list[Node]) -> bool:
         return max(Counter(bodies).values(), default=0) >= config.cutoff_agreement * len(pool)
     if config.cutoff is None and search.calibration is None:
         return True
-    good = [node for node in closed if node.score > _cutoff(search, config, node.stage)]  # type: ignore
-    return len(good) >= config.pass_rank
+    return sum(_is_good(search, config, node) for node in pool) >= config.pass_rank
+
+
+def _is_good(search: Search, config: SwiresConfig, node: Node) -> bool:
+    """Whether it is closed and above the cutoff of its own stage, where there is one."""
+    assert node.stage is not None and node.score is not None and config.retrace is not None
+    cutoff = _cutoff(search, config, node.stage) if node.stage in config.retrace else None
+    return node.closed and (cutoff is None or node.score > cutoff)
 
 
 def _cutoff(search: Search, config: SwiresConfig, stage: str) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any
 from llava_cot.engine.branch import Branch, Finish
 from llava_cot.search.search import Search
 from llava_cot.search.tree import Node
-from llava_cot.stages import STAGES
+from llava_cot.stages import LLAVA_COT, STAGES
 
 PROMPT_LENGTH = 10
 
@@ -24,6 +24,7 @@ class Draft:
     length: int = 1
     text: str | None = None  # by default its token ids
     logprob: float = -1.0  # of each token
+    closes: str | None = None  # the stage whose tag ends it, by name instead of ``tag``
 
 
 @dataclass
@@ -51,15 +52,27 @@ Script = Callable[[str | None, int, int, int], Draft]  # (stage, round, parent a
 
 
 def play(
-    policy, make_config, script: Script, *, seed=0, max_new_tokens=1000, calibration=None, wrong_scores=None
+    policy,
+    make_config,
+    script: Script,
+    *,
+    seed=0,
+    max_new_tokens=1000,
+    calibration=None,
+    wrong_scores=None,
+    grammar=LLAVA_COT,
 ) -> Play:
-    """Run ``policy`` to its end on ``make_config(scorer=...)``; the scorer gives every candidate its draft's score."""
+    """Run ``policy`` to its end on ``make_config(scorer=...)``; the scorer gives every candidate its draft's score.
+
+    With another grammar ``script`` is told which stages may come next, as "ONE|OTHER".
+    """
     fresh, scores, texts = itertools.count(1000), {}, {}
 
     def decode(tokens):
         return texts.get(tokens[-1], str(tokens))
 
-    played = Play(Search(Branch(None, 0, PROMPT_LENGTH), decode, seed, max_new_tokens, calibration))
+    root = Branch(None, 0, PROMPT_LENGTH)
+    played = Play(Search(root, decode, seed, max_new_tokens, calibration, grammar=grammar))
     played.search.on_event = played.events.append
 
     def scorer(spans):
@@ -67,10 +80,14 @@ def play(
         return wrong_scores or [scores[span.tokens[-1]] for span in spans]
 
     def candidate(request, parent, index) -> Branch:
-        depth, ancestor = 0, request.parent
+        tags, ancestor = [], request.parent
         while ancestor.parent is not None:
-            depth, ancestor = depth + 1, ancestor.parent
-        stage = STAGES[depth].value if request.stops else None
+            tags, ancestor = [ancestor.tag, *tags], ancestor.parent
+        depth = len(tags)
+        if grammar is LLAVA_COT:
+            stage = STAGES[depth].value if request.stops and depth < len(STAGES) else None
+        else:
+            stage = "|".join(grammar.allowed([grammar.names[tag] for tag in tags]))
         draft = script(stage, len(played.search.retraces) + 1, parent, index)
         token = next(fresh) if draft.token is None else draft.token
         length = min(draft.length, request.max_new_tokens)
@@ -83,6 +100,8 @@ def play(
         branch.finish = Finish.LENGTH if cut else draft.finish
         if branch.finish is Finish.TAG:
             branch.tag = depth if draft.tag is None else draft.tag
+            if draft.closes is not None:
+                branch.tag = grammar.names.index(draft.closes)
         return branch
 
     coroutine, reply = policy(played.search, make_config(scorer=scorer)), None
