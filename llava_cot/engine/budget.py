@@ -4,6 +4,8 @@ from dataclasses import dataclass, fields
 
 from llava_cot.engine.job import Usage
 
+RESERVED = ("generated_tokens", "seconds")  # what finishing an answer takes
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -38,9 +40,10 @@ class Budget:
         return {name: limit for name, limit in values.items() if limit is not None}
 
     def spent(self, usage: Usage, *, finishing: bool = False) -> str | None:
-        """The name of a limit that is reached, short of the reserve unless ``finishing``; None if there is none."""
+        """The name of a limit that is reached, or None; while ``finishing`` of those alone that have a reserve."""
         for name, limit in self.limits().items():
-            share = 1 - self.reserve if name in ("generated_tokens", "seconds") and not finishing else 1
-            if getattr(usage, name) >= share * limit:
+            has_reserve = name in RESERVED
+            share = 1 - self.reserve if has_reserve and not finishing else 1
+            if (has_reserve or not finishing) and getattr(usage, name) >= share * limit:
                 return name
         return None
