@@ -157,7 +157,8 @@ def swires(search: Search, config: SwiresConfig) -> Generator[Any, Any, list[Nod
             continue
         # Of candidates of one stage the best are the good ones anyway; those of several have no common scale.
         order = sorted(pool, key=lambda node: (not _is_good(search, config, node), node.rank()))
-        kept = order[: config.keep[stage]]  # type: ignore[index]
+        keep_count = config.keep[stage]  # type: ignore[index]
+        kept = order[:keep_count] if search.grammar.follows[stage] else search.best(pool, keep_count)
         pools[depth] = []
         keep(kept)
         growing = [node for node in kept if search.can_grow(node)]
@@ -215,19 +216,20 @@ def _passes(search: Search, config: SwiresConfig, pool: list[Node]) -> bool:
 
 def _is_good(search: Search, config: SwiresConfig, node: Node) -> bool:
     """Whether it is closed and above the cutoff of its own stage, where there is one."""
-    assert node.stage is not None and node.score is not None and config.retrace is not None
-    cutoff = _cutoff(search, config, node.stage) if node.stage in config.retrace else None
+    assert node.stage is not None and node.score is not None
+    cutoff = _cutoff(search, config, node.stage)
     return node.closed and (cutoff is None or node.score > cutoff)
 
 
 def _cutoff(search: Search, config: SwiresConfig, stage: str) -> float | None:
     if config.cutoff is not None or config.cutoff_agreement is not None:
         return config.cutoff
-    if search.calibration is None:
+    known = search.calibration
+    if known is None or (stage not in known.quantiles and stage not in config.retrace):  # type: ignore[operator]
         return None
     if config.cutoff_z is not None:
-        return search.calibration.z_cutoff(stage, config.cutoff_z)
-    return search.calibration.cutoff(stage, config.cutoff_quantile)
+        return known.z_cutoff(stage, config.cutoff_z)
+    return known.cutoff(stage, config.cutoff_quantile)
 
 
 def _depth_of(search: Search, stage: str, parents: list[list[Node]]) -> int:

@@ -64,7 +64,7 @@ def test_early_acceptance_draws_the_rest_only_if_it_must():
     played = run(script, accept_after=1, **preset)
     assert [len(played.nodes(stage)) for stage in STAGES] == [6, 6, 6, 6]  # the first one does not pass
     assert [node.index for node in played.nodes("CAPTION")] == [0, 1, 2, 3, 4, 5]
-    whole = run(script, **preset)
+    played, whole = run(accept_after=1, **preset), run(**preset)
     assert [node.branch.seed for node in played.nodes()] == [node.branch.seed for node in whole.nodes()]
 
 
@@ -78,7 +78,7 @@ def test_the_best_distinct_answers(count):
 
     search = play(swires, config, script).search
     kept = [node for node in search.nodes if node.kept and node.stage == "CONCLUSION"]
-    assert len(kept) == count
+    assert len(kept) == min(count, 3)
 
     def policy(search, config):
         found.extend((yield from swires(search, config)))
