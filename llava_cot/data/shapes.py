@@ -70,7 +70,7 @@ def sample(seed: int) -> Sample:
         raise ValueError(f"seed must be >= 0, got {seed}")
     stream = _Stream(seed)
     objects = _scene(stream)
-    image = _render(objects, stream)
+    image = _image(_render(objects, stream) + stream.pixel_noise())
     question, summary, reasoning, answer = _question(objects, stream)
     stages = {
         "SUMMARY": summary,
@@ -79,6 +79,14 @@ def sample(seed: int) -> Sample:
         "CONCLUSION": answer,
     }
     return Sample(image, question, answer, stages)
+
+
+def clean_view(seed: int) -> Image.Image:
+    """The image of ``sample(seed)`` without its pixel noise, RGB, 48 x 48: for a verifier that sees better."""
+    if seed < 0:
+        raise ValueError(f"seed must be >= 0, got {seed}")
+    stream = _Stream(seed)
+    return _image(_render(_scene(stream), stream))
 
 
 def is_correct(sample: Sample, conclusion: str) -> bool:
@@ -92,7 +100,8 @@ def _scene(stream: _Stream) -> list[_Object]:
     return [_Object(cell, stream.pick(tuple(COLORS)), stream.pick(SHAPES)) for cell in cells]
 
 
-def _render(objects: list[_Object], stream: _Stream) -> Image.Image:
+def _render(objects: list[_Object], stream: _Stream) -> np.ndarray:
+    """[SIZE, SIZE, 3] int32, without noise."""
     # Positions and lengths are in sixteenths of a pixel, so that edges fall between pixels without a float.
     pixels = np.empty((SIZE, SIZE, 3), np.int32)
     pixels[:] = 128 + stream.below(41) - 20
@@ -103,7 +112,10 @@ def _render(objects: list[_Object], stream: _Stream) -> Image.Image:
         dy = (center - (row * CELL * 16 + 128 + stream.below(57) - 28))[:, None]
         mask = _inside(item.shape, dx, dy, radius=74 + stream.below(29))
         pixels[mask] = [channel + stream.below(41) - 20 for channel in COLORS[item.color]]
-    pixels += stream.pixel_noise()
+    return pixels
+
+
+def _image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8), "RGB")
 
 

@@ -41,6 +41,22 @@ def test_negative_seed():
         shapes.sample(-1)
 
 
+def test_the_clean_view_is_the_same_image_without_its_noise():
+    for seed in [*SEEDS, *range(820_000, 820_050)]:
+        clean = np.asarray(shapes.clean_view(seed), dtype=int)
+        background = clean[0, 0]
+        assert len(np.unique(clean.reshape(-1, 3), axis=0)) <= 8  # the background and at most seven objects
+        noise = np.asarray(shapes.sample(seed).image, dtype=int) - clean
+        plain = noise[(clean == background).all(axis=-1)]  # far from black and white, so that nothing was clipped there
+        assert abs(plain.mean()) < 3 and 25 < plain.std() < 30
+    assert colors_seen(shapes.clean_view(5)) == colors_seen(shapes.sample(5).image)
+
+
+def test_the_clean_view_of_a_negative_seed():
+    with pytest.raises(ValueError, match=r"seed must be >= 0, got -2"):
+        shapes.clean_view(-2)
+
+
 def test_texts_parse_and_fit():
     processor = build_processor()
     for sample in SAMPLES:

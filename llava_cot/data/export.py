@@ -1,0 +1,88 @@
+"""What learns from search: rows of training data made of traces, one function a format.
+
+Every function takes items and yields rows one trace at a time. A row is plain JSON without a null, has the image's name
+in ``images``, and says where it comes from: ``trace_id``, ``nodes`` (the ids of the candidates that it is made of) and
+``version``. A candidate whose scorer failed, or gave no finite number, is never a label. docs/export.md has an example
+of each.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from llava_cot.data.forms import MESSAGES, MessageForm, TextForm
+from llava_cot.data.groups import to_groups
+from llava_cot.data.jsonl import read_items, write_jsonl
+from llava_cot.data.steps import to_steps
+from llava_cot.data.traces import Item, TraceTree, trace_id
+from llava_cot.data.trl import to_preferences, to_sft, to_unpaired
+
+FORMATS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
+    "sft": to_sft,
+    "preferences": to_preferences,
+    "unpaired": to_unpaired,
+    "steps": to_steps,
+    "groups": to_groups,
+}
+
+
+def export_file(traces: Path | str, out: Path | str, format: str, *, model: str | None = None, **settings) -> int:
+    """The rows of a file of items (``read_items``) as another file; returns how many.
+
+    ``model`` is the folder or name of the processor for the rows that are text (preferences and unpaired), by default
+    the one that the traces name. ``settings`` are those of the format's function.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {list(FORMATS)}, got {format!r}")
+    known = inspect.signature(FORMATS[format]).parameters
+    for name in settings:
+        if name not in known:
+            raise ValueError(f"{name} is not supported by format={format!r}; its settings are {list(known)[1:]}")
+    items = read_items(traces)
+    form = known.get("form")
+    if form is not None and form.default is inspect.Parameter.empty:
+        first = next(items, None)
+        if first is None:
+            return write_jsonl([], out)
+        name = model or str(TraceTree(first).data.get("model"))
+        settings["form"] = TextForm(_processor(name))
+        items = (item if model else _of_model(item, name) for item in chain([first], items))
+    return write_jsonl(FORMATS[format](items, **settings), out)
+
+
+def _of_model(item: Item, name: str) -> Item:
+    tree = TraceTree(item)
+    if tree.data.get("model") != name:
+        raise ValueError(
+            f"model of trace {tree.trace_id!r} must be that of the first trace, {name!r}, got {tree.data['model']!r}; "
+            "name one processor for all with model="
+        )
+    return item
+
+
+def _processor(name: str):
+    from transformers import AutoProcessor
+
+    from llava_cot.tiny import tiny_path
+
+    return AutoProcessor.from_pretrained(tiny_path() if name == "tiny" else name)
+
+
+__all__ = [
+    "FORMATS",
+    "MESSAGES",
+    "Item",
+    "MessageForm",
+    "TextForm",
+    "export_file",
+    "read_items",
+    "to_groups",
+    "to_preferences",
+    "to_sft",
+    "to_steps",
+    "to_unpaired",
+    "trace_id",
+    "write_jsonl",
+]

@@ -1,0 +1,79 @@
+"""Groups: all that was drawn under one prefix, with advantages and log-probs, for policy gradients."""
+
+from collections.abc import Iterable, Iterator
+from statistics import fmean, stdev
+from typing import Any
+
+from llava_cot.data.forms import MESSAGES
+from llava_cot.data.traces import By, Item, TraceTree, row_of, text_of
+
+
+def to_groups(
+    items: Iterable[Item], *, by: By = "score", scale: bool = False, missing_reward: float | None = None
+) -> Iterator[dict[str, Any]]:
+    """All candidates under one prefix, the losers too, with advantages and exact log-probs: for GRPO and its like.
+
+    The advantage is the reward minus the mean of the siblings', and with ``scale`` that over their standard deviation
+    (n - 1) + 1e-4. A selected path is no sample of the policy, a whole group is; so a group is left out if a reward in
+    it is not known and ``missing_reward`` is None, or if a budget stopped any of it. Greedy tokens that finish a spent
+    budget are in no group.
+
+    ``completion_ids[i]`` were drawn after the prompt and ``prefix_ids`` with the settings in ``sampling``. Their
+    ``sampling_logprobs`` are under the distribution that these filters leave, of which an importance weight takes the
+    exponential, and ``logprobs`` under the model at temperature 1; nats both. ``prompt_tokens`` counts the prompt's.
+
+    Raises:
+        ValueError: a trace of a search that does not sample, or of a policy function, whose settings it doesn't hold.
+    """
+    for item in items:
+        tree = TraceTree(item)
+        tree.check(by)
+        sampling = _sampling_of(tree)
+        greedy = _drawn_to_finish(tree)
+        for siblings in tree.siblings():
+            drawn = [node for node in siblings if node.tokens and node.id not in greedy]
+            found = [tree.quality(node, by) for node in drawn]
+            known = [missing_reward if reward is None else reward for reward in found]
+            values = [float(reward) for reward in known if reward is not None]
+            if len(drawn) < 2 or len(values) < len(drawn) or any(node.finish == "stopped" for node in drawn):
+                continue
+            prefix = tree.prefix(drawn[0])
+            yield row_of(
+                tree,
+                drawn,
+                prompt=MESSAGES.prompt(tree.question, text_of(prefix), tree.bos),
+                completions=[node.text for node in drawn],
+                rewards=values,
+                advantages=_advantages(values, scale),
+                stages=[node.stage or "" for node in drawn],
+                closed=[node.closed for node in drawn],
+                kept=[node.kept for node in drawn],
+                parent=drawn[0].parent,
+                prompt_tokens=tree.data["prompt_tokens"],
+                prefix_ids=[token for node in prefix for token in node.tokens],
+                completion_ids=[node.tokens for node in drawn],
+                sampling_logprobs=[node.sampling_logprobs for node in drawn],
+                logprobs=[node.logprobs for node in drawn],
+                sampling=sampling,
+            )
+
+
+def _advantages(rewards: list[float], scale: bool) -> list[float]:
+    mean = fmean(rewards)
+    spread = stdev(rewards) + 1e-4 if scale else 1.0
+    return [(reward - mean) / spread for reward in rewards]
+
+
+def _sampling_of(tree: TraceTree) -> dict[str, float]:
+    config = tree.data["config"] or {}
+    names = ("temperature", "top_k", "top_p", "min_p")
+    if any(name not in config for name in names):
+        raise ValueError(f"search of trace {tree.trace_id!r} must sample by its settings, got {tree.data['search']!r}")
+    return {name: config[name] if name == "top_k" else float(config[name]) for name in names}
+
+
+def _drawn_to_finish(tree: TraceTree) -> set[int]:
+    """The ids of what was drawn greedily after the budget was spent."""
+    events = tree.data["events"]
+    spent = next((at for at, event in enumerate(events) if event["event"] == "budget_spent"), len(events))
+    return {id for event in events[spent:] if event["event"] == "generated" for id in event["nodes"]}

@@ -1,0 +1,45 @@
+"""Items and rows as JSON lines."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from llava_cot.data.traces import Item
+
+
+def read_items(path: Path | str) -> Iterator[Item]:
+    """One item a line: ``{"trace": {...}, "image": "path", "gold": "...", "id": "..."}``, the last two where known."""
+    known = ("trace", "image", "gold", "id")
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                data = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number} of {str(path)!r} must be JSON, got {line[:40]!r}: {error}") from None
+            if not isinstance(data, dict) or not {"trace", "image"} <= set(data) <= set(known):
+                got = sorted(data) if isinstance(data, dict) else type(data).__name__
+                raise ValueError(f"line {number} of {str(path)!r} must have trace and image of {known}, got {got}")
+            yield Item(**data)
+
+
+def write_jsonl(rows: Iterable[Mapping[str, Any]], path: Path | str) -> int:
+    """Write ``rows`` as strict JSON, one a line, and return how many there were.
+
+    The file appears when all are written: what ``rows`` raises leaves the old file, or none.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")  # in the same folder, so that the renaming is atomic
+    count = 0
+    try:
+        with open(unfinished, "x", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+                count += 1
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return count

@@ -1,0 +1,83 @@
+"""Step labels: each finished answer as the list of its stages, and how good each is, for process reward models."""
+
+import re
+from collections.abc import Iterable, Iterator
+from statistics import fmean
+from typing import Any
+
+from llava_cot.data.forms import MESSAGES
+from llava_cot.data.traces import Item, TraceNode, TraceTree, row_of, text_of
+from llava_cot.scoring import Calibration
+
+
+def to_steps(
+    items: Iterable[Item], *, calibration: Calibration | None = None, threshold: float = 0.5
+) -> Iterator[dict[str, Any]]:
+    """``prompt``, ``completions`` (one a stage), ``values`` in [0, 1], ``labels`` (value >= threshold), ``images``.
+
+    One row for each finished answer whose text no other has. A step's value is the share of the answers at and below
+    it that are right, where those are known (``sources``: "answers"). Else it is where its score lies among others:
+    those of ``calibration`` ("calibration"), or of its own stage in this trace ("rank"; 0.5 if it is alone). An answer
+    with a step that has neither makes no row. A whole answer that was drawn in one piece is cut behind its closing
+    tags; its stages have one value.
+
+    Raises:
+        ValueError: ``threshold`` is not in [0, 1], or ``calibration`` is that of another scorer than a trace's.
+    """
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold must be in [0, 1], got {threshold}")
+    for item in items:
+        tree = TraceTree(item)
+        scorer = (tree.data["config"] or {}).get("scorer")
+        if calibration is not None and scorer != calibration.scorer:
+            raise ValueError(
+                f"calibration must be of scorer {scorer!r} of trace {tree.trace_id!r}, got {calibration.scorer!r}"
+            )
+        seen = set()
+        for leaf in tree.nodes.values():
+            path = tree.path(leaf)
+            if not tree.is_finished(leaf) or any(node.failed or not node.closed for node in path):
+                continue
+            steps = [(node, stage, text) for node in path for stage, text in _cut(tree, node)]
+            found = [_value(tree, node, calibration) for node, _, _ in steps]
+            values = [value for value in found if value is not None]
+            if len(values) == len(steps) and (text := text_of(path)) not in seen:
+                seen.add(text)
+                yield row_of(
+                    tree,
+                    [node for node, _, _ in steps],
+                    prompt=MESSAGES.prompt(tree.question, "", tree.bos),
+                    completions=[text for _, _, text in steps],
+                    stages=[stage for _, stage, _ in steps],
+                    values=[value for value, _ in values],
+                    labels=[value >= threshold for value, _ in values],
+                    sources=[source for _, source in values],
+                )
+
+
+def _cut(tree: TraceTree, node: TraceNode) -> list[tuple[str, str]]:
+    """The stages that ``node`` wrote, by name ("" where no tag closes) and text, which joined is the node's."""
+    if node.stage is not None:
+        return [(node.stage, node.text)]
+    tags = {tree.grammar.tag_pair(name)[1]: name for name in tree.grammar.names}
+    closing = list(re.finditer("|".join(map(re.escape, tags)), node.text))
+    bounds = [0, *(tag.end() for tag in closing)]
+    cut = [(tags[tag[0]], node.text[start : tag.end()]) for start, tag in zip(bounds, closing)]
+    rest = node.text[bounds[-1] :]
+    if not cut or rest.strip():
+        return [*cut, ("", rest)]
+    return [*cut[:-1], (cut[-1][0], cut[-1][1] + rest)]
+
+
+def _value(tree: TraceTree, node: TraceNode, calibration: Calibration | None) -> tuple[float, str] | None:
+    """How good ``node`` is and what says so."""
+    share = tree.share_right(node)
+    if share is not None:
+        return share, "answers"
+    if node.score is None:
+        return None
+    if calibration is not None and node.stage is not None:
+        return calibration.quantile(node.stage, node.score), "calibration"
+    others = [n.score for n in tree.nodes.values() if n.stage == node.stage and n is not node and n.score is not None]
+    below = [1.0 if score < node.score else 0.5 if score == node.score else 0.0 for score in others]
+    return (fmean(below) if below else 0.5), "rank"

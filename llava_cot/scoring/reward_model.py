@@ -1,0 +1,169 @@
+"""Reward models as scorers: one scalar for (image, question, what was written so far)."""
+
+import re
+import tempfile
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoProcessor, AutoTokenizer
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.models.mllama.modeling_mllama import MllamaModel, MllamaPreTrainedModel
+
+from llava_cot.checkpoint import checkpoint_sha256
+from llava_cot.engine.branch import Call
+from llava_cot.scoring.scorer import Span
+
+View = Callable[[Image.Image], Image.Image]
+
+
+class RewardModel(MllamaPreTrainedModel):
+    """An Mllama without its LM head and with a scalar one, read at the last real token.
+
+    ``save_pretrained`` and ``from_pretrained`` are transformers' own; the processor is saved beside it. The form of
+    Skywork-VL-Reward (arXiv 2505.07263).
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = MllamaModel(config)
+        self.head = torch.nn.Linear(config.text_config.hidden_size, 1)
+        self.post_init()
+
+    def forward(self, attention_mask: torch.Tensor, **inputs) -> SequenceClassifierOutput:
+        """``logits`` [B, 1]: the larger, the better. ``attention_mask`` [B, T] says which token is the last one."""
+        hidden = self.model(attention_mask=attention_mask, use_cache=False, **inputs).last_hidden_state
+        at = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+        last = (attention_mask * at).argmax(dim=1)
+        return SequenceClassifierOutput(logits=self.head(hidden[torch.arange(len(hidden)), last]))
+
+
+@runtime_checkable
+class ChatRewardModel(Protocol):
+    """A reward model with the interface of InternLM-XComposer2.5-Reward (arXiv 2501.12368)."""
+
+    def get_scores(self, chats: list[list[dict[str, str]]], images: list[list[str]], /, *, hd_num: int) -> list[float]:
+        """A score for each chat (user and assistant turn) with its image files, cut into up to ``hd_num`` tiles."""
+
+
+class RewardModelScorer:
+    """A scorer that asks a reward model about (image, question, text of the whole path).
+
+    The path, because a reasoning that is judged without its caption may contradict it and win.
+
+    Args:
+        model: a ``RewardModel``, any transformers model whose output has ``logits`` [B, 1], or a ``ChatRewardModel``.
+        processor: of that model; a ``ChatRewardModel`` needs none.
+        view: how the reward model sees the image that was asked about, e.g. larger; by default as it is.
+        batch_size: texts scored in one forward pass.
+        hd_num: tiles of an image, for a ``ChatRewardModel``.
+    """
+
+    def __init__(self, model: Any, processor=None, *, view: View | None = None, batch_size: int = 32, hd_num: int = 9):
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        if processor is None and not isinstance(model, ChatRewardModel):
+            raise ValueError("processor must be given for a model without get_scores, got None")
+        labels = getattr(getattr(model, "config", None), "num_labels", 1)
+        if labels != 1 and not isinstance(model, RewardModel | ChatRewardModel):
+            raise ValueError(f"model must have one label, got num_labels={labels}")
+        self.model, self.processor, self.view, self.batch_size, self.hd_num = model, processor, view, batch_size, hd_num
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype = "auto",
+        **settings,
+    ) -> "RewardModelScorer":
+        """Load a folder or hub name; ``settings`` are those of the scorer.
+
+        ``trust_remote_code`` runs the repository's own code, as InternLM-XComposer2.5-Reward needs it.
+
+        Raises:
+            ValueError: remote code without ``revision`` as a full commit hash, since a branch may change under you.
+        """
+        if trust_remote_code:
+            if not re.fullmatch("[0-9a-f]{40}", revision or ""):
+                raise ValueError(f"revision must be a commit of 40 hex digits with trust_remote_code, got {revision!r}")
+            # code_revision too: code that stands in another repository is not pinned by revision, and fails here.
+            pinned: dict[str, Any] = {"revision": revision, "code_revision": revision, "trust_remote_code": True}
+            model = AutoModel.from_pretrained(name, dtype=dtype, **pinned)
+            model.tokenizer = AutoTokenizer.from_pretrained(name, **pinned)
+            processor = None if isinstance(model, ChatRewardModel) else AutoProcessor.from_pretrained(name, **pinned)
+        else:
+            config = AutoConfig.from_pretrained(name, revision=revision)
+            ours = (config.architectures or [None])[0] == RewardModel.__name__
+            load = RewardModel if ours else AutoModelForSequenceClassification
+            model = load.from_pretrained(name, dtype=dtype, revision=revision)
+            processor = AutoProcessor.from_pretrained(name, revision=revision)
+        return cls(model.to(device).eval() if device is not None else model.eval(), processor, **settings)
+
+    def __call__(self, spans: Sequence[Span]) -> Generator[list[Call], list[list[float]], list[float]]:
+        """Scores them together with those of other searches."""
+        return (yield [Call(self.get_scores, spans)])[0]
+
+    def get_scores(self, spans: Sequence[Span]) -> list[float]:
+        """One number for each span, the larger the better; its ``image``, ``question`` and ``path_text`` are read.
+
+        Raises:
+            ValueError: a span without image or question, as those of ``generator.generate`` are.
+        """
+        views: dict[int, Image.Image] = {}
+        asked = []
+        for span in spans:
+            if span.image is None or span.question is None:
+                raise ValueError("a reward model needs the image and the question of every span, got None")
+            if id(span.image) not in views:
+                views[id(span.image)] = self.view(span.image) if self.view else span.image
+            asked.append((views[id(span.image)], span.question, span.path_text.rstrip()))
+        score = self._from_chats if isinstance(self.model, ChatRewardModel) else self._from_logits
+        order = sorted(range(len(asked)), key=lambda index: len(asked[index][2]))  # like lengths need little padding
+        scores = [0.0] * len(asked)
+        for start in range(0, len(asked), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            images, questions, texts = map(list, zip(*(asked[index] for index in batch)))
+            with torch.inference_mode():
+                found = score(images, questions, texts)
+            for index, value in zip(batch, found, strict=True):
+                scores[index] = float(value)
+        return scores
+
+    def _from_logits(self, images: list[Image.Image], questions: list[str], texts: list[str]) -> list[float]:
+        texts = [self._prompt(question) + text for question, text in zip(questions, texts)]
+        # The chat template has written the special tokens already.
+        options: dict[str, Any] = {"add_special_tokens": False, "padding": True, "padding_side": "right"}
+        inputs = self.processor(images=[[image] for image in images], text=texts, **options, return_tensors="pt")
+        return self.model(**inputs.to(self.model.device, self.model.dtype)).logits.float().squeeze(-1).tolist()
+
+    def _prompt(self, question: str) -> str:
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+    def _from_chats(self, images: list[Image.Image], questions: list[str], texts: list[str]) -> list[float]:
+        turns = [(("user", question), ("assistant", text)) for question, text in zip(questions, texts)]
+        chats = [[{"role": role, "content": content} for role, content in chat] for chat in turns]
+        dtype = getattr(self.model, "dtype", None)
+        half = dtype in (torch.float16, torch.bfloat16) and self.model.device.type == "cuda"
+        with tempfile.TemporaryDirectory() as folder, torch.autocast("cuda", dtype) if half else nullcontext():
+            files = {id(image): str(Path(folder, f"{id(image)}.png")) for image in images}
+            for image in {id(image): image for image in images}.values():
+                image.save(files[id(image)])
+            return self.model.get_scores(chats, [[files[id(image)]] for image in images], hd_num=self.hd_num)
+
+
+def verify_policy(folder_or_config: str | Path | Mapping[str, Any] | Any, policy_path: str | Path) -> None:
+    """Raise ``ValueError`` unless the verifier's config names the policy in this folder, by its ``policy_sha256``."""
+    config = folder_or_config
+    if isinstance(config, str | Path):
+        config = AutoConfig.from_pretrained(config)
+    wanted = config.get("policy_sha256") if isinstance(config, Mapping) else getattr(config, "policy_sha256", None)
+    if wanted != (got := checkpoint_sha256(policy_path)):
+        raise ValueError(f"policy_path must hold the policy with policy_sha256={wanted}, got {got}")
