@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from pathlib import Path
 
 from PIL.Image import Image
 
@@ -120,9 +121,10 @@ class Oracle:
         return random.Random(place.digest()).gauss()
 
 
-def load_verifier(world: World) -> RewardModelScorer:
-    """The bundled one, which sees the images of ``world`` without their noise."""
-    verify_policy(tiny_path() / "verifier", tiny_path())
-    scorer = RewardModelScorer.from_pretrained(tiny_path() / "verifier", view=world.clean_view)
+def load_verifier(world: World, policy: Path | None = None) -> RewardModelScorer:
+    """The one of ``policy``, by default the bundled one; it sees the images of ``world`` without their noise."""
+    folder = policy or tiny_path()
+    verify_policy(folder / "verifier", folder)
+    scorer = RewardModelScorer.from_pretrained(folder / "verifier", view=world.clean_view)
     scorer.__name__ = "verifier"  # type: ignore[attr-defined]
     return scorer

@@ -1,6 +1,7 @@
-"""Calibrate the tiny model's cutoffs: ``python -m llava_cot.train.tiny_calibration FOLDER``.
+"""Calibrate the tiny model's cutoffs for every scorer: ``python -m llava_cot.train.tiny_calibration FOLDER``.
 
-On 400 samples that it was neither trained nor is tested on.
+On 400 samples that it was neither trained nor is tested on. If there is a verifier in ``FOLDER/verifier``, it is one of
+the scorers.
 """
 
 import argparse
@@ -8,26 +9,33 @@ from pathlib import Path
 
 import torch
 
-from llava_cot.data import shapes
 from llava_cot.generator import CALIBRATION_FILE, SwiresGenerator
+from llava_cot.scoring import SCORERS
+from llava_cot.train.small_world import World, load_verifier
 
 SEEDS = range(700_000, 700_400)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="the model's folder; the calibration is written beside it")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="the model's folder; the calibrations are written beside it")
     folder = parser.parse_args().folder
     torch.set_num_threads(1)
-    generator = SwiresGenerator.from_pretrained(folder)
-    samples = [shapes.sample(seed) for seed in SEEDS]
-    calibration = generator.calibrate(
-        [s.image for s in samples],
-        [s.question for s in samples],
-        data=f"shapes world, seeds {SEEDS[0]} to {SEEDS[-1]}",
-        max_new_tokens=256,
-    )
-    calibration.save(folder / CALIBRATION_FILE)
+    (folder / CALIBRATION_FILE).unlink(missing_ok=True)  # it may be of other weights
+    generator, world = SwiresGenerator.from_pretrained(folder), World(SEEDS)
+    scorers = dict(SCORERS)
+    if (folder / "verifier").is_dir():
+        scorers["verifier"] = load_verifier(world, folder)
+    for name, scorer in scorers.items():
+        calibration = generator.calibrate(
+            [sample.image for sample in world.samples],
+            [sample.question for sample in world.samples],
+            data=f"shapes world, seeds {SEEDS[0]} to {SEEDS[-1]}",
+            scorer=scorer,
+            max_new_tokens=256,
+        )
+        calibration.save(folder / CALIBRATION_FILE)
+        print(f"{name}: { ({stage: calibration.cutoff(stage, 0.6) for stage in calibration.quantiles}) }", flush=True)
 
 
 if __name__ == "__main__":
