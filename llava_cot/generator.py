@@ -164,8 +164,8 @@ class SwiresGenerator:
                 if job.error:
                     raise job.error
                 if plan.name in ("greedy", "sample"):
-                    branch = job.branches[1] if job.branches else job.result[1][0].branch  # a job that ended has none
-                    text = self._decode(branch.tokens)
+                    branch = job.branches[-1] if job.branches else job.result[1][0].branch  # a job that ended has none
+                    text = self._decode(branch.path())
                     whole = branch.finish is not None or not text.endswith("\ufffd")  # or in the middle of a character
                     if whole and text != shown and text.startswith(shown):
                         events.insert(0, TextDelta(text[len(shown) :]))

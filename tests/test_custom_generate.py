@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from llava_cot import SwiresConfig
+from llava_cot import Budget, SwiresConfig
 from llava_cot.data import shapes
 from llava_cot.prompt import build_inputs
 from llava_cot.search import POLICIES
@@ -74,11 +74,13 @@ def test_what_it_can_not_do_it_says(tiny, fresh_tiny):
 @pytest.mark.parametrize("search", POLICIES)
 def test_the_final_events_of_a_stream_are_the_answer(tiny, search):
     for sample in SAMPLES:
-        *events, finished = tiny.stream(sample.image, sample.question, search, seed=4, max_new_tokens=160)
-        final = [event.text for event in events if isinstance(event, (StageFinal, TextDelta))]
-        if any(isinstance(event, TextDelta) for event in events):
-            final = [event.text for event in events if isinstance(event, TextDelta)]  # the StageFinal says it again
-        assert "".join(final) == finished.answer.text
+        for budget in (None, Budget(generated_tokens=100)):
+            settings = {"seed": 4, "max_new_tokens": 160, "budget": budget}
+            *events, finished = tiny.stream(sample.image, sample.question, search, **settings)
+            final = [event.text for event in events if isinstance(event, StageFinal)]
+            typed = [event.text for event in events if isinstance(event, TextDelta)]
+            assert "".join(final) == finished.answer.text
+            assert bool(typed) == (search in ("greedy", "sample")) and "".join(typed) in ("", finished.answer.text)
 
 
 def test_a_stream_is_of_one_answer(tiny):
