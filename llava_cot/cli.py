@@ -82,23 +82,55 @@ def demo(
 
 @app.command()
 def report(
-    trace: Annotated[Path, typer.Argument(help="A trace that --trace wrote as JSON.")],
-    html: Annotated[Path | None, typer.Option(help="Write it as a page to this file too.")] = None,
+    traces: Annotated[Path, typer.Argument(help="A trace as JSON, or many: a folder of them, or a .jsonl file.")],
+    html: Annotated[
+        Path | None, typer.Option(help="Write it as a page to this file; of many, to this folder with an index.")
+    ] = None,
 ) -> None:
-    """Show what a search did: its rounds, candidates and retraces."""
-    import json
-
+    """Show what a search did: its rounds, candidates and retraces; of many searches, what came of them."""
+    from llava_cot.report import files
     from llava_cot.report.html import to_html
+    from llava_cot.report.many import read_rows, to_table, write_pages
     from llava_cot.report.tree import to_tree
 
+    if files.holds_many(traces):
+        rows = read_rows(traces) if html is None else write_pages(traces, html)
+        for row in rows:
+            if row.error is not None:
+                print(f"failed: {row.source}: {row.error}", file=sys.stderr)
+        Console().print(to_table(rows))
+        return
     try:
-        data = json.loads(trace.read_text("utf-8"))
-        tree, page = to_tree(data), to_html(data)
-    except (ValueError, OSError, RecursionError) as error:
-        raise ValueError(f"trace must be a search's trace as JSON, got {str(trace)!r}: {error}") from None
+        entry = files.read_entry(traces)
+        data = entry.trace or {}
+        tree, page = to_tree(data), to_html(data, gold=entry.gold)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"trace must be a search's trace as JSON, got {str(traces)!r}: {error}") from None
     Console().print(tree)
     if html is not None:
-        html.write_text(page, encoding="utf-8")
+        files.write_text(html, page)
+
+
+@app.command()
+def export(
+    traces: Annotated[Path, typer.Argument(help='A .jsonl of {"trace": {...}, "image": "path", "gold": "..."}.')],
+    out: Annotated[Path, typer.Argument(help="The .jsonl to write.")],
+    format: Annotated[str, typer.Option(help="sft, preferences, unpaired, steps or groups.")],
+    by: Annotated[
+        str | None, typer.Option(help="Rank and label by score (default), or by answers that match gold.")
+    ] = None,
+    min_margin: Annotated[float | None, typer.Option(min=0, help="Of preferences and unpaired.")] = None,
+    max_length_ratio: Annotated[float | None, typer.Option(min=1, help="Of preferences.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Whose processor renders text; that of the traces if not given.")
+    ] = None,
+) -> None:
+    """Make training data of searches: their winners, preferences, labels, steps or groups."""
+    from llava_cot.data.export import export_file
+
+    given = {"by": by, "min_margin": min_margin, "max_length_ratio": max_length_ratio}
+    settings = {key: value for key, value in given.items() if value is not None}
+    print(f"{export_file(traces, out, format, model=model, **settings)} rows")
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 
 from llava_cot.answer import Answer, Finished, SearchOutput
 from llava_cot.checkpoint import checkpoint_sha256
+from llava_cot.custom_generate import arguments, refuse_unknown
 from llava_cot.engine.branch import Branch
 from llava_cot.engine.engine import Engine
 from llava_cot.engine.job import Job
@@ -30,9 +31,6 @@ from llava_cot.tiny import tiny_path
 from llava_cot_kernels.stage_tags import StageTags
 
 CALIBRATION_FILE = "swires_calibration.json"
-# What transformers itself makes of its arguments before it calls a custom function
-WARPERS = ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper")
-CRITERIA = ("MaxLengthCriteria", "EosTokenCriteria")
 
 
 @dataclass(frozen=True)
@@ -244,33 +242,9 @@ class SwiresGenerator:
         """
         if model is not self.model:
             raise ValueError("model must be the generator's own model, got another one")
-        if model.config.model_type != "mllama":  # of other models transformers has encoded the images already
-            kind = model.config.model_type
-            raise ValueError(f"model must be an Mllama, got {kind!r}: call generator.generate(**inputs) instead")
-        for name, given, known in (
-            ("logits_processor", logits_processor, WARPERS),
-            ("stopping_criteria", stopping_criteria, CRITERIA),
-        ):
-            for item in given:
-                if type(item).__name__ not in known:
-                    raise ValueError(f"{name} is not supported by a search, got {type(item).__name__}")
-        # transformers has repeated every row already.
-        config, step = generation_config, max(generation_config.num_beams or 1, generation_config.num_return_sequences)
-        names = MODEL_INPUTS["mllama"]
-        inputs = {name: value[::step] for name, value in kwargs.items() if name in names and value is not None}
-        chosen: dict[str, Any] = {"max_new_tokens": config.max_length - input_ids.shape[1]}
-        plain = {"temperature": (1.0, None), "top_k": (50, None), "top_p": (1.0, None), "min_p": (None,)}
-        plain |= {"num_beams": (1, None), "num_return_sequences": (1, None)}
-        chosen |= {n: getattr(config, n) for n, unset in plain.items() if getattr(config, n) not in unset}
-        return self.generate(
-            input_ids[::step],
-            **inputs,
-            search=search,
-            seed=seed,
-            pad_token_id=config.pad_token_id,
-            return_dict_in_generate=bool(config.return_dict_in_generate),
-            **{**chosen, **(settings or {})},
-        )
+        refuse_unknown(logits_processor=logits_processor, stopping_criteria=stopping_criteria)
+        prepared = arguments(model, input_ids, generation_config, kwargs)
+        return self.generate(search=search, seed=seed, **{**prepared, **(settings or {})})
 
     def calibrate(
         self, images: Sequence[ImageLike], questions: Sequence[str], *, data: str, seed: int = 0, **settings
@@ -394,7 +368,7 @@ class SwiresGenerator:
             "question": search.question,  # None: only its tokens were given
             "search": plan.name,
             "config": _plain(plan.config),
-            "grammar": [[str(name), *self.grammar.tag_pair(name)] for name in self.grammar.names],
+            "grammar": self.grammar.to_dict(),
             "seed": seed,
             "bos": self.bos,
             "calibration": calibration and {"scorer": calibration.scorer, "data": calibration.data},

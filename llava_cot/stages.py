@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 
 class Stage(StrEnum):
@@ -64,7 +65,7 @@ class Grammar:
     follows: Mapping[str, Sequence[str]]
     start: Sequence[str] = ()
     max_visits: Mapping[str, int] = field(default_factory=dict)
-    tags: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    tags: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self):
         names = self.names
@@ -93,6 +94,15 @@ class Grammar:
         """Every stage once, in this order."""
         return cls({name: names[at + 1 : at + 2] for at, name in enumerate(names)}, **settings)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Its arguments as JSON has them, every tag spelled out: ``Grammar(**grammar.to_dict())`` is the same one."""
+        return {
+            "follows": {str(name): [str(after) for after in self.follows[name]] for name in self.names},
+            "start": [str(name) for name in self.allowed([])],
+            "max_visits": {str(name): visits for name, visits in self.max_visits.items()},
+            "tags": {str(name): list(self.tag_pair(name)) for name in self.names},
+        }
+
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self.follows)
@@ -108,7 +118,8 @@ class Grammar:
 
     def tag_pair(self, name: str) -> tuple[str, str]:
         """Its opening and its closing tag."""
-        return self.tags.get(name, (f"<{name}>", f"</{name}>"))
+        open_tag, close_tag = self.tags.get(name, (f"<{name}>", f"</{name}>"))
+        return open_tag, close_tag
 
     def allowed(self, path: Sequence[str]) -> tuple[str, ...]:
         """The stages that may come after those of ``path``; none: the answer ends here."""

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers.traces import two_retraces
 
 from llava_cot import cli
 from llava_cot.data import shapes
@@ -78,6 +79,23 @@ def test_what_no_report_can_be_made_of(run, tmp_path, content):
     assert status == 2 and err.count("\n") == 1 and "Traceback" not in err
     assert err.startswith(f"error: trace must be a search's trace as JSON, got {str(file)!r}: ")
     assert not (tmp_path / "out.html").exists()
+
+
+def test_a_report_of_many_traces(run, tmp_path):
+    """What can't be read is said, listed as failed and not fatal."""
+    traces, out_folder = tmp_path / "traces.jsonl", tmp_path / "pages"
+    data = json.loads(two_retraces().to_json())
+    lines = [{"trace": data, "gold": "4 & 5"}, data, {"trace": data, "gold": "6"}, {"version": 1}]
+    traces.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    status, out, err = run("report", str(traces))
+    assert status == 0 and "swires 3 50.0% of 2 3 3 153 86%" in " ".join(out.split())
+    assert err == "failed: traces.jsonl, line 4: trace must be a search's trace of version 3, got version 1\n"
+    assert not out_folder.exists()
+    assert run("report", str(traces), "--html", str(out_folder))[:2] == (status, out)
+    assert sorted(page.name for page in out_folder.iterdir()) == [*(f"0000{n}.html" for n in (1, 2, 3)), "index.html"]
+    status, out, _ = run("report", str(tmp_path / "none.jsonl"))
+    assert status == 2 and out == ""
+    assert run("report", str(tmp_path / "pages"))[2].endswith("must hold traces as .json or .jsonl, got none\n")
 
 
 def test_demo_shows_the_stages_and_the_truth(run):

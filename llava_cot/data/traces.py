@@ -73,8 +73,7 @@ class TraceTree:
             raise ValueError(f"image of trace {self.trace_id!r} must be a path or another string, got {item.image!r}")
         self.question: str = data["question"]
         self.bos: str = data["bos"]
-        names = [name for name, *_ in data["grammar"]]
-        self.grammar = Grammar.sequence(*names, tags={name: (start, end) for name, start, end in data["grammar"]})
+        self.grammar = Grammar(**data["grammar"])
         self.nodes: dict[int, TraceNode] = {}
         for node in entries:
             if node.parent and node.parent not in self.nodes:
@@ -105,7 +104,9 @@ class TraceTree:
 
     def is_finished(self, node: TraceNode) -> bool:
         """Whether a whole answer ends with ``node``."""
-        return node.closed and (node.finish == "eos" or node.stage == self.grammar.conclusion)
+        return node.closed and (
+            node.finish == "eos" or (node.stage is not None and not self.grammar.follows[node.stage])
+        )
 
     def is_right(self, node: TraceNode) -> bool | None:
         """Whether the answer that ends with ``node`` is right; None where that is not known or none ends there."""

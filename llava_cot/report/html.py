@@ -2,21 +2,23 @@
 
 from base64 import b64encode
 from collections.abc import Mapping
-from hashlib import sha256
 from html import escape
-from importlib.resources import files
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from llava_cot.report import text
+from llava_cot.report.accounts import OUTSIDE
+from llava_cot.report.numbers import count, number
+from llava_cot.report.page import page
 from llava_cot.report.svg import arrow, strip
-from llava_cot.report.view import Card, Retrace, View, count, number, read, stage_name
+from llava_cot.report.view import Card, Retrace, View, read
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 IMAGE_SIDE = 512  # pixels at most
 IMAGE_BYTES = 200_000  # a larger PNG becomes a JPEG: the page is to stay small
+NOTE_LENGTH = 400  # characters shown of what a scorer raised, or of how a candidate left the grammar
 
 
 def to_html(
@@ -38,33 +40,29 @@ def to_html(
     """
     view = read(trace)
     question = view.question if question is None else question
-    style, script = (files("llava_cot.report").joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
-    # Should something that a model wrote ever get through as markup, the browser neither runs nor fetches it.
-    digest = b64encode(sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     body = _header(view, image, question, gold) + _accounts(view) + _board(view)
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(question or 'A search')}</title><style>{style}</style></head>\n"
-        f"<body>{body}<script>{script}</script></body></html>\n"
-    )
-    return page.encode("utf-8", "replace").decode()  # JSON may hold half characters, which no file can
+    return page(question or "A search", body, ("page.css", "trace.css"), ("nav.js", "trace.js"))
 
 
 def _header(view: View, image: "Image | None", question: str, gold: str | None) -> str:
     picture = f'<img src="{_data_url(image)}" alt="the image asked about">' if image else ""
-    truth = ""
+    facts = [("answer", "answer", text.to_html(view.answer, tags=view.tags))]
     if gold is not None:
-        same = gold.strip() == view.answer
-        truth = f'<dt>gold</dt><dd class="gold">{escape(gold)} {"✓ the same" if same else "≠ not the same"}</dd>'
+        verdict = "✓ the same" if view.is_right(gold) else "≠ not the same"
+        facts.append(("gold", "gold", f"{escape(gold)} {verdict}"))
+    if view.malformed:
+        facts.append(("form", "flaw", f"✗ malformed: {escape(view.malformed)}"))
+    for card, answer in view.others:
+        note = f'<span class="note">{_link(card)}, score {number(card.score)}</span>'
+        facts.append((card.returned, "other", f"{text.to_html(answer, tags=view.tags)} {note}"))
     numbers = (view.cards, "candidate"), (view.rounds, "round"), (view.retraces, "retrace")
     settings = " · ".join((view.search, f"seed {view.seed}", *(count(len(of), noun) for of, noun in numbers)))
+    facts.append(("search", "", escape(settings)))
+    if view.spent:
+        facts.append(("budget", "flaw", escape(view.spent)))
+    shown = "".join(f'<dt>{name}</dt><dd class="{kind}">{html}</dd>' for name, kind, html in facts)
     return (
-        f'<header class="top">{picture}<div><h1>{escape(question or "A search")}</h1><dl>'
-        f'<dt>answer</dt><dd class="answer">{text.to_html(view.answer)}</dd>{truth}'
-        f"<dt>search</dt><dd>{escape(settings)}</dd></dl></div></header>\n"
+        f'<header class="top">{picture}<div><h1>{escape(question or "A search")}</h1><dl>{shown}</dl></div></header>\n'
     )
 
 
@@ -81,45 +79,59 @@ def _data_url(image: "Image") -> str:
 
 def _accounts(view: View) -> str:
     rows = [
-        (stage_name(a.stage), a.candidates, a.tokens, a.path, f"{1 - a.path / a.tokens:.0%}", f"{a.seconds:.2f}")
-        for a in view.accounts
-        if a.tokens
+        (
+            escape(account.name),
+            account.candidates or "",
+            f"{account.tokens:,}",
+            f"{account.path:,}",
+            f"{account.wasted:.0%}",
+            f"{account.drawing:.2f}",
+            f"{account.scoring:.2f}",
+        )
+        for account in view.accounts
     ]
-    seconds = f"{sum(account.seconds for account in view.accounts):.2f}"
-    rows.append(("all", len(view.cards), view.generated, view.path, f"{view.wasted:.0%}", seconds))
-    names = ("", "candidates", "tokens drawn", "in the answer", "wasted", "seconds")
+    drawing, scoring = (sum(getattr(a, name) for a in view.accounts) for name in ("drawing", "scoring"))
+    totals = f"{view.generated:,}", f"{view.path:,}", f"{view.wasted:.0%}", f"{drawing:.2f}", f"{scoring:.2f}"
+    rows.append(("all", len(view.cards), *totals))
+    which = "answers" if view.others else "answer"
+    outside = f"<p class=note>{OUTSIDE}: what a scorer let the model write, dropped beams, tokens taken back</p>"
+    names = "", "candidates", "tokens drawn", f"in the {which}", "wasted", "seconds drawing", "seconds scoring"
     head = "".join(f"<th>{name}</th>" for name in names)
     lines = "".join(f"<tr><th>{row[0]}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>" for row in rows)
-    usage = ", ".join(view.usage)
     return (
         f'<section class="accounts"><p><b>{view.wasted:.0%} of the drawn tokens are wasted</b>: '
-        f"{view.generated - view.path:,} of {view.generated:,} are not in the answer.</p>"
-        f'<div class="wide"><table><tr>{head}</tr>{lines}</table></div><p class="note">{usage}</p></section>\n'
+        f"{max(0, view.generated - view.path):,} of {view.generated:,} are not in the {which}.</p>"
+        f'<div class="wide"><table><tr>{head}</tr>{lines}</table></div>'
+        f"{outside if view.accounts and view.accounts[-1].name == OUTSIDE else ''}"
+        f'<p class="note">{", ".join(view.usage)}</p></section>\n'
     )
 
 
 def _board(view: View) -> str:
-    columns = max(1, len(view.stages))
+    columns = max(1, len(view.headings))
     rows = {round: row for row, round in enumerate(view.rounds)}
     parts = []
-    for stage in view.stages:
-        cards = [card for card in view.cards.values() if card.stage == stage]
-        cutoffs = {pool.cutoff for (_, of), pool in view.pools.items() if of == stage and pool.cutoff is not None}
-        parts.append(
-            f'<section class="head"><h2>{escape(stage_name(stage))}</h2>{strip(cards, sorted(cutoffs), rows)}</section>'
-        )
+    for column, heading in enumerate(view.headings):
+        cards = [card for card in view.cards.values() if card.column == column]
+        cutoffs = {pool.cutoff for (_, of), pool in view.pools.items() if of == column and pool.cutoff is not None}
+        parts.append(f'<section class="head"><h2>{escape(heading)}</h2>{strip(cards, sorted(cutoffs), rows)}</section>')
     for round in view.rounds:
         parts.append(f'<h3 class="round" data-round="{round}">round {round}</h3>')
-        parts += [_cell(view, round, stage) for stage in view.stages]
-        parts += [_retrace(view, retrace) for retrace in view.retraces if retrace.round == round + 1]
-    return f'<main class="wide"><div class="board" style="--columns: {columns}">{"".join(parts)}</div></main>\n'
+        parts += [_cell(view, round, column) for column in range(len(view.headings))]
+        parts += [_retrace(view, retrace) for retrace in view.after(round)]
+    if view.spent:
+        parts.append(
+            f'<p class="spent" data-round="{view.rounds[-1] if view.rounds else 1}">■ {escape(view.spent)}</p>'
+        )
+    kind = "board only" if columns == 1 else "board"
+    return f'<main class="wide"><div class="{kind}" style="--columns: {columns}">{"".join(parts)}</div></main>\n'
 
 
-def _cell(view: View, round: int, stage: str | None) -> str:
-    cards, pool = view.cells.get((round, stage), []), view.pools.get((round, stage))
-    parts = [f'<p class="note">{escape(pool.verdict)}</p>'] if pool and pool.cutoff is not None else []
+def _cell(view: View, round: int, column: int) -> str:
+    cards, pool = view.cells.get((round, column), []), view.pools.get((round, column))
+    parts = [f'<p class="note">{escape(pool.verdict)}</p>'] if pool and pool.verdict else []
     if pool and pool.carried:
-        links = ", ".join(f'<a href="#n{c.id}">#{c.id}</a> {number(c.score)} (round {c.round})' for c in pool.carried)
+        links = ", ".join(f"{_link(card)} {number(card.score)} (round {card.round})" for card in pool.carried)
         parts.append(f'<p class="note carried">⤴ carried over into this pool: {links}</p>')
     parts += [_card(view, card) for card in cards]
     return f'<section class="cell" data-round="{round}">{"".join(parts)}</section>'
@@ -127,41 +139,63 @@ def _cell(view: View, round: int, stage: str | None) -> str:
 
 def _card(view: View, card: Card) -> str:
     kept = _kept_sibling(view, card)
+    stage, kinds = view.stage_of(card), f"{card.state} returned" if card.returned else card.state
+    badges = f' <b class="stage">{escape(stage)}</b>' if stage else ""
+    badges += f' <b class="answer-badge">{card.returned}</b>' if card.returned else ""
+    badges += "" if card.closed else ' <b class="flaw">✗ unclosed</b>'
+    flaws = f'<p class="flaw">✗ {escape(_cut(card.violation))}</p>' if card.violation else ""
+    flaws += f'<p class="flaw">⚠ no score: {escape(_cut(card.error))}</p>' if card.error else ""
+    notes = " · ".join(f"{escape(name)} {number(value)}" for name, value in card.notes.items())
+    return (
+        f'<article class="card {kinds}" id="n{card.id}" tabindex="0" data-round="{card.round}" '
+        f'data-state="{card.state}" data-parent="n{card.parent}"><header><span class="id">#{card.id}</span> '
+        f'<b class="state">{card.label}</b>{badges}<span class="score">{number(card.score)}</span></header>'
+        f"{flaws}{text.to_html(card.text, kept.text if kept else None, view.tags)}"
+        f"{f'<p class=facts>scores: {notes}</p>' if notes else ''}"
+        f'<p class="facts">{" · ".join(_facts(view, card, kept))}</p></article>'
+    )
+
+
+def _facts(view: View, card: Card, kept: Card | None) -> list[str]:
+    """As HTML."""
     into = [r for (r, _), pool in view.pools.items() if any(card is member for member in pool.carried)]
+    sampled = f" ({number(card.sampling_logprob)} as sampled)" if card.sampling_logprob is not None else ""
     facts = [
         count(card.tokens, "token"),
-        f"mean log-prob {number(card.logprob)}",
+        f"mean log-prob {number(card.logprob)}{sampled}",
         f"ended by {escape(card.finish)}",
         f"{card.seconds:.2f} s",
-        f"seed {card.seed}",
+        *([f"seed {card.seed}"] if card.seed else []),  # a token beam has none
     ]
-    facts += [f'under <a href="#n{card.parent}">#{card.parent}</a>'] if card.parent in view.cards else []
+    facts += [f"under {_link(view.cards[card.parent])}"] if card.parent in view.cards else []
     facts += [f"⤴ also in the pool of round {', '.join(map(str, into))}"] if into else []
     if kept:
         note = "the same text as" if card.text == kept.text else "<mark>marked</mark>: not in"
-        facts.append(f'{note} <a href="#n{kept.id}">#{kept.id}</a>')
-    unclosed = "" if card.closed else ' <b class="unclosed">✗ unclosed</b>'
-    return (
-        f'<article class="card {card.state}" id="n{card.id}" tabindex="0" data-round="{card.round}" '
-        f'data-state="{card.state}" data-parent="n{card.parent}"><header><span class="id">#{card.id}</span> '
-        f'<b class="state">{card.label}</b>{unclosed}<span class="score">{number(card.score)}</span></header>'
-        f'{text.to_html(card.text, kept.text if kept else None)}<p class="facts">{" · ".join(facts)}</p></article>'
-    )
+        facts.append(f"{note} {_link(kept)}")
+    return facts
 
 
 def _kept_sibling(view: View, card: Card) -> Card | None:
     """What to compare a pruned candidate with: the kept one of its parent, or else of its stage and round."""
     if card.state != "pruned":
         return None
-    kept = [other for other in view.cells[card.round, card.stage] if other.state != "pruned"]
+    kept = [other for other in view.cells[card.round, card.column] if other.state != "pruned"]
     return min(kept, key=lambda o: (o.parent != card.parent, o.state != "winner", -(o.score or 0), o.id), default=None)
 
 
 def _retrace(view: View, retrace: Retrace) -> str:
-    columns = len(view.stages)
-    start, end = (view.stages.index(s) if s in view.stages else 0 for s in (retrace.stage, retrace.to))
-    middle = min(max(50 * (start + end + 1) / columns, 25), 75)  # the label stays on the board
+    columns = len(view.headings)
+    middle = min(max(50 * (retrace.start + retrace.end + 1) / columns, 25), 75)  # the label stays on the board
+    round = retrace.round if retrace.round in view.rounds else view.rounds[-1]  # the budget may end before it begins
     return (
-        f'<div class="retrace" data-round="{retrace.round}">{arrow(start, end, columns)}'
+        f'<div class="retrace" data-round="{round}">{arrow(retrace.start, retrace.end, columns)}'
         f'<p style="--middle: {middle:.2f}%"><b>↩ {escape(retrace.headline)}</b><br>{escape(retrace.reason)}</p></div>'
     )
+
+
+def _link(card: Card) -> str:
+    return f'<a href="#n{card.id}">#{card.id}</a>'
+
+
+def _cut(note: str) -> str:
+    return note if len(note) <= NOTE_LENGTH else f"{note[:NOTE_LENGTH]}…"

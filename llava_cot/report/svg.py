@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from math import isfinite
 
-from llava_cot.report.view import Card, number
+from llava_cot.report.numbers import number
+from llava_cot.report.view import Card
 
 ROW = 14  # pixels of a round in the strip plot
 
 
 def strip(cards: Sequence[Card], cutoffs: Sequence[float], rounds: Mapping[int, int]) -> str:
-    """The scores of a stage, one row a round, and its cutoffs. What has no finite score stands at the left edge.
+    """The scores of a column, one row a round, and its cutoffs. What has no finite score stands at the left edge.
 
     ``rounds`` are the rows by the number of the round.
     """

@@ -1,18 +1,19 @@
 """What a model wrote, as HTML: escaped, its own tags dim, words that its kept sibling has not marked, and folded."""
 
 import re
+from collections.abc import Sequence
 from difflib import SequenceMatcher
 from html import escape
+from itertools import groupby
 
 FOLD = 400  # characters shown of a long text
 DIFF_WORDS = 2000  # longer texts are not compared: it takes quadratic time
-_PIECES = re.compile(r"(\s+|</?(?:SUMMARY|CAPTION|REASONING|CONCLUSION)>)")
 
 
-def to_html(text: str, kept: str | None = None) -> str:
-    """``kept`` is the text to compare with, if there is one."""
+def to_html(text: str, kept: str | None = None, tags: Sequence[str] = ()) -> str:
+    """``kept`` is the text to compare with, if there is one; ``tags`` are those of the trace's grammar."""
     text = text.strip()
-    pieces = _marked(text, kept)
+    pieces = _marked(text, kept, tags)
     if len(text) <= 1.5 * FOLD:
         return f'<div class="text">{_html(pieces)}</div>'
     head, rest = _split(pieces, FOLD)
@@ -20,16 +21,22 @@ def to_html(text: str, kept: str | None = None) -> str:
     return f'<details class="text"><summary>{_html(head)}{more}</summary>{_html(rest)}</details>'
 
 
-def _marked(text: str, kept: str | None) -> list[tuple[str, str]]:
+def _marked(text: str, kept: str | None, tags: Sequence[str]) -> list[tuple[str, str]]:
     """The text in pieces, each with the element it goes into ("" for none)."""
-    words = [piece for piece in _PIECES.split(text) if piece]
-    kinds = ["span" if piece.startswith("<") and _PIECES.fullmatch(piece) else "" for piece in words]
+    # A tag may begin with another one, or have spaces in it.
+    alternatives = [*map(re.escape, sorted(tags, key=len, reverse=True)), r"\s+"]
+    pieces = re.compile(f"({'|'.join(alternatives)})")
+    words = [piece for piece in pieces.split(text) if piece]
+    kinds = ["span" if piece in tags else "" for piece in words]
     if kept is not None:
-        spoken = [at for at, piece in enumerate(words) if not _PIECES.fullmatch(piece)]
-        others = [piece for piece in _PIECES.split(kept) if piece and not _PIECES.fullmatch(piece)]
+        spoken = [at for at, piece in enumerate(words) if not pieces.fullmatch(piece)]
+        others = [piece for piece in pieces.split(kept) if piece and not pieces.fullmatch(piece)]
         if max(len(spoken), len(others)) <= DIFF_WORDS:
             for tag, low, high, _, _ in SequenceMatcher(None, [words[at] for at in spoken], others).get_opcodes():
                 for at in spoken[low:high] if tag != "equal" else ():
+                    kinds[at] = "mark"
+            for at in range(1, len(words) - 1):
+                if words[at].isspace() and kinds[at - 1] == kinds[at + 1] == "mark":  # two words, one mark
                     kinds[at] = "mark"
     return list(zip(words, kinds))
 
@@ -46,4 +53,7 @@ def _split(pieces: list[tuple[str, str]], length: int) -> tuple[list[tuple[str, 
 
 
 def _html(pieces: list[tuple[str, str]]) -> str:
-    return "".join(f"<{kind}>{escape(piece)}</{kind}>" if kind else escape(piece) for piece, kind in pieces)
+    runs = (
+        (kind, escape("".join(piece for piece, _ in run))) for kind, run in groupby(pieces, key=lambda pair: pair[1])
+    )
+    return "".join(f"<{kind}>{html}</{kind}>" if kind else html for kind, html in runs)

@@ -1,16 +1,21 @@
-"""What both views show: the candidates, rounds and retraces of a trace, and where its tokens and seconds went."""
+"""What all views show: the candidates, rounds and retraces of a trace, its answers and what is wrong with the best."""
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from llava_cot.stages import STAGES, parse
+from llava_cot.report.accounts import Account, accounts, wasted
+from llava_cot.report.columns import columns
+from llava_cot.report.decisions import Pool, Retrace, pools, retraces
+from llava_cot.report.numbers import count
+from llava_cot.scoring import normalise
+from llava_cot.stages import Grammar, Outcome
 
 TRACE_VERSION = 3  # that can be shown
-ORDER = {stage.value: index for index, stage in enumerate(STAGES)}
+CANDIDATES = {"generations": "drawn", "scorer_calls": "given to a scorer"}
 
 
 @dataclass(frozen=True)
@@ -20,17 +25,24 @@ class Card:
     id: int
     parent: int
     stage: str | None
+    column: int
     round: int
     seed: int
     text: str
     tokens: int
     logprob: float | None  # mean over its tokens, nats
+    sampling_logprob: float | None  # the same under the distribution that they were drawn from
     score: float | None
     finish: str
     closed: bool
+    violation: str | None  # how it left the grammar
+    error: str | None  # why it has no score of its own
+    notes: dict[str, float]
     seconds: float  # from the start of the search to its last token
     state: str
     kept_in: int | None  # the round that went on with it, where that is a later one than its own
+    in_answer: bool  # on the way to any of the returned answers
+    answer: int | None  # which of the returned answers it ends, from 1
 
     @property
     def label(self) -> str:
@@ -38,62 +50,57 @@ class Card:
         late = f"{'' if self.state == 'kept' else ', kept'} in round {self.kept_in}" if self.kept_in else ""
         return f"{mark} {self.state}{late}"
 
-
-@dataclass(frozen=True)
-class Pool:
-    """What became of a stage in a round."""
-
-    verdict: str
-    cutoff: float | None
-    carried: list[Card]  # the members that earlier rounds drew
-
-
-@dataclass(frozen=True)
-class Retrace:
-    stage: str
-    to: str
-    round: int  # that begins
-    reason: str
+    @property
+    def returned(self) -> str:
+        """What there is to say of one that was returned besides the first."""
+        return f"answer {self.answer}" if self.answer and self.answer > 1 else ""
 
     @property
-    def headline(self) -> str:
-        return f"{self.stage} failed in round {self.round - 1}: back to {self.to}, round {self.round}"
-
-
-@dataclass(frozen=True)
-class Account:
-    """What a stage cost; ``path`` are the tokens of the answer."""
-
-    stage: str | None
-    candidates: int
-    tokens: int
-    path: int
-    seconds: float
+    def flaw(self) -> str:
+        if self.closed:
+            return ""
+        return f"unclosed: {self.violation}" if self.violation else f"unclosed ({self.finish})"
 
 
 @dataclass(frozen=True)
 class View:
-    """``cells[round, stage]`` has the candidates in the order they were drawn."""
+    """``cells[round, column]`` has the candidates in the order they were drawn."""
 
     search: str
     seed: int
     question: str
     answer: str
-    stages: list[str | None]
+    others: list[tuple[Card, str]]  # the last candidate and the answer of each that was returned besides the first
+    malformed: str | None  # what is wrong with the answer's form
+    tags: list[str]
+    headings: list[str]  # of the columns
     rounds: list[int]
     cards: dict[int, Card]
-    cells: dict[tuple[int, str | None], list[Card]]
-    pools: dict[tuple[int, str | None], Pool]
+    cells: dict[tuple[int, int], list[Card]]
+    pools: dict[tuple[int, int], Pool]
     retraces: list[Retrace]
+    spent: str | None  # of the budget
     accounts: list[Account]
     generated: int  # tokens drawn, whoever drew them
-    path: int  # tokens of the answer
+    path: int  # tokens of the returned answers
+    seconds: float
     usage: list[str]
 
     @property
     def wasted(self) -> float:
-        """The share of the drawn tokens that the answer does not have, in [0, 1]."""
-        return max(0.0, 1 - self.path / self.generated) if self.generated else 0.0
+        return wasted(self.generated, self.path)
+
+    def after(self, round: int) -> list[Retrace]:
+        """The retraces that stand between this round's row and the next."""
+        later = min((other for other in self.rounds if other > round), default=math.inf)
+        return [retrace for retrace in self.retraces if round < retrace.round <= later]
+
+    def is_right(self, gold: str) -> bool:
+        return normalise(gold) == normalise(self.answer)
+
+    def stage_of(self, card: Card) -> str:
+        """The stage of a candidate, where its column's heading does not say it."""
+        return card.stage if card.stage is not None and "/" in self.headings[card.column] else ""
 
 
 def read(trace: Mapping[str, Any]) -> View:
@@ -103,139 +110,148 @@ def read(trace: Mapping[str, Any]) -> View:
         raise ValueError(f"trace must be a search's trace of version {TRACE_VERSION}, got version {version!r}")
     try:
         return _read(trace)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"trace must be a whole trace, got one with {type(error).__name__}: {error}") from error
 
 
-def number(value: float | None) -> str:
-    if value is None:
-        return "–"
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    return f"{value:{'.3f' if abs(value) >= 0.01 or value == 0 else '.2g'}}".replace("-", "−")
-
-
-def count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def stage_name(stage: str | None) -> str:
-    return stage or "ANSWERS"
-
-
 def _read(trace: Mapping[str, Any]) -> View:
-    nodes = {int(node["id"]): node for node in trace["nodes"]}
-    path = _path(nodes, int(trace["answer"]))
-    decisions = [event for event in trace["events"] if event["event"] == "kept"]
-    kept_in = {id: int(d["round"]) for d in decisions for id in d["kept"]}
-    cards = {id: _card(node, id in path, kept_in.get(id)) for id, node in nodes.items()}
-    cells: dict[tuple[int, str | None], list[Card]] = defaultdict(list)
+    nodes, events, usage = _nodes(trace), trace["events"], trace["usage"]
+    grammar = Grammar(**trace["grammar"])
+    answers = [int(trace["answer"]), *(int(id) for id in trace["answers"] if id != trace["answer"])]
+    paths = [_path(nodes, id) for id in answers]
+    headings, column_of = columns(nodes, _greedy(events), grammar.names)
+    kept_in = {id: int(e["round"]) for e in events if e["event"] == "kept" for id in e["kept"]}
+    places = {id: place for place, id in reversed([*enumerate(answers, 1)])}
+    in_answer = {id for path in paths for id in path}
+    cards = {
+        id: _card(
+            node,
+            column=column_of[id],
+            state="winner" if id in paths[0] else "kept" if node["kept"] else "pruned",
+            kept_in=kept_in.get(id) if kept_in.get(id) != int(node["round"]) else None,
+            in_answer=id in in_answer,
+            answer=places.get(id),
+        )
+        for id, node in nodes.items()
+    }
+    cells: dict[tuple[int, int], list[Card]] = defaultdict(list)
     for card in cards.values():
-        cells[card.round, card.stage].append(card)
-    retraces = {(int(r["round"]) - 1, str(r["stage"])): r for r in trace["events"] if r["event"] == "retraced"}
-    pools = {(int(d["round"]), _stage(d)): _pool(d, cards, retraces) for d in decisions}
-    stages = sorted({card.stage for card in cards.values()}, key=lambda s: (ORDER.get(s or "", len(ORDER)), s or ""))
-    text = "".join(nodes[id]["text"] for id in path)
-    usage = trace["usage"]
+        cells[card.round, card.column].append(card)
+    decided = pools(events, cards, trace["config"])
+    generated = int(usage["generated_tokens"])
+    texts = ["".join(cards[id].text for id in path) for path in paths]
     return View(
         search=str(trace["search"]),
         seed=int(trace["seed"]),
         question=str(trace["question"] or ""),
-        answer=parse(text)["CONCLUSION"].text or text.strip(),
-        stages=stages,
+        answer=_conclusion(grammar, texts[0]),
+        others=[(cards[path[-1]], _conclusion(grammar, text)) for path, text in zip(paths[1:], texts[1:]) if path],
+        malformed=_malformed(grammar, texts[0], [cards[id] for id in paths[0]]),
+        tags=[tag for name in grammar.names for tag in grammar.tag_pair(name)],
+        headings=headings,
         rounds=sorted({card.round for card in cards.values()}),
         cards=cards,
         cells=dict(cells),
-        pools=pools,
-        retraces=[
-            Retrace(stage, str(r["to"]), round + 1, pools[round, stage].verdict if (round, stage) in pools else "")
-            for (round, stage), r in retraces.items()
-        ],
-        accounts=_accounts(cards, stages),
-        generated=int(usage["generated_tokens"]),
-        path=sum(cards[id].tokens for id in path),
-        usage=[
-            count(int(usage["prompt_tokens"]), "prompt token"),
-            f"{count(int(usage['decoded_tokens']), 'token')} computed after the prompt",
-            f"{int(usage['steps']):,} forward passes",
-            count(int(usage["image_encodings"]), "image encoding"),
-            f"{float(usage['seconds']):.2f} s",
-        ],
+        pools=decided,
+        retraces=retraces(events, cards, headings, decided),
+        spent=_spent(trace, answers[0], _greedy(events)),
+        accounts=accounts(cards, headings, events, generated),
+        generated=generated,
+        path=sum(cards[id].tokens for id in in_answer),
+        seconds=float(usage["seconds"]),
+        usage=_usage(usage),
     )
+
+
+def _nodes(trace: Mapping[str, Any]) -> dict[int, Any]:
+    nodes = {int(node["id"]): node for node in trace["nodes"]}
+    for id, node in nodes.items():
+        if int(node["parent"]) >= id:
+            raise ValueError(f"node {id} is older than its parent {node['parent']}")
+    return dict(sorted(nodes.items()))
 
 
 def _path(nodes: Mapping[int, Any], at: int) -> list[int]:
     path: list[int] = []
     while at in nodes:
-        if int(nodes[at]["parent"]) >= at:
-            raise ValueError(f"node {at} is older than its parent {nodes[at]['parent']}")
         path.insert(0, at)
         at = int(nodes[at]["parent"])
     return path
 
 
-def _stage(node: Mapping[str, Any]) -> str | None:
-    return None if node["stage"] is None else str(node["stage"])
+def _greedy(events: Sequence[Mapping[str, Any]]) -> set[int]:
+    """What was drawn once the budget was spent."""
+    kinds = [event["event"] for event in events]
+    start = kinds.index("budget_spent") if "budget_spent" in kinds else len(events)
+    return {int(id) for event in events[start:] if event["event"] == "generated" for id in event["nodes"]}
 
 
-def _score(value: Any) -> float | None:
-    """JSON has infinities as strings."""
-    return None if value is None else float(value)
-
-
-def _card(node: Mapping[str, Any], on_path: bool, kept_in: int | None) -> Card:
-    logprobs = [float(logprob) for logprob in node["logprobs"]]
+def _card(node: Mapping[str, Any], **places: Any) -> Card:
     return Card(
         id=int(node["id"]),
         parent=int(node["parent"]),
-        stage=_stage(node),
+        stage=None if node["stage"] is None else str(node["stage"]),
         round=int(node["round"]),
         seed=int(node["seed"]),
         text=str(node["text"]),
         tokens=len(node["tokens"]),
-        logprob=fmean(logprobs) if logprobs else None,
-        score=_score(node["score"]),
-        finish=str(node["finish"]),
+        logprob=_mean(node["logprobs"]),
+        sampling_logprob=_mean(node["sampling_logprobs"]),
+        score=None if node["score"] is None else float(node["score"]),  # JSON has infinities as strings
+        finish=str(node["finish"] or "nothing"),
         closed=bool(node["closed"]),
+        violation=None if node["violation"] is None else str(node["violation"]),
+        error=None if node["error"] is None else str(node["error"]),
+        notes={str(name): float(value) for name, value in node["notes"].items()},
         seconds=float(node["seconds"]),
-        state="winner" if on_path else "kept" if node["kept"] else "pruned",
-        kept_in=kept_in if kept_in != int(node["round"]) else None,
+        **places,
     )
 
 
-def _pool(decision: Mapping[str, Any], cards: Mapping[int, Card], retraces: Mapping[tuple[int, str], Any]) -> Pool:
-    cutoff, score, rank = _score(decision["cutoff"]), _score(decision["score"]), int(decision["pass_rank"])
-    members = [cards[id] for id in decision["pool"]]
-    closed = [card.score for card in members if card.closed and card.score is not None]
-    if cutoff is None:
-        verdict = "no cutoff"
-    elif score is None:
-        verdict = (
-            f"{len(closed)} of {len(members)} candidates closed, {rank} must score above the cutoff {number(cutoff)}"
-        )
-    else:
-        which = "best" if rank == 1 else f"{ {2: 'second', 3: 'third'}.get(rank, f'{rank}th') } best"
-        best = f" (the best is {number(max(closed, default=None))})" if rank > 1 else ""
-        relation = "is above" if score > cutoff else "is not above"
-        verdict = f"the {which} score {number(score)}{best} {relation} the cutoff {number(cutoff)}"
-    failed = cutoff is not None and (score is None or score <= cutoff)
-    place = int(decision["round"]), str(decision["stage"])
-    if failed and place not in retraces:
-        verdict += "; it goes on with what it has"
-    return Pool(verdict, cutoff, [card for card in members if card.round < place[0]])
+def _mean(values: Sequence[float]) -> float | None:
+    return fmean(map(float, values)) if values else None
 
 
-def _accounts(cards: Mapping[int, Card], stages: list[str | None]) -> list[Account]:
-    # Candidates of one stage and round end together, and the next ones begin then.
-    seconds: dict[str | None, float] = defaultdict(float)
-    before, now = 0.0, 0.0
-    for card in cards.values():
-        if card.seconds > now:
-            before, now = now, card.seconds
-            seconds[card.stage] += now - before
-    accounts = []
-    for stage in stages:
-        own = [card for card in cards.values() if card.stage == stage]
-        path = sum(card.tokens for card in own if card.state == "winner")
-        accounts.append(Account(stage, len(own), sum(card.tokens for card in own), path, seconds[stage]))
-    return accounts
+def _conclusion(grammar: Grammar, text: str) -> str:
+    return grammar.parse(text)[grammar.conclusion].text or text.strip()
+
+
+def _malformed(grammar: Grammar, text: str, path: Sequence[Card]) -> str | None:
+    """No conclusion, tags that do not pair, or a candidate on the way that left the grammar; a stage may be missing."""
+    for card in path:
+        if card.violation:  # one that is just unclosed may have been finished by the next
+            return f"#{card.id}: {card.violation}"
+    outcome = grammar.parse(text)[grammar.conclusion].outcome
+    if outcome is not Outcome.COMPLETE:
+        return f"{grammar.conclusion} is {outcome}"
+    names = grammar.names
+    anything = Grammar(
+        {name: () if name == grammar.conclusion else names for name in names},
+        start=names,
+        max_visits=dict.fromkeys(names, len(text)),
+        tags=grammar.tags,
+    )
+    return anything.violation(text)
+
+
+def _spent(trace: Mapping[str, Any], answer: int, greedy: Collection[int]) -> str | None:
+    spent = [event for event in trace["events"] if event["event"] == "budget_spent"]
+    if not spent:
+        return None
+    what = str(spent[0]["what"])
+    config = trace["config"] if isinstance(trace["config"], Mapping) else {}
+    limit, value = (config.get("budget") or {}).get(what), spent[0].get("spent")
+    numbers = "".join(f"{before}{float(n):,.6g}" for before, n in ((": ", value), (" of ", limit)) if n is not None)
+    end = f"#{answer} is what was finished greedily" if answer in greedy else f"#{answer} is the best so far"
+    return f"budget spent after {float(spent[0]['seconds']):.2f} s, {what.replace('_', ' ')}{numbers}; {end}"
+
+
+def _usage(usage: Mapping[str, Any]) -> list[str]:
+    return [
+        count(int(usage["prompt_tokens"]), "prompt token"),
+        f"{count(int(usage['decoded_tokens']), 'token')} computed after the prompt",
+        *(f"{count(int(usage[name]), 'candidate')} {what}" for name, what in CANDIDATES.items() if usage[name]),
+        f"{int(usage['steps']):,} forward passes",
+        count(int(usage["image_encodings"]), "image encoding"),
+        f"{float(usage['seconds']):.2f} s",
+    ]

@@ -261,11 +261,20 @@ class Search:
         self.on_event(Candidates(nodes[0].stage, nodes[0].round, tuple(shown)))
 
     def retrace(
-        self, stage: str, to: str, round: int, *, cutoff: float | None = None, score: float | None = None
+        self,
+        stage: str,
+        to: str,
+        round: int,
+        *,
+        cutoff: float | None = None,
+        score: float | None = None,
+        reason: str | None = None,
     ) -> None:
-        """Note that ``stage`` failed, ``score`` not being above ``cutoff``; round ``round`` samples ``to`` again."""
+        """Note that ``stage`` failed, ``score`` not being above ``cutoff`` unless ``reason`` says something else; round
+        ``round`` samples ``to`` again.
+        """
         self.retraces.append(Retrace(stage, to, round, cutoff, score))
-        reason = "too few candidates closed" if score is None else "not above the cutoff"
+        reason = reason or ("too few candidates closed" if score is None else "not above the cutoff")
         self.note("retraced", stage=stage, to=to, round=round, cutoff=cutoff, score=score, reason=reason)
         self.on_event(self.retraces[-1])
 

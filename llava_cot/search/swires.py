@@ -153,7 +153,8 @@ def swires(search: Search, config: SwiresConfig) -> Generator[Any, Any, list[Nod
             pools = [p if _accumulates(config, p) else [] for p in pools]
             del parents[depth + 1 :]
             score = ranked_score(pool, config.pass_rank)
-            search.retrace(stage, target, round, cutoff=cutoff, score=score)
+            reason = None if config.cutoff_agreement is None else "too few candidates say the same"
+            search.retrace(stage, target, round, cutoff=cutoff, score=score, reason=reason)
             continue
         # Of candidates of one stage the best are the good ones anyway; those of several have no common scale.
         order = sorted(pool, key=lambda node: (not _is_good(search, config, node), node.rank()))

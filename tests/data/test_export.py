@@ -28,6 +28,7 @@ from llava_cot.data.traces import TraceTree, text_of
 from llava_cot.prompt import build_inputs
 from llava_cot.scoring import Calibration
 from llava_cot.search.tree import Trace
+from llava_cot.stages import Grammar
 from llava_cot_kernels.reference.sampling import masses
 
 SAMPLES = [shapes.sample(seed) for seed in (500_010, 500_011)]
@@ -174,7 +175,7 @@ def trace(nodes, answer, **changes):
     names = ("SUMMARY", "CONCLUSION")
     made = dict(version=3, question="How many?", search="swires", seed=0, bos="one", model="m", prompt_tokens=9)
     made |= dict(config=dict(temperature=0.6, top_k=0, top_p=0.9, min_p=0.0, scorer="confidence"), events=[])
-    made |= dict(grammar=[[name, f"<{name}>", f"</{name}>"] for name in names], nodes=nodes, answer=answer)
+    made |= dict(grammar=Grammar.sequence(*names).to_dict(), nodes=nodes, answer=answer)
     return made | changes
 
 

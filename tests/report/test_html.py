@@ -3,57 +3,31 @@
 import json
 import math
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 from importlib.resources import files
 
 import pytest
+from helpers.page import Page, ask, browse, needs_browser
 from helpers.scripted import Draft, play
-from helpers.traces import HOSTILE, LONG, trace_of, two_retraces
+from helpers.traces import HOSTILE, LONG, loop, run, sentences, spent, trace_of, two_retraces
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from llava_cot.report import text
 from llava_cot.report.html import to_html
+from llava_cot.report.tree import to_tree
+from llava_cot.report.view import read
 from llava_cot.search import BestOfNConfig, SwiresConfig
 from llava_cot.search.best_of_n import best_of_n
 from llava_cot.search.swires import swires
 
-VOID = {"meta", "img", "br"}
-
-
-class Page(HTMLParser):
-    """Elements by name with their attributes, the text of each card, and all text outside script and style."""
-
-    def __init__(self, page):
-        super().__init__(convert_charrefs=True)
-        self.elements, self.cards, self.text, self.scripts, self.open, self._card = [], {}, "", [], [], None
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "article":
-            self._card = dict(attributes)["id"]
-            self.cards[self._card] = ""
-
-    def handle_startendtag(self, tag, attributes):
-        self.elements.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-        if tag == "article":
-            self._card = None
-
-    def handle_data(self, data):
-        if "script" in self.open:
-            self.scripts.append(data)
-        elif "style" not in self.open:
-            self.text += data
-            if self._card:
-                self.cards[self._card] += data
+REASONS = (
+    "↩ REASONING failed in round 1: back to CAPTION, round 2",
+    "the second best score −0.400 (the best is 0.700) is not above the cutoff 0.500",
+    "↩ CAPTION failed in round 2: back to CAPTION, round 3",
+    "the second best score 0.000 (the best is 0.000) is not above the cutoff 0.500",
+)
+SCRIPTS = [files("llava_cot.report").joinpath(name).read_text("utf-8") for name in ("nav.js", "trace.js")]
 
 
 @pytest.fixture(scope="module")
@@ -68,13 +42,7 @@ def page(trace):
 
 def test_it_shows_both_retraces_and_why(page):
     parsed = Page(page)
-    for reason in (
-        "↩ REASONING failed in round 1: back to CAPTION, round 2"
-        "the second best score −0.400 (the best is 0.700) is not above the cutoff 0.500",
-        "↩ CAPTION failed in round 2: back to CAPTION, round 3"
-        "the second best score 0.000 (the best is 0.000) is not above the cutoff 0.500",
-    ):
-        assert reason in parsed.text
+    assert REASONS[0] + REASONS[1] in parsed.text and REASONS[2] + REASONS[3] in parsed.text
     assert sum(tag == "svg" and a.get("class") == "arrow" for tag, a in parsed.elements) == 2
 
 
@@ -98,7 +66,7 @@ def test_it_shows_every_candidate_and_what_became_of_it(page, trace):
 def test_what_a_model_wrote_is_never_markup(page):
     parsed = Page(page)
     assert not parsed.open  # everything of ours is closed, and nothing else was opened
-    assert parsed.scripts == [files("llava_cot.report").joinpath("page.js").read_text("utf-8")]
+    assert parsed.scripts == ["".join(SCRIPTS)]
     assert sum(tag in ("img", "script") for tag, _ in parsed.elements) == 2  # ours
     assert HOSTILE in parsed.text and "<end>" in parsed.text
     assert not any(name.startswith("on") for _, attributes in parsed.elements for name in attributes)
@@ -139,10 +107,13 @@ def test_half_characters_are_no_error(trace):
 
 
 def test_words_that_the_kept_sibling_has_not():
-    html = text.to_html("<CAPTION> one red cube </CAPTION>", "<CAPTION> one blue cube </CAPTION>")
+    tags = "<CAPTION>", "</CAPTION>"
+    html = text.to_html("<CAPTION> one red cube </CAPTION>", "<CAPTION> one blue cube </CAPTION>", tags)
     assert html == (
         '<div class="text"><span>&lt;CAPTION&gt;</span> one <mark>red</mark> cube <span>&lt;/CAPTION&gt;</span></div>'
     )
+    assert "a <mark>b c</mark> d" in text.to_html("a b c d", "a d")
+    assert "<mark>b</mark><span>!</span><mark>c</mark>" in text.to_html("b!c", "d", ["!"])
     assert "<mark>" not in text.to_html("a b", None) and "<mark>" not in text.to_html("a b", "a b c")
 
 
@@ -160,44 +131,169 @@ def test_a_notebook_shows_it_in_a_frame(trace):
     assert attributes["srcdoc"] == to_html(trace.data) == trace.to_html()
 
 
-def browse(page, folder):
-    """The page's elements once a browser has run it."""
-    file = folder / "page.html"
-    file.write_text(page, encoding="utf-8")
-    options = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --dump-dom"
-    )
-    command = ["chromium", *options.split(), f"--user-data-dir={folder / 'profile'}", file.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def test_another_grammar_has_its_own_columns_tags_and_conclusion():
+    trace = loop()
+    page = to_html(trace.data, gold="0.0")
+    parsed = Page(page)
+    for part in ("PLAN · step 1", "LOOK · step 2", "PLAN · step 3", "SAY · step 4", "answer0gold0.0 ✓ the same"):
+        assert part in parsed.text
+    assert "<span>&lt;|plan|&gt;</span> say 0 <span>&lt;|/plan|&gt;</span>" in page
+    assert "<span>So the answer is</span> 1<span>!</span>" in page
+    assert "↩ PLAN · step 3 failed in round 1: back to PLAN · step 3, round 2" in parsed.text
+    assert "answer 21 #18, score 1.000" in parsed.text and "answer 2" in parsed.cards["n18"]
+    assert "✗ unclosed" in parsed.cards["n7"] and "✗ after PLAN comes LOOK or SAY, got <|/plan|>" in parsed.cards["n7"]
+    assert "⚠ no score: the score is nan" in parsed.cards["n12"]
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium")
+def test_a_spent_budget_is_shown_with_what_was_finished_greedily():
+    parsed = Page(to_html(spent().data))
+    assert parsed.text.count("scorer calls: 8 of 10; #13 is what was finished greedily") == 2  # in the head and below
+    assert "FINISHED GREEDILY" in parsed.text and "★ winner" in parsed.cards["n13"]
+
+
+def test_sentences_stand_side_by_side_in_one_column():
+    page = to_html(sentences().data)
+    assert 'class="board only"' in page and "PARTS OF ANSWERS" in page and page.count("<h3") == 7
+    assert "★ winner, kept in round 7" in page and "⤴ also in the pool of round 3, 4, 5, 6, 7" in page
+
+
+def test_what_a_scorer_tells_is_a_fact():
+    data = json.loads(two_retraces().to_json())
+    data["nodes"][1]["notes"] = {"<b>judge": 0.25, "confidence": "-inf"}
+    assert "scores: <b>judge 0.250 · confidence −∞" in Page(to_html(data)).cards["n2"]
+
+
+def test_many_long_candidates_stay_small():
+    def script(stage, round, parent, index):
+        return Draft(1.0 if index == 50 else 0.0, text="<&>'\" 🎉 </script>" * 600 if index == 7 else f"short {index}")
+
+    played = run(best_of_n, lambda scorer: BestOfNConfig(scorer=scorer, n=100), script)
+    page = to_html(trace_of(played, "best_of_n").data)
+    assert len(page.encode()) < 1_000_000 and len(Page(page).cards) == 100
+
+
+NASTY = [
+    "</script>",
+    "<script>",
+    "<!--",
+    "-->",
+    "]]>",
+    "</style>",
+    "</details>",
+    "<p",
+    "&amp;",
+    "&#0;",
+    "\0",
+    "\x1b[2J",
+]
+NASTY += [
+    "\ud83d",
+    "👩‍🚀",
+    "\u202e",
+    "\u2028",
+    "javascript:x",
+    '" onload="x',
+    "' x='",
+    "\ufffe",
+    "<![CDATA[",
+    "<svg/onload=x>",
+]
+words = st.lists(st.one_of(st.sampled_from(NASTY), st.text(st.characters(), max_size=20)), max_size=8).map("".join)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_no_text_becomes_markup(data):
+    """Whatever stands in it, the page has the same elements, its one script, and nothing that a file can't hold."""
+    trace = json.loads(loop().to_json())
+    draw = lambda: data.draw(words)  # noqa: E731
+    trace["question"], trace["search"] = draw(), draw()
+    for node in data.draw(st.lists(st.sampled_from(trace["nodes"]), min_size=1, max_size=3)):
+        node |= {"text": draw(), "violation": draw(), "error": draw(), "notes": {draw(): 1.0}, "finish": draw()}
+    tags = data.draw(st.lists(words.filter(bool), min_size=6, max_size=6, unique=True))
+    names = trace["grammar"]["tags"]
+    trace["grammar"]["tags"] = {name: tags[2 * at : 2 * at + 2] for at, name in enumerate(names)}
+    for event in trace["events"]:
+        if event["event"] == "retraced":
+            event |= {"stage": draw(), "to": draw(), "reason": draw()}
+    page = to_html(trace, gold=draw())
+    parsed = Page(page)
+    assert not parsed.open and parsed.scripts == ["".join(SCRIPTS)] and "img" not in parsed.names
+    assert set(parsed.names) <= set(Page(to_html(two_retraces().data, gold="")).names) | {"details", "summary", "mark"}
+    assert not any(name.startswith("on") for _, attributes in parsed.elements for name in attributes)
+    links = [attributes["href"] for tag, attributes in parsed.elements if tag == "a"]
+    assert all(re.fullmatch(r"#n\d+", link) for link in links)
+    page.encode()
+    assert not re.search("[\0-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]", page)
+    to_tree(trace)
+
+
+@needs_browser
 def test_a_browser_runs_it(page, tmp_path):
-    dom = browse(page, tmp_path)
+    file = tmp_path / "page.html"
+    file.write_text(page, encoding="utf-8")
+    dom = browse(file)
     cards, rounds = page.count("<article"), 3
     for name in (f"all ({cards})", "winner path (4)", *(f"round {n} (" for n in range(1, rounds + 1))):
         assert f'">{name}' in dom  # buttons that only the page's script makes
     assert 'aria-pressed="true">all' in dom
+    file.write_text(page.replace("</body>", "<script>document.title = 'broken';</script></body>"), encoding="utf-8")
+    assert "<title>How many?" in browse(file)  # a script that is not ours
 
 
-PRESSES = """<script>
+SEEN = """
+const middle = (box) => (box.left + box.right) / 2;
+const isSeen = (part) => part.checkVisibility({ opacityProperty: true, visibilityProperty: true })
+  && part.getBoundingClientRect().width > 0 && part.getBoundingClientRect().right <= innerWidth;
+const columns = [...document.querySelectorAll(".head")].map((head) => middle(head.getBoundingClientRect()));
+const columnAt = (x) => columns.findIndex((column) => Math.abs(column - x) < 10);
+return [...document.querySelectorAll(".retrace")].map((retrace) => {
+  const reason = retrace.querySelector("p"), lines = [...retrace.querySelectorAll("line")];
+  const [down, , into] = lines.map((line) => line.getBoundingClientRect());
+  const head = retrace.querySelector("path");
+  const box = reason.getBoundingClientRect(), band = retrace.getBoundingClientRect();
+  const style = getComputedStyle(reason), stroke = getComputedStyle(lines[0]).stroke;
+  return {
+    text: reason.innerText.split("\\n"),
+    seen: isSeen(reason) && lines.every((line) => line.checkVisibility()) && box.top >= band.top
+      && box.bottom <= band.bottom && head.getBoundingClientRect().width > 10,
+    start: columnAt(middle(down)), end: columnAt(middle(into)), head: columnAt(middle(head.getBoundingClientRect())),
+    colors: [style.color, getComputedStyle(document.body).backgroundColor, stroke],
+  };
+});
+"""
+
+
+@needs_browser
+@pytest.mark.parametrize("is_dark", [False, True])
+def test_both_arrows_and_their_reasons_are_seen(page, tmp_path, is_dark):
+    file = tmp_path / "page.html"
+    file.write_text(page, encoding="utf-8")
+    assert file.stat().st_size < 1_000_000
+    first, second = ask(file, SEEN, f"--blink-settings=preferredColorScheme={0 if is_dark else 1}")
+    assert first["seen"] and first["text"] == list(REASONS[:2])
+    assert second["seen"] and second["text"] == list(REASONS[2:])
+    headings = read(two_retraces().data).headings
+    assert [headings[first[part]] for part in ("start", "end", "head")] == ["REASONING", "CAPTION", "CAPTION"]
+    assert [headings[second[part]] for part in ("start", "end", "head")] == ["CAPTION"] * 3
+    ink, paper, arrow = (sum(map(int, re.findall(r"\d+", color)[:3])) for color in first["colors"])
+    assert (ink > paper) == is_dark and abs(ink - paper) > 400 and abs(arrow - paper) > 200
+
+
+PRESSES = """
 const press = (key) => document.body.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
-const here = () => document.activeElement.id;
 const seen = [];
 for (const key of ["j", "j", "k", "ArrowRight", "ArrowRight", "ArrowLeft", "f", "f", "j", "ArrowDown"]) {
   press(key);
-  seen.push(here());
+  seen.push(document.activeElement.id);
 }
-document.title = seen.join() + " " + document.querySelector("[aria-pressed=true]").textContent;
-</script></body>"""
+return [seen, document.querySelector("[aria-pressed=true]").textContent];
+"""
 
 
-@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium")
+@needs_browser
 def test_keys_move_between_cards_and_filter(page, tmp_path):
-    assert "<title>How many?" in browse(page.replace("</body>", PRESSES), tmp_path)  # a script that is not ours
-    unlocked = page.replace('http-equiv="Content-Security-Policy"', 'name="none"').replace("</body>", PRESSES)
-    title = re.search("<title>(.*?)</title>", browse(unlocked, tmp_path)).group(1)
-    assert title == "n1,n2,n1,n2,n6,n2,n2,n2,n6,n23 winner path (4)"
+    file = tmp_path / "page.html"
+    file.write_text(page, encoding="utf-8")
+    moves = ["n1", "n2", "n1", "n2", "n6", "n2", "n2", "n2", "n6", "n23"]
+    assert ask(file, PRESSES) == [moves, "winner path (4)"]

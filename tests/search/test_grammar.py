@@ -1,5 +1,7 @@
 """Grammars other than the four stages: loops, choices, other tags, and what leaves them."""
 
+import json
+
 import pytest
 from helpers.scripted import Draft, play
 
@@ -172,6 +174,15 @@ def test_the_four_stages_are_a_grammar():
     assert LLAVA_COT.allowed(LLAVA_COT.names) == () and LLAVA_COT.conclusion == "CONCLUSION"
 
 
+@pytest.mark.parametrize("grammar", [LOOP, CHOICE, LLAVA_COT])
+def test_a_grammar_as_json(grammar):
+    again = Grammar(**json.loads(json.dumps(grammar.to_dict())))
+    assert again.to_dict() == grammar.to_dict() and again.conclusion == grammar.conclusion
+    for path in ([], ["OBSERVE"], ["OBSERVE", "REASON"] * 3, ["PLAN"]):
+        if set(path) <= set(grammar.names):
+            assert again.allowed(path) == grammar.allowed(path)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -200,7 +211,7 @@ def test_other_tags_on_the_real_model(tiny):
     mine = generator.answer(sample.image, sample.question, "stage_beam", max_new_tokens=160)
     assert mine.conclusion == mine.stages["SAY"].text and mine.violation is None
     assert [stage.outcome for stage in mine.stages.values()] == [Outcome.COMPLETE] * 4
-    assert mine.trace.data["grammar"][1] == ["LOOK", "<CAPTION>", "</CAPTION>"]
+    assert mine.trace.data["grammar"]["tags"]["LOOK"] == ["<CAPTION>", "</CAPTION>"]
 
     disordered = Grammar.sequence("CAPTION", "SUMMARY", "CONCLUSION")  # not what it writes
     generator = SwiresGenerator(tiny.model, tiny.processor, grammar=disordered, page_size=4)

@@ -1,45 +1,25 @@
-"use strict";
 const cards = [...document.querySelectorAll(".card")];
 const rounds = [...new Set(cards.map((card) => card.dataset.round))];
 const filters = [
   ["all", () => true],
   ["kept", (card) => card.dataset.state !== "pruned"],
   ["winner path", (card) => card.dataset.state === "winner"],
+  ...(cards.some((card) => card.querySelector(".flaw")) ? [["flawed", (card) => card.querySelector(".flaw")]] : []),
   ...(rounds.length > 1 ? rounds.map((round) => ["round " + round, (card) => card.dataset.round === round]) : []),
 ];
-let current = 0;
-
-const nav = document.createElement("nav");
-const buttons = filters.map(([name, shows], index) => {
-  const button = document.createElement("button");
-  button.textContent = name + " (" + cards.filter(shows).length + ")";
-  button.addEventListener("click", () => filter(index));
-  nav.append(button);
-  return button;
-});
-const help = document.createElement("span");
-help.className = "note";
-for (const [keys, does] of [["j k ↓ ↑", "next, last"], ["→ ←", "child, parent"], ["Enter", "unfold"], ["f", "filter"]]) {
-  const kbd = document.createElement("kbd");
-  kbd.textContent = keys;
-  help.append(kbd, " " + does + "  ");
-}
-nav.append(help);
-document.querySelector("main").before(nav);
-
-function filter(index) {
-  current = index;
-  const shows = filters[index][1];
+const KEYS = [["j k ↓ ↑", "next, last"], ["→ ←", "child, parent"], ["Enter", "unfold"], ["f", "filter"]];
+const bar = filterBar(cards, filters, KEYS, (shows) => {
   cards.forEach((card) => { card.hidden = !shows(card); });
-  buttons.forEach((button, at) => button.setAttribute("aria-pressed", at === index));
   // What belongs to a round that is wholly hidden goes with it: its title, its notes and the arrow that leads to it.
   const shown = new Set(cards.filter((card) => !card.hidden).map((card) => card.dataset.round));
-  document.querySelectorAll(".round, .cell, .retrace").forEach((part) => { part.hidden = !shown.has(part.dataset.round); });
-}
+  document.querySelectorAll(".round, .cell, .retrace, .spent").forEach((part) => {
+    part.hidden = !shown.has(part.dataset.round);
+  });
+});
 
 function focus(card) {
   if (!card) return;
-  if (card.hidden) filter(0);
+  if (card.hidden) bar.choose(0);
   card.focus({ preventScroll: true });
   card.scrollIntoView({ block: "nearest", inline: "nearest" });
 }
@@ -62,7 +42,7 @@ document.addEventListener("click", (event) => {
 });
 
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (hasModifier(event)) return;
   const here = document.activeElement.closest(".card");
   const shown = cards.filter((card) => !card.hidden);
   const at = shown.indexOf(here);
@@ -74,7 +54,7 @@ document.addEventListener("keydown", (event) => {
     k: () => focus(shown[Math.max(at - 1, 0)]),
     ArrowRight: () => focus(here ? best : shown[0]),
     ArrowLeft: () => focus(here ? parent(here) : shown[0]),
-    f: () => filter((current + 1) % filters.length),
+    f: bar.next,
   };
   moves.ArrowDown = moves.j;
   moves.ArrowUp = moves.k;
@@ -84,4 +64,4 @@ document.addEventListener("keydown", (event) => {
   moves[event.key]();
 });
 
-filter(0);
+bar.choose(0);

@@ -1,0 +1,41 @@
+"""Where a candidate stands: a column is a step of the way to an answer, so that a child is always right of its parent.
+
+A stage that a path visits twice has two columns, and stages that may take one another's place share one.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+UNSTAGED = 1_000_000  # the step of whole answers and of parts of one: behind every stage
+GREEDY = UNSTAGED + 1  # of what was finished greedily once the budget was spent
+
+
+def columns(
+    nodes: Mapping[int, Any], greedy: Collection[int], names: Sequence[str]
+) -> tuple[list[str], dict[int, int]]:
+    """The heading of each column, and the column of each node.
+
+    Args:
+        nodes: by id, parents before their children.
+        greedy: those that were finished greedily.
+        names: the stages in the grammar's order.
+    """
+    steps: dict[int, int] = {}
+    staged = {0: 0}  # how many stages there are on the way to a node
+    for id, node in nodes.items():
+        staged[id] = staged.get(node["parent"], 0) + (node["stage"] is not None)
+        steps[id] = staged[id] if node["stage"] is not None else GREEDY if id in greedy else UNSTAGED
+    stages: dict[int, set[str]] = {step: set() for step in sorted(set(steps.values()))}
+    for id, step in steps.items():
+        if step < UNSTAGED:
+            stages[step].add(str(nodes[id]["stage"]))
+    parts = any(steps.get(nodes[id]["parent"]) == UNSTAGED for id, step in steps.items() if step == UNSTAGED)
+    headings = {UNSTAGED: "PARTS OF ANSWERS" if parts else "ANSWERS", GREEDY: "FINISHED GREEDILY"}
+    order = {name: place for place, name in enumerate(names)}
+    is_looped = len(set().union(*stages.values())) < sum(map(len, stages.values()))
+    for step, found in stages.items():
+        if found:
+            heading = " / ".join(sorted(found, key=lambda name: (order.get(name, len(order)), name)))
+            headings[step] = f"{heading} · step {step}" if is_looped else heading
+    place = {step: column for column, step in enumerate(stages)}
+    return [headings[step] for step in stages], {id: place[step] for id, step in steps.items()}

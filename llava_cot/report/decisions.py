@@ -1,0 +1,109 @@
+"""What a search decided: which pools passed, which failed, and where it went back to."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llava_cot.report.numbers import number
+
+if TYPE_CHECKING:
+    from llava_cot.report.view import Card
+
+
+@dataclass(frozen=True)
+class Pool:
+    """What became of a column in a round."""
+
+    verdict: str  # "" where there was nothing to pass
+    cutoff: float | None
+    carried: list["Card"]  # the members that earlier rounds drew
+
+
+@dataclass(frozen=True)
+class Retrace:
+    stage: str
+    to: str
+    start: int  # column
+    end: int  # column
+    round: int  # that begins
+    reason: str
+
+    @property
+    def headline(self) -> str:
+        return f"{self.stage} failed in round {self.round - 1}: back to {self.to}, round {self.round}"
+
+
+def pools(events: Sequence[Mapping[str, Any]], cards: Mapping[int, "Card"], config: Any) -> dict[tuple[int, int], Pool]:
+    """By round and column, that of the first member which the round drew."""
+    agreement = config.get("cutoff_agreement") if isinstance(config, Mapping) else None
+    decisions = [event for event in events if event["event"] in ("kept", "retraced")]
+    found = {}
+    for event, after in zip(decisions, [*decisions[1:], {"event": ""}]):
+        if event["event"] == "kept" and event["pool"]:
+            members = [cards[int(id)] for id in event["pool"]]
+            round = int(event["round"])
+            column = next((card.column for card in members if card.round == round), members[0].column)
+            verdict = _verdict(event, members, after["event"] == "retraced", agreement)
+            carried = [card for card in members if card.round < round]
+            found[round, column] = Pool(verdict, _float(event["cutoff"]), carried)
+    return found
+
+
+def retraces(
+    events: Sequence[Mapping[str, Any]],
+    cards: Mapping[int, "Card"],
+    headings: Sequence[str],
+    pools: Mapping[tuple[int, int], Pool],
+) -> list[Retrace]:
+    """Each from the column of the decision before it to that of what was drawn next."""
+    found, start = [], 0
+    for place, event in enumerate(events):
+        if event["event"] == "kept" and event["pool"]:
+            start = max(cards[int(id)].column for id in event["pool"])
+        if event["event"] == "retraced":
+            stage, to, round = str(event["stage"]), str(event["to"]), int(event["round"])
+            drawn = (later["nodes"] for later in events[place + 1 :] if later["event"] == "generated")
+            ids: Sequence[int] = next(drawn, ())
+            end = cards[int(ids[0])].column if ids else 0
+            pool = pools.get((round - 1, start))
+            reason = pool.verdict if pool and pool.verdict else _reason(event)
+            found.append(Retrace(_step(stage, headings[start]), _step(to, headings[end]), start, end, round, reason))
+    return found
+
+
+def _step(stage: str, heading: str) -> str:
+    """A stage that has several columns by its step."""
+    return heading if heading.startswith(f"{stage} · step ") else stage
+
+
+def _verdict(event: Mapping[str, Any], members: Sequence["Card"], is_retraced: bool, agreement: float | None) -> str:
+    cutoff, score, rank = _float(event["cutoff"]), _float(event["score"]), int(event["pass_rank"])
+    if cutoff is None:
+        wanted = f"{float(agreement):.0%} of the {len(members)} candidates say the same" if agreement else ""
+        return f"fewer than {wanted}" if is_retraced and wanted else ""
+    closed = [card.score for card in members if card.closed and card.score is not None]
+    if score is None:
+        verdict = (
+            f"{len(closed)} of {len(members)} candidates closed, {rank} must score above the cutoff {number(cutoff)}"
+        )
+    else:
+        which = "best" if rank == 1 else f"{ {2: 'second', 3: 'third'}.get(rank, f'{rank}th') } best"
+        best = f" (the best is {number(max(closed, default=None))})" if rank > 1 else ""
+        relation = "is above" if score > cutoff else "is not above"
+        verdict = f"the {which} score {number(score)}{best} {relation} the cutoff {number(cutoff)}"
+    failed = score is None or score <= cutoff
+    is_mixed = len({card.stage for card in members}) > 1  # then each is measured by the cutoff of its own stage
+    return verdict if is_retraced or is_mixed or not failed else f"{verdict}; it goes on with what it has"
+
+
+def _reason(event: Mapping[str, Any]) -> str:
+    """What the search itself says: there may be no pool."""
+    score, cutoff = _float(event["score"]), _float(event["cutoff"])
+    if score is None or cutoff is None:
+        return str(event["reason"])
+    return f"{number(score)} is not above the cutoff {number(cutoff)}"
+
+
+def _float(value: Any) -> float | None:
+    """JSON has infinities as strings."""
+    return None if value is None else float(value)

@@ -1,0 +1,85 @@
+"""Many traces as one HTML page that loads nothing: a table to filter and to sort, each row with a link to its page."""
+
+from collections.abc import Iterable
+from html import escape
+from urllib.parse import quote
+
+from llava_cot.report.page import page
+from llava_cot.report.summary import Entry, Row, summarise, totals
+
+# The columns that are numbers sort from the largest, the others by the alphabet.
+COLUMNS = {
+    "": "number",
+    "question": "text",
+    "answer": "text",
+    "gold": "text",
+    "right": "text",
+    "search": "text",
+    "rounds": "number",
+    "retraces": "number",
+    "tokens": "number",
+    "wasted": "number",
+    "seconds": "number",
+    "malformed": "text",
+}
+
+
+def to_index(entries: Iterable[Entry], title: str = "Traces") -> str:
+    """The page of all ``entries``; of each no more is kept than its row."""
+    return index_page([summarise(entry) for entry in entries], title)
+
+
+def index_page(rows: list[Row], title: str) -> str:
+    head = "".join(f'<th data-kind="{kind}"><button>{name or "#"}</button></th>' for name, kind in COLUMNS.items())
+    lines = "".join(_row(number, row) for number, row in enumerate(rows, 1))
+    body = (
+        f'<header class="top"><div><h1>{escape(title)}</h1><p>{escape(_totals(rows))}</p></div></header>\n'
+        f'<main class="wide"><table class="index"><thead><tr>{head}</tr></thead>'
+        f"<tbody>\n{lines}</tbody></table></main>\n"
+    )
+    return page(title, body, ("page.css", "index.css"), ("nav.js", "index.js"))
+
+
+def _totals(rows: list[Row]) -> str:
+    all = totals("all", rows)
+    facts = [
+        f"{all.traces:,} traces" if all.traces != 1 else "1 trace",
+        *([f"{all.accuracy} right"] if all.known else []),
+        f"{all.retraced:,} retraced",
+        f"{all.malformed:,} malformed",
+        *([f"{all.failed:,} could not be read"] if all.failed else []),
+        f"{all.tokens:,} tokens drawn, {all.wasted:.0%} wasted",
+        f"{all.seconds:,.1f} s",
+    ]
+    return " · ".join(facts)
+
+
+def _row(number: int, row: Row) -> str:
+    """Numbers carry their value for the script that sorts; a filter's name is one of the row's classes."""
+    if row.error is not None:
+        note = escape(f"{row.source}: {row.error}" if row.source else row.error)
+        return (
+            f'<tr class="failed" tabindex="0"><td data-value="{number}">{number}</td>'
+            f'<td class="flaw" colspan="{len(COLUMNS) - 1}">✗ failed: {note}</td></tr>\n'
+        )
+    verdict = {True: "✓ right", False: "✗ wrong", None: ""}[row.is_right]
+    kinds = [
+        *(["wrong"] if row.is_right is False else ["right"] if row.is_right else []),
+        *(["retraced"] if row.retraces else []),
+        *(["malformed"] if row.malformed else []),
+    ]
+    question = escape(row.question or row.source or "A search")
+    if row.href is not None:
+        question = f'<a href="{escape(quote(row.href, errors="replace"))}">{question}</a>'
+    cells = [
+        f"<td>{question}</td>",
+        f"<td>{escape(row.answer)}</td>",
+        f"<td>{escape(row.gold or '')}</td>",
+        f'<td class="verdict">{verdict}</td>',
+        f"<td>{escape(row.search)}</td>",
+        *(f'<td data-value="{value}">{value:,}</td>' for value in (row.rounds, row.retraces, row.tokens)),
+        f'<td data-value="{row.wasted:.6f}">{row.wasted:.0%}</td>',
+        f'<td data-value="{row.seconds:.6f}">{row.seconds:.2f}</td>',
+        f'<td class="flaw">{escape(row.malformed or "")}</td>',
+    ]
+    return f'<tr class="{" ".join(kinds)}" tabindex="0"><td data-value="{number}">{number}</td>{"".join(cells)}</tr>\n'

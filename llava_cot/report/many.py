@@ -1,0 +1,75 @@
+"""Many traces at once: a page for each and their index, or a table for the terminal."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from rich.table import Table
+from rich.text import Text
+
+from llava_cot.report.files import entries, write_text
+from llava_cot.report.html import to_html
+from llava_cot.report.index import index_page
+from llava_cot.report.summary import Entry, Row, Totals, summarise, totals
+from llava_cot.report.tree import one_line
+
+
+def read_rows(path: Path) -> list[Row]:
+    """A row for each trace of a folder or a .jsonl file; no more is kept of one.
+
+    Raises:
+        ValueError: none can be read.
+    """
+    return _checked(path, [summarise(entry) for entry in entries(path)])
+
+
+def write_pages(path: Path, folder: Path) -> list[Row]:
+    """As ``read_rows``; each trace has a page in ``folder`` then, beside an index.html that links to them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = _checked(path, [_write_page(entry, folder, n) for n, entry in enumerate(entries(path), 1)])
+    write_text(folder / "index.html", index_page(rows, path.name))
+    return rows
+
+
+def to_table(rows: list[Row]) -> Table:
+    """One line for each search, and one for all where there are several."""
+    searches = sorted({row.search for row in rows if row.error is None})
+    lines = [totals(search, [row for row in rows if row.search == search and row.error is None]) for search in searches]
+    table = Table(box=None, padding=(0, 1, 0, 0))  # narrow enough for 80 columns
+    for name in ("search", "traces", "accuracy", "retraced", "malformed", "tokens", "wasted", "seconds"):
+        table.add_column(name, justify="left" if name == "search" else "right")
+    for line in [*lines, *([totals("all", rows)] if len(lines) > 1 else [])]:
+        table.add_row(*_cells(line))
+    return table
+
+
+def _write_page(entry: Entry, folder: Path, number: int) -> Row:
+    name = f"{number:05}.html"
+    row = summarise(replace(entry, href=name))
+    if row.error is None and entry.trace is not None:
+        write_text(folder / name, to_html(entry.trace, gold=entry.gold))
+    return row
+
+
+def _checked(path: Path, rows: list[Row]) -> list[Row]:
+    if not rows:
+        raise ValueError(f"{str(path)!r} must hold traces as .json or .jsonl, got none")
+    if all(row.error is not None for row in rows):
+        raise ValueError(
+            f"{str(path)!r} must hold a trace that can be read, got {len(rows)} that can't; "
+            f"the first is {rows[0].source}: {rows[0].error}"
+        )
+    return rows
+
+
+def _cells(line: Totals) -> list[Text]:
+    parts = (
+        one_line(line.search),
+        f"{line.traces:,}",
+        line.accuracy,
+        f"{line.retraced:,}",
+        f"{line.malformed:,}",
+        f"{line.tokens:,}",
+        f"{line.wasted:.0%}",
+        f"{line.seconds:,.1f}",
+    )
+    return [Text(part) for part in parts]

@@ -1,0 +1,31 @@
+"""One self-contained page: its style, its one script, and a policy under which it can't load anything."""
+
+import re
+from base64 import b64encode
+from hashlib import sha256
+from html import escape
+from importlib.resources import files
+
+# What no HTML file may hold: control characters and the like, which models and tokenizers do write.
+_INVALID = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff]")
+
+
+def page(title: str, body: str, styles: tuple[str, ...], scripts: tuple[str, ...]) -> str:
+    """Of a body that is HTML already; ``styles`` and ``scripts`` are files of this folder."""
+    style, script = ("".join(_read(name) for name in names) for names in (styles, scripts))
+    # Should something that a model wrote ever get through as markup, the browser neither runs nor fetches it.
+    digest = b64encode(sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    body, title = (_INVALID.sub("\N{REPLACEMENT CHARACTER}", part) for part in (body, escape(title)))
+    html = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{style}</style></head>\n"
+        f"<body>{body}<script>{script}</script></body></html>\n"
+    )
+    return html.encode("utf-8", "replace").decode()  # JSON may hold half characters, which no file can
+
+
+def _read(name: str) -> str:
+    return files("llava_cot.report").joinpath(name).read_text("utf-8")

@@ -1,0 +1,116 @@
+"""What an index or a table says of a trace, and of many: small enough to be kept for thousands."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llava_cot.report.accounts import wasted
+from llava_cot.report.view import read
+
+LENGTH = 300  # characters kept of a question or an answer
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A trace among many: ``trace.data`` or its JSON, or why it could not be read.
+
+    ``gold`` is the right answer, where one is known, and ``href`` the relative file name of its page.
+    """
+
+    trace: Mapping[str, Any] | None
+    gold: str | None = None
+    href: str | None = None
+    source: str = ""  # where it was read from
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    source: str
+    href: str | None
+    error: str | None
+    gold: str | None = None
+    question: str = ""
+    answer: str = ""
+    is_right: bool | None = None  # None: not known
+    search: str = ""
+    rounds: int = 0
+    retraces: int = 0
+    tokens: int = 0  # drawn
+    path: int = 0  # tokens of the returned answers
+    seconds: float = 0.0
+    malformed: str | None = None
+
+    @property
+    def wasted(self) -> float:
+        return wasted(self.tokens, self.path)
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Of those that could be read; ``failed`` counts the others."""
+
+    search: str
+    traces: int
+    failed: int
+    known: int  # with a gold answer
+    right: int
+    retraced: int
+    malformed: int
+    tokens: int
+    wasted: float
+    seconds: float
+
+    @property
+    def accuracy(self) -> str:
+        return f"{self.right / self.known:.1%} of {self.known:,}" if self.known else "–"
+
+
+def summarise(entry: Entry) -> Row:
+    """A trace that can't be read becomes a row that says why."""
+    if entry.trace is None:
+        return Row(entry.source, None, entry.error or "there is no trace")
+    try:
+        view = read(entry.trace)
+    except ValueError as error:
+        return Row(entry.source, None, str(error))
+    return Row(
+        source=entry.source,
+        href=entry.href,
+        error=None,
+        gold=None if entry.gold is None else _cut(entry.gold),
+        question=_cut(view.question),
+        answer=_cut(view.answer),
+        is_right=None if entry.gold is None else view.is_right(entry.gold),
+        search=view.search,
+        rounds=len(view.rounds),
+        retraces=len(view.retraces),
+        tokens=view.generated,
+        path=view.path,
+        seconds=view.seconds,
+        malformed=None if view.malformed is None else _cut(view.malformed),
+    )
+
+
+def totals(search: str, rows: Iterable[Row]) -> Totals:
+    """``search`` is the name to give to what ``rows`` have in common."""
+    rows = list(rows)
+    good = [row for row in rows if row.error is None]
+    tokens = sum(row.tokens for row in good)
+    return Totals(
+        search=search,
+        traces=len(good),
+        failed=len(rows) - len(good),
+        known=sum(row.is_right is not None for row in good),
+        right=sum(row.is_right is True for row in good),
+        retraced=sum(row.retraces > 0 for row in good),
+        malformed=sum(row.malformed is not None for row in good),
+        tokens=tokens,
+        wasted=wasted(tokens, sum(row.path for row in good)),
+        seconds=sum(row.seconds for row in good),
+    )
+
+
+def _cut(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= LENGTH else f"{text[:LENGTH]}…"
