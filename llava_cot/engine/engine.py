@@ -1,6 +1,5 @@
 """Continuous batching of search programs over one paged KV pool."""
 
-import math
 import time
 from collections import deque
 from collections.abc import Generator, Sequence
@@ -13,13 +12,13 @@ import torch
 from transformers import PreTrainedModel
 
 from llava_cot.engine.batch import Batch
-from llava_cot.engine.branch import Branch, Call, Expand, Extend, Finish, Rank, Ranked
-from llava_cot.engine.job import Job, Slot
+from llava_cot.engine.branch import Branch, Call, Expand, Extend, Rank, Ranked, Request
+from llava_cot.engine.draw import draw, grow, stop
+from llava_cot.engine.job import Job
 from llava_cot.engine.model import open_view
 from llava_cot_kernels.logprob import token_logprobs
 from llava_cot_kernels.page_pool import OutOfPages, PagePool
 from llava_cot_kernels.paged_kv import copy_pages
-from llava_cot_kernels.sampling import SampleOutput, sample
 from llava_cot_kernels.stage_tags import StageTags
 
 _Request = TypeVar("_Request", Expand, Rank, Extend, Call)
@@ -77,7 +76,7 @@ class Engine:
                     self._admit(waiting, running)
                 crowded |= self._step(waiting, running)
                 for job in [*running]:
-                    if job.error or not job.advance(time.perf_counter()):
+                    if not self._advance(job):
                         running.remove(job)
                         self._release(job)
                         crowded = False
@@ -101,10 +100,35 @@ class Engine:
                 job.start(self._prefill(job), now)
             except OutOfPages as error:
                 job.error = self._too_small(error)
-            if job.error or not job.advance(time.perf_counter()):
-                self._release(job)
-            else:
+            if self._advance(job):
                 running.append(job)
+            else:
+                self._release(job)
+
+    def _advance(self, job: Job) -> bool:
+        """Let its program go on; False once it has ended, as it does by a request that would fail a whole step."""
+        if job.error or not job.advance(time.perf_counter()):
+            return False
+        try:
+            self._check(job)
+        except (TypeError, ValueError) as error:
+            job.error = error
+        return job.error is None
+
+    def _check(self, job: Job) -> None:
+        """Raise for what would fail a whole step, and so other jobs."""
+        if not job.requests:  # it grows still
+            return
+        held, size = set(job.branches), self.view.vocab_size
+        for request in job.requests:
+            if not isinstance(request, Request):
+                raise TypeError(f"a program must yield requests, got {request!r}")
+            if not isinstance(request, Call) and request.parent not in held:
+                raise ValueError("parent must be a branch of this search that has not been dropped")
+            if isinstance(request, Extend):
+                unknown = [token for token in request.tokens if not 0 <= token < size]
+                if unknown:
+                    raise ValueError(f"tokens must be in [0, vocab_size={size}), got {unknown[0]}")
 
     def _prefill(self, job: Job) -> Branch:
         root = Branch(None, self.pool.create(), job.prompt_length, tag_state=self.tags.start_state)
@@ -153,12 +177,12 @@ class Engine:
         if not slots:
             return preempted
         rows = [sources[slot.branch if slot.branch.tokens else slot.request.parent] for slot in slots]
-        self._grow(slots, *self._draw(logits, rows, slots))
+        grow(slots, draw(logits, rows, slots, self.tags), self.eos_token_ids, self.tags, self.pool)
         now = time.perf_counter()
         for job in running:
             job.usage.generated_tokens += len(job.slots)
             job.tick(now)
-            _stop(job)
+            stop(job)
             job.slots = [slot for slot in job.slots if slot.branch.finish is None]
         return preempted
 
@@ -318,73 +342,6 @@ class Engine:
         job.usage.generations += len(kids)
         return kids
 
-    @torch.inference_mode()
-    def _draw(self, logits: torch.Tensor, rows: list[int], slots: list[Slot]) -> tuple[SampleOutput, torch.Tensor]:
-        """A token for each slot, and how far its distribution is from uniform: KL(uniform, softmax(logits)) in nats."""
-
-        def column(values, dtype) -> torch.Tensor:
-            return torch.tensor(list(values), dtype=dtype, device=logits.device)
-
-        params = [slot.request.params for slot in slots]
-        row = column(rows, torch.int64)
-        drawn = sample(
-            logits,
-            row=row,
-            temperature=column((p.temperature for p in params), torch.float32),
-            top_k=column((p.top_k for p in params), torch.int32),
-            top_p=column((p.top_p for p in params), torch.float32),
-            min_p=column((p.min_p for p in params), torch.float32),
-            seed=column((slot.branch.seed for slot in slots), torch.int64),
-            position=column((slot.branch.length for slot in slots), torch.int64),
-            tags=self.tags,
-            tag_state=column((slot.branch.tag_state for slot in slots), torch.int32),
-        )
-        # The drawn token's logit over its log-prob is the normaliser, which the sampler has summed already.
-        normaliser = logits[row, drawn.token.clamp(min=0)].float() - drawn.logprob
-        mean = logits.mean(-1, dtype=torch.float32)
-        return drawn, normaliser - mean[row] - math.log(logits.shape[1])
-
-    def _grow(self, slots: list[Slot], drawn: SampleOutput, certainty: torch.Tensor) -> None:
-        """Note the drawn tokens; the host looks at the device here, once a step."""
-        columns = (drawn.token, drawn.logprob, drawn.sampling_logprob, drawn.entropy, certainty)
-        tag_columns = (drawn.tag_state, drawn.tag, drawn.overhang)
-        for slot, (token, logprob, sampling_logprob, entropy, certain, tag_state, tag, overhang) in zip(
-            slots, zip(*(column.tolist() for column in (*columns, *tag_columns)))
-        ):
-            branch, request = slot.branch, slot.request
-            branch.tokens.append(token)
-            branch.logprobs.append(logprob)
-            branch.sampling_logprobs.append(sampling_logprob)
-            branch.entropies.append(entropy)
-            branch.certainties.append(certain)
-            branch.length += 1
-            branch.tag_state = tag_state
-            if token in self.eos_token_ids:
-                branch.finish = Finish.EOS
-            elif tag >= 0 and (request.stops is None or tag in request.stops):
-                branch.finish, branch.tag, branch.overhang = Finish.TAG, tag, overhang
-            elif tag in request.trims:
-                branch.finish, branch.tag = Finish.TAG, tag
-                self._trim(branch, overhang)
-            elif len(branch.tokens) == request.max_new_tokens:
-                branch.finish = Finish.LENGTH
-
-    def _trim(self, branch: Branch, overhang: int) -> None:
-        """Take the last token back if it goes on behind the tag; forget the tag, or the next token closes it again."""
-        branch.tag_state = self.tags.start_state
-        if not overhang or len(branch.tokens) == 1:
-            return
-        for column in (
-            branch.tokens,
-            branch.logprobs,
-            branch.sampling_logprobs,
-            branch.entropies,
-            branch.certainties,
-        ):
-            column.pop()
-        branch.length -= 1
-        self.pool.truncate(branch.seq, branch.length - 1)
-
     def _release(self, job: Job) -> None:
         """Take back everything ``job`` holds."""
         self._live.discard(job)
@@ -405,15 +362,6 @@ class Engine:
     def _too_small(self, error: OutOfPages) -> OutOfPages:
         size = f"num_pages={self.pool.num_pages} of page_size={self.pool.page_size}"
         return OutOfPages(f"the KV cache ({size}) is too small for this search alone: {error}; raise num_pages")
-
-
-def _stop(job: Job) -> None:
-    """Ask each request once whether its branches are to stop here."""
-    asked: dict[int, bool] = {}
-    for slot in job.slots:
-        stop = slot.request.stop
-        if stop and slot.branch.finish is None and asked.setdefault(id(slot.request), stop()):
-            slot.branch.finish = Finish.STOPPED
 
 
 def _requests(jobs: list[Job], kind: type[_Request]) -> list[tuple[Job, _Request]]:

@@ -113,7 +113,11 @@ class Job:
         """Forget all progress; the pages it owned are the engine's to free."""
         for branch in self.branches:
             branch.next_logits = None
-        if self._coroutine is not None:
-            self._coroutine.close()
+        coroutine, self._coroutine = self._coroutine, None
         self.branches, self.requests, self.slots = [], [], []
-        self._coroutine = self._reply = self._failure = None
+        self._reply = self._failure = None
+        try:
+            if coroutine is not None:
+                coroutine.close()
+        except Exception as error:  # of its cleaning up
+            self.error = self.error or error

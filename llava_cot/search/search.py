@@ -198,16 +198,18 @@ class Search:
             Exception: what the scorer raised, if it raised for every one of ``nodes``.
             ValueError: the scorer does not return one number per span.
         """
-        whole = is_groupwise(scorer)
-        keys = [(id(scorer), scope, index if whole else tuple(n.branch.path())) for index, n in enumerate(nodes)]
-        new = {key: node for key, node in zip(keys, nodes) if whole or key not in self._scores}
+        keys = [(id(scorer), scope, tuple(node.branch.path())) for node in nodes]
+        first: dict[tuple, Node] = {}
+        for key, node in zip(keys, nodes):
+            first.setdefault(key, node)  # equal candidates differ in the last bits of their log-probs, by batch row
+        asked = keys if is_groupwise(scorer) else [key for key in first if key not in self._scores]
         limit = self.budget.scorer_calls if self.budget else None
-        if limit is not None and self.run_usage().scorer_calls + len(new) > limit:
+        if limit is not None and self.run_usage().scorer_calls + len(asked) > limit:
             raise BudgetSpent("scorer_calls")
-        self.usage.scorer_calls += len(new)
-        spans = [self._span(node, scope) for node in new.values()]
+        self.usage.scorer_calls += len(asked)
+        spans = [self._span(first[key], scope) for key in asked]
         scores = (yield from self._evaluate(scorer, spans)) if spans else []
-        for key, span, score in zip(new, spans, scores):
+        for key, span, score in reversed([*zip(asked, spans, scores)]):  # of equals the first one's counts
             if isinstance(score, Exception):
                 self._scores[key] = -math.inf, repr(score), span.notes
             elif not math.isfinite(score):

@@ -7,7 +7,7 @@ import pytest
 
 from llava_cot import SwiresConfig, TokenBeamConfig
 from llava_cot.data import shapes
-from llava_cot.engine import engine as engine_module
+from llava_cot.engine import draw, engine
 from llava_cot_kernels import OutOfPages
 
 CONFIG = SwiresConfig.published(max_new_tokens=160)
@@ -24,16 +24,16 @@ def _assert_nothing_held(generator):
     assert generator.engine.images_in_use == 0
 
 
-@pytest.mark.parametrize("where", ["sample", "copy_pages"])
-def test_an_interrupt_at_any_call_of_an_op(tiny, monkeypatch, where):
-    original, calls = getattr(engine_module, where), 0
+@pytest.mark.parametrize("module, where", [(draw, "sample"), (engine, "copy_pages")], ids=["sample", "copy_pages"])
+def test_an_interrupt_at_any_call_of_an_op(tiny, monkeypatch, module, where):
+    original, calls = getattr(module, where), 0
 
     def counting(*args, **kwargs):
         nonlocal calls
         calls += 1
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(engine_module, where, counting)
+    monkeypatch.setattr(module, where, counting)
     expected = tiny.answer(SAMPLE.image, SAMPLE.question, CONFIG).tokens
     for stop_at in range(1, calls + 1, max(1, calls // 40)):
         remaining = stop_at
@@ -45,11 +45,11 @@ def test_an_interrupt_at_any_call_of_an_op(tiny, monkeypatch, where):
                 raise Interruption
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(engine_module, where, interrupting)
+        monkeypatch.setattr(module, where, interrupting)
         with pytest.raises(Interruption):
             tiny.answer(SAMPLE.image, SAMPLE.question, CONFIG)
         _assert_nothing_held(tiny)
-    monkeypatch.setattr(engine_module, where, original)
+    monkeypatch.setattr(module, where, original)
     assert tiny.answer(SAMPLE.image, SAMPLE.question, CONFIG).tokens == expected
 
 

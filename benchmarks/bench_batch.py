@@ -1,0 +1,182 @@
+"""Many questions at once on the tiny model: the same answers as one at a time, in fewer forward steps and less time.
+
+``python benchmarks/bench_batch.py --threads 1`` asks 64 questions in groups of 1, 8 and 64, in one process and on one
+engine; the groups of 1 are the base of all ratios. The answers are compared token for token before anything is printed.
+A forward step is one pass of the model over whatever grows; prefills, one for each question, are not among them.
+
+The shares are of the time of a step: within matrix products (by torch's profiler), our attention, our sampler and the
+other ops; the rest is the host's, transformers' modules and the engine. Ops so small seem longer while profiled, so the
+host's share is rather more.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_search import environment
+from torch.profiler import ProfilerActivity, profile
+
+from llava_cot import BestOfNConfig, GreedyConfig, SwiresConfig, SwiresGenerator
+from llava_cot.answer import Answer
+from llava_cot.data import shapes
+
+GROUPS = (1, 8, 64)
+MAX_NEW_TOKENS = 160
+SEARCHES = {
+    "greedy": GreedyConfig(max_new_tokens=MAX_NEW_TOKENS),
+    "swires (published)": SwiresConfig.published(max_new_tokens=MAX_NEW_TOKENS),
+    "best of 4": BestOfNConfig(n=4, max_new_tokens=MAX_NEW_TOKENS),
+}
+MATRIX_OPS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
+OWN_OPS = {
+    "llava_cot_kernels::paged_attention": "attention",
+    "llava_cot_kernels::shared_attention": "attention",
+    "llava_cot_kernels::sample": "drawing",
+}
+# What must hold for the largest group
+MOST_STEPS, LEAST_SPEEDUP = 1.5, 2.0
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of all questions together, asked ``group`` at a time."""
+
+    search: str
+    group: int
+    seconds: float
+    tokens_per_second: float  # drawn, those of candidates that were not kept too
+    forward_steps: int
+    longest: int  # forward steps of each group's longest search alone, summed over the groups
+    speedup: float  # over one at a time
+    shares: dict[str, float]  # of the time of a step, in the last group
+
+    @property
+    def steps_ratio(self) -> float:
+        return self.forward_steps / self.longest
+
+
+@contextmanager
+def counted_steps(generator: SwiresGenerator):
+    """A list that gets an entry for every forward step."""
+    view, steps = generator.engine.view, list[int]()
+    decode = view.decode
+
+    def counting(token_ids, *args):
+        steps.append(len(token_ids))
+        return decode(token_ids, *args)
+
+    view.decode = counting  # type: ignore[method-assign]
+    try:
+        yield steps
+    finally:
+        del view.decode
+
+
+def ask(generator: SwiresGenerator, samples: Sequence[Any], search: Any) -> list[Answer]:
+    return generator.answer_batch([s.image for s in samples], [s.question for s in samples], search, seed=0)
+
+
+def shares_of_steps(generator: SwiresGenerator, samples: Sequence[Any], search: Any) -> dict[str, float]:
+    """What the steps of one group spend their time on, prefills and preprocessing aside; "host" is all but the ops."""
+
+    def run_steps(watch: AbstractContextManager) -> float:
+        plan = generator._plan(search, {})
+        jobs = [generator._ask(sample.image, sample.question, plan, 0) for sample in samples]
+        with closing(generator.engine.steps(jobs)) as steps:
+            next(steps)  # prefills all
+            with watch:
+                start = time.perf_counter()
+                for _ in steps:
+                    pass
+                return time.perf_counter() - start
+
+    # The profiler slows what it watches, so its seconds are held against those of a run that nobody watched.
+    plain = min(run_steps(nullcontext()) for _ in range(2))
+    watched = profile(activities=[ProfilerActivity.CPU])
+    run_steps(watched)
+    shares = dict.fromkeys(("matrix", *OWN_OPS.values(), "other_ops"), 0.0)
+    for event in watched.key_averages():
+        kind = "matrix" if event.key in MATRIX_OPS else OWN_OPS.get(event.key, "other_ops")
+        shares[kind] += event.self_cpu_time_total / 1e6 / plain
+    return {**shares, "host": 1 - sum(shares.values())}
+
+
+def bench(generator: SwiresGenerator, name: str, samples: Sequence[Any]) -> list[Figures]:
+    search, rows, alone = SEARCHES[name], list[Figures](), list[Answer]()
+    for group in [group for group in GROUPS if group <= len(samples)]:
+        groups = [samples[start : start + group] for start in range(0, len(samples), group)]
+        with counted_steps(generator) as steps:
+            start = time.perf_counter()
+            answers = [answer for some in groups for answer in ask(generator, some, search)]
+            seconds = time.perf_counter() - start
+        assert generator.engine.pages_in_use == 0
+        alone = alone or answers
+        for index, (answer, single) in enumerate(zip(answers, alone)):
+            if answer.tokens != single.tokens or _drawn(answer) != _drawn(single):
+                raise SystemExit(f"{name}, {group} at once: question {index} has another answer than alone")
+        longest = [max(a.usage.steps for a in alone[at : at + group]) for at in range(0, len(samples), group)]
+        shares = shares_of_steps(generator, groups[-1], search)
+        tokens = sum(answer.usage.generated_tokens for answer in answers)
+        base = rows[0].seconds if rows else seconds
+        rows.append(
+            Figures(name, group, seconds, tokens / seconds, len(steps), sum(longest), base / seconds, shares),
+        )
+        print(_row(rows[-1]), flush=True)
+    return rows
+
+
+def _drawn(answer: Answer) -> list[list[int]]:
+    return [node["tokens"] for node in answer.trace.data["nodes"]]
+
+
+def _row(row: Figures) -> str:
+    shares = " | ".join(f"{share:.0%}" for share in row.shares.values())
+    return (
+        f"| {row.search} | {row.group} | {row.seconds:.2f} s | {row.speedup:.2f}x | {row.tokens_per_second:.0f} | "
+        f"{row.forward_steps} ({row.steps_ratio:.2f}x) | {shares} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--questions", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    generator = SwiresGenerator.from_pretrained("tiny")
+    samples = [shapes.sample(seed) for seed in range(807_000, 807_000 + args.questions)]
+    ask(generator, samples[:2], "greedy")  # warm
+    columns = ["search", "at once", "wall time", "speed-up", "tokens/s", "forward steps (over the longest alone's)"]
+    columns += ["matrix work", "attention", "drawing", "other ops", "host"]
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+    rows = [row for name in SEARCHES for row in bench(generator, name, samples)]
+    largest = max(row.group for row in rows)
+    missed = [row for row in rows if row.group == largest and not _is_enough(row)]
+    for row in missed:
+        print(f"missed by {row.search}: {row.speedup:.2f}x the speed, {row.steps_ratio:.2f}x the steps")
+    if args.out:
+        found = {
+            "benchmark": "bench_batch",
+            **environment(args.threads),
+            "questions": args.questions,
+            "max_new_tokens": MAX_NEW_TOKENS,
+            "rows": [{**asdict(row), "steps_ratio": row.steps_ratio} for row in rows],
+        }
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+    if missed:
+        raise SystemExit(1)
+
+
+def _is_enough(row: Figures) -> bool:
+    return row.speedup >= LEAST_SPEEDUP and row.steps_ratio <= MOST_STEPS
+
+
+if __name__ == "__main__":
+    main()
