@@ -33,8 +33,8 @@ small-world: $(VENV)/.ready
 	$(VENV)/bin/python -m llava_cot.train.tiny_verifier llava_cot/tiny/verifier --rollouts build/rollouts.jsonl \
 		--init build/verifier --steps 1400 --lr 1.2e-3 --word-weight 5 --seed 1
 	$(VENV)/bin/python -m llava_cot.train.tiny_calibration llava_cot/tiny
-	$(VENV)/bin/python benchmarks/bench_accuracy.py --out benchmarks/results/tiny_accuracy.json
-	$(VENV)/bin/python benchmarks/accuracy_report.py
+	$(VENV)/bin/python benchmarks/bench_accuracy.py --out build/accuracy.json
+	$(VENV)/bin/python benchmarks/accuracy_report.py build/accuracy.json
 
 info: $(VENV)/.ready
 	$(VENV)/bin/python -m llava_cot_kernels.info

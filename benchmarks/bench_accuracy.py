@@ -1,106 +1,226 @@
-"""How often the bundled tiny model is right on held-out questions, by search, with 95 % Wilson intervals.
+"""The comparison of the paper at small scale: how often each search is right, by scorer and by generated tokens.
 
-``python benchmarks/bench_accuracy.py --out benchmarks/results/tiny_accuracy.json``. A scale model: the figures say how
-the searches behave on it, nothing about the 11B model.
+``python benchmarks/bench_accuracy.py`` (two cores, within an hour) writes what it saw to build/accuracy.json; then
+``python benchmarks/accuracy_report.py build/accuracy.json`` makes the results, the tables and the plot of it. The tiny
+model answers held-out questions of the shapes world. One pool of 16 sampled answers for each question serves every vote
+and every best-of-N; searches by stages run for three scorers, the two that choose best from the pool of the calibration
+questions and ``by_stage``, and for oracles. The temperature was chosen on those questions too (``--sweep``). A scale
+model: nothing here says how good the 11B is.
 """
 
 import argparse
 import json
-import math
-import re
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from llava_cot import (
-    BestOfNConfig,
-    GreedyConfig,
-    MajorityConfig,
-    SampleConfig,
-    StageBeamConfig,
-    SwiresConfig,
-    SwiresGenerator,
-    TokenBeamConfig,
-)
+from llava_cot import SwiresGenerator, tiny_path
+from llava_cot.checkpoint import checkpoint_sha256
 from llava_cot.data import shapes
+from llava_cot.engine.branch import SamplingParams
+from llava_cot.scoring import SCORERS, Calibration, JudgeScorer, Scorer
+from llava_cot.stages import parse
+from llava_cot.train.small_world import Oracle, World, load_verifier
 
-SEARCHES = {
-    "greedy": GreedyConfig(max_new_tokens=200),
-    "sample": SampleConfig(max_new_tokens=200),
-    "best of 4": BestOfNConfig(max_new_tokens=200, n=4),
-    "majority of 8": MajorityConfig(max_new_tokens=200),
-    "token beam of 4": TokenBeamConfig(max_new_tokens=200),
-    "stage beam": StageBeamConfig(max_new_tokens=200),
-    "SWIRES, default": SwiresConfig(max_new_tokens=200),
-    "SWIRES, published": SwiresConfig.published(max_new_tokens=200),
+POOL = 16
+FREE = ("confidence", "lowest_group", "tail", "negative_entropy", "self_certainty")
+NOISES = (0.5, 1.0, 2.0)
+CALIBRATION_SEEDS = range(700_000, 700_400)
+SAMPLING = {"temperature": 1.0, "top_p": 1.0}
+SWEEP = ((0.6, 0.9), (0.8, 1.0), (1.0, 1.0), (1.2, 1.0))
+MAX_NEW_TOKENS = 200
+QUESTIONS_AT_ONCE = 50
+CUTOFFS = {"verifier": 0.0}  # a logit; an oracle's is between right and wrong, the others' are calibrated quantiles
+STAGES = ("SUMMARY", "CAPTION", "REASONING", "CONCLUSION")
+PUBLISHED = {"candidates": dict(zip(STAGES, (1, 4, 4, 1))), "keep": 2}
+# The errors of this policy are in its reasoning (an exact caption hardly makes a right answer more likely), so the
+# candidates go there. Chosen on the calibration questions.
+REASONING = {"candidates": dict(zip(STAGES, (1, 1, 4, 1))), "retrace": {"REASONING": "REASONING"}, "max_rounds": 3}
+
+# name -> (search, settings); those of the second need a scorer
+PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
+    "greedy": ("greedy", {}),
+    **{f"token beam of {k}": ("token_beam", {"num_beams": k}) for k in (2, 4, 8)},
 }
-BATCH = 50
+SCORED: dict[str, tuple[str, dict[str, Any]]] = {
+    "sentence beam": ("sentence_beam", {}),
+    "stage beam": ("stage_beam", PUBLISHED),
+    "SWIRES, published": ("swires", {**PUBLISHED, "retrace": {"REASONING": "CAPTION"}, "pass_rank": 2}),
+    "SWIRES, reasoning": ("swires", REASONING),
+}
+WITH_ORACLES = ("stage beam", "SWIRES, published", "SWIRES, reasoning")
 
 
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """The 95 % interval of a proportion."""
-    z, p = 1.96, right / n
-    center, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (center - half) / (1 + z * z / n), (center + half) / (1 + z * z / n)
+def scorers_of(generator: SwiresGenerator, world: World) -> dict[str, Scorer]:
+    """Every scorer that looks at one candidate at a time, by name."""
+    found = {name: SCORERS[name] for name in FREE} | {"judge_yes_no": JudgeScorer(generator.processor)}
+    found |= {oracle.__name__: oracle for oracle in (Oracle(world), *(Oracle(world, noise) for noise in NOISES))}
+    return found | {"verifier": load_verifier(world)}
 
 
-CELL = "|".join(sorted(shapes.CELLS, key=len, reverse=True))
+def ask(generator: SwiresGenerator, world: World, search: Any, **settings) -> list:
+    """The answers to all questions of the world, some at once."""
+    answers = []
+    for start in range(0, len(world.samples), QUESTIONS_AT_ONCE):
+        some = world.samples[start : start + QUESTIONS_AT_ONCE]
+        images, questions = [s.image for s in some], [s.question for s in some]
+        answers += generator.answer_batch(images, questions, search, max_new_tokens=MAX_NEW_TOKENS, **settings)
+    return answers
 
 
-def objects(caption: str) -> list[tuple[str, ...]]:
-    """(cell, colour, shape) of every object, whatever the words around them."""
-    return re.findall(rf"({CELL}): (\w+) (\w+)", caption)
+def sample_pool(seeds: Sequence[int], sampling: dict[str, float]) -> list[list[dict[str, Any]]]:
+    """For each question its sampled answers, each with all its scores."""
+    generator, world = SwiresGenerator.from_pretrained("tiny"), World(seeds)
+    scorers = scorers_of(generator, world)
+
+    def policy(search):
+        nodes = yield from search.expand([search.root], POOL, None, params=SamplingParams(**sampling))
+        found: list[dict[str, float]] = [{} for _ in nodes]
+        for name, scorer in scorers.items():
+            yield from search.score(nodes, scorer)
+            for node, scores in zip(nodes, found):
+                scores[name] = node.score
+        for node, scores in zip(nodes, found):
+            node.notes = scores
+        return search.best(nodes)
+
+    return [
+        [
+            {
+                "text": node["text"],
+                "tokens": len(node["tokens"]),
+                "closed": node["closed"],
+                "right": shapes.is_correct(sample, parse(node["text"])["CONCLUSION"].text),
+                "scores": node["notes"],
+            }
+            for node in answer.trace.data["nodes"]
+        ]
+        for sample, answer in zip(world.samples, ask(generator, world, policy))
+    ]
 
 
-def measure(generator: SwiresGenerator, config, seeds: range) -> dict:
-    right = tokens = captions = right_given_caption = oracle = 0
-    for start in range(0, len(seeds), BATCH):
-        samples = [shapes.sample(seed) for seed in seeds[start : start + BATCH]]
-        answers = generator.answer_batch([s.image for s in samples], [s.question for s in samples], config)
-        for sample, answer in zip(samples, answers):
-            ok = shapes.is_correct(sample, answer.conclusion)
-            seen = objects(answer.stages["CAPTION"].text) == objects(sample.stages["CAPTION"])
-            right, captions, right_given_caption = right + ok, captions + seen, right_given_caption + (ok and seen)
-            tokens += answer.usage.generated_tokens
-            texts = [node["text"] for node in answer.trace.data["nodes"]]
-            oracle += any(re.search(rf"<CONCLUSION>\s*{re.escape(sample.answer)}\s*</CONCLUSION>", t) for t in texts)
-    n = len(seeds)
-    low, high = wilson(right, n)
-    return {
-        "accuracy": right / n,
-        "interval95": [round(low, 4), round(high, 4)],
-        "caption_exact": captions / n,
-        "accuracy_given_exact_caption": right_given_caption / max(captions, 1),
-        "any_candidate_right": oracle / n,
-        "tokens_per_question": tokens / n,
-    }
+def run_search(
+    seeds: Sequence[int], search: str, settings: dict[str, Any], scorer: str | None, calibration: Calibration | None
+) -> list[dict[str, Any]]:
+    """For each question whether the answer was right, and what it cost."""
+    generator, world = SwiresGenerator.from_pretrained("tiny"), World(seeds)
+    if scorer is not None:
+        settings = {**settings, **SAMPLING, "scorer": {**SCORERS, **scorers_of(generator, world)}[scorer]}
+    if calibration is not None:
+        generator.calibrations[calibration.scorer] = calibration
+    elif search == "swires":
+        settings["cutoff"] = CUTOFFS.get(scorer or "", 0.5)
+    answers = ask(generator, world, search, **settings)
+    return [
+        {
+            "right": shapes.is_correct(sample, answer.conclusion),
+            "tokens": answer.usage.generated_tokens,
+            "scorer_calls": answer.usage.scorer_calls,
+            "prompt_tokens": answer.usage.prompt_tokens,
+            "retraces": len(answer.trace.events("retraced")),
+        }
+        for sample, answer in zip(world.samples, answers)
+    ]
+
+
+def calibrate(seeds: Sequence[int], scorer: str) -> list[Calibration]:
+    generator, world = SwiresGenerator.from_pretrained("tiny"), World(seeds)
+    scorer_of = {**SCORERS, **scorers_of(generator, world)}[scorer]
+    images, questions = [s.image for s in world.samples], [s.question for s in world.samples]
+    data = f"shapes world, seeds {seeds[0]} to {seeds[-1]}"
+    settings = {"scorer": scorer_of, "max_new_tokens": MAX_NEW_TOKENS, **SAMPLING}
+    return [generator.calibrate(images, questions, data=data, **settings)]
+
+
+def in_two(function: Callable[..., list], seeds: Sequence[int], *arguments: Any) -> list:
+    """``function(seeds, *arguments)`` of both halves, each on a core of its own, in order."""
+    half = len(seeds) // 2
+    with ProcessPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        parts = [pool.submit(function, part, *arguments) for part in (seeds[:half], seeds[half:])]
+        return [item for part in parts for item in part.result()]
+
+
+def best_of(answers: list[dict[str, Any]], scorer: str) -> dict[str, Any]:
+    """The first of the best among those that ended."""
+    return max(answers, key=lambda answer: (answer["closed"], answer["scores"][scorer]))
+
+
+def choose_scorers(pool: list[list[dict[str, Any]]]) -> list[str]:
+    """The two that choose best from a pool, oracles aside, and by_stage for those that look at whole pools."""
+    names = [name for name in pool[0][0]["scores"] if not name.startswith("oracle")]
+    right = {name: sum(best_of(answers, name)["right"] for answers in pool) for name in names}
+    print("best of 16 on calibration questions:", {name: f"{n / len(pool):.1%}" for name, n in right.items()})
+    return [*sorted(names, key=lambda name: -right[name])[:2], "by_stage"]
+
+
+def sweep() -> None:
+    """What the temperatures give on the calibration questions."""
+    print("| temperature | top_p | one sample | any of 16 right | distinct answers | best of 16 by the verifier |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for temperature, top_p in SWEEP:
+        pool = in_two(sample_pool, CALIBRATION_SEEDS, {"temperature": temperature, "top_p": top_p})
+        one = sum(answers[0]["right"] for answers in pool) / len(pool)
+        oracle = sum(any(a["right"] for a in answers) for answers in pool) / len(pool)
+        distinct = sum(len({a["text"] for a in answers}) for answers in pool) / len(pool) / POOL
+        verified = sum(best_of(answers, "verifier")["right"] for answers in pool) / len(pool)
+        print(f"| {temperature} | {top_p} | {one:.1%} | {oracle:.1%} | {distinct:.1%} | {verified:.1%} |", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", type=int, default=1000)
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--searches", nargs="+", choices=SEARCHES, default=list(SEARCHES))
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--questions", type=int, default=2000)
+    parser.add_argument("--first-seed", type=int, default=shapes.TEST_SEEDS.start)
+    parser.add_argument("--sweep", action="store_true", help="compare temperatures on calibration questions and stop")
+    parser.add_argument("--out", type=Path, default=Path("build/accuracy.json"))
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    generator = SwiresGenerator.from_pretrained(args.model)
-    seeds = shapes.TEST_SEEDS[: args.questions]
-    results = {}
-    print("| search | accuracy | 95 % interval | exact captions | right given that | any candidate right | tokens |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for name in args.searches:
-        r = results[name] = measure(generator, SEARCHES[name], seeds)
-        low, high = r["interval95"]
-        print(
-            f"| {name} | {r['accuracy']:.1%} | {low:.1%} to {high:.1%} | {r['caption_exact']:.1%} "
-            f"| {r['accuracy_given_exact_caption']:.1%} | {r['any_candidate_right']:.1%} "
-            f"| {r['tokens_per_question']:.0f} |",
-            flush=True,
-        )
-    if args.out:
-        data = {"seeds": [seeds[0], seeds[-1]], "results": results}
-        args.out.write_text(json.dumps(data, indent=1) + "\n")
+    if args.sweep:
+        return sweep()
+    start = time.monotonic()
+    seeds = range(args.first_seed, args.first_seed + args.questions)
+
+    def log(what, rows):
+        right = sum(row["right"] for row in rows) / len(rows)
+        tokens = sum(row["tokens"] for row in rows) / len(rows)
+        print(f"{(time.monotonic() - start) / 60:5.1f} min  {what}: {right:.1%}, {tokens:.0f} tokens", flush=True)
+
+    scorers = choose_scorers(in_two(sample_pool, CALIBRATION_SEEDS, SAMPLING))
+    calibrations = {name: calibrate(CALIBRATION_SEEDS, name)[0] for name in scorers if name not in CUTOFFS}
+    pool = in_two(sample_pool, seeds, SAMPLING)
+    log("pool of 16, the first of each", [answers[0] for answers in pool])
+    searches = {}
+    for name, (search, settings) in PLAIN.items():
+        searches[name] = in_two(run_search, seeds, search, settings, None, None)
+        log(name, searches[name])
+    for scorer in (*scorers, "oracle, noise 0.5", "oracle, noise 1"):
+        for name, (search, settings) in SCORED.items():
+            if scorer.startswith("oracle") and name not in WITH_ORACLES:
+                continue
+            place = f"{name}, {scorer}"
+            searches[place] = in_two(run_search, seeds, search, settings, scorer, calibrations.get(scorer))
+            log(place, searches[place])
+    data = {
+        "model_sha256": checkpoint_sha256(tiny_path()),
+        "verifier_sha256": checkpoint_sha256(tiny_path() / "verifier"),
+        "seeds": [seeds[0], seeds[-1]],
+        "calibration_seeds": [CALIBRATION_SEEDS[0], CALIBRATION_SEEDS[-1]],
+        "sampling": SAMPLING,
+        "minutes": round((time.monotonic() - start) / 60, 1),
+        "scorers": scorers,
+        "calibrations": {name: asdict(calibration) for name, calibration in calibrations.items()},
+        "searches": {name: {key: [row[key] for row in rows] for key in rows[0]} for name, rows in searches.items()},
+        "pool": [
+            {key: [a[key] for a in answers] for key in ("text", "tokens", "closed", "right")}
+            | {"scores": {name: [round(a["scores"][name], 4) for a in answers] for name in answers[0]["scores"]}}
+            for answers in pool
+        ],
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(data) + "\n")
 
 
 if __name__ == "__main__":

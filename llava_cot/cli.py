@@ -4,7 +4,7 @@ import random
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console, Group
@@ -20,7 +20,7 @@ PRESETS = ("published", "released", "prose")
 Search = Annotated[
     str,
     typer.Option(
-        help="greedy, sample, best_of_n, majority, stage_beam, token_beam, swires, "
+        help="greedy, sample, best_of_n, majority, token_beam, sentence_beam, stage_beam, swires, "
         "or a preset of it: swires:published, :released, :prose."
     ),
 ]
@@ -42,11 +42,21 @@ def answer(
     device: Annotated[str | None, typer.Option(help="For example cuda.")] = None,
     seed: Seed = 0,
     max_new_tokens: MaxNewTokens = 2048,
+    scorer: Annotated[str | None, typer.Option(help="Of candidates, e.g. confidence, vote or by_stage.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="A budget: tokens drawn by the whole search.")] = None,
+    max_seconds: Annotated[float | None, typer.Option(min=0.01, help="A budget: seconds for the search.")] = None,
     json: Json = False,
     trace: TraceFile = None,
 ) -> None:
     """Answer a question about an image, stage by stage."""
-    _run(image, question, search, model, device, seed, max_new_tokens, json, trace)
+    from llava_cot.engine.budget import Budget
+
+    settings: dict[str, Any] = {"seed": seed, "max_new_tokens": max_new_tokens}
+    if scorer is not None:
+        settings["scorer"] = scorer
+    if max_tokens is not None or max_seconds is not None:
+        settings["budget"] = Budget(generated_tokens=max_tokens, seconds=max_seconds)
+    _run(image, question, search, model, device, settings, json, trace)
 
 
 @app.command()
@@ -68,7 +78,8 @@ def demo(
         sample.image.save(image)
         if not json:
             _show_image(sample.image, f"sample {number} of the shapes world")
-        conclusion = _run(image, sample.question, search, "tiny", None, 0, 256, json, trace, sample.answer)
+        settings = {"seed": 0, "max_new_tokens": 256}
+        conclusion = _run(image, sample.question, search, "tiny", None, settings, json, trace, sample.answer)
     if not json:
         verdict = "right" if shapes.is_correct(sample, conclusion) else "wrong"
         console = Console()
@@ -142,27 +153,28 @@ def main() -> None:
         sys.exit(2)
 
 
-def _run(image, question, search, model, device, seed, max_new_tokens, json, trace, gold=None) -> str:
+def _run(image, question, search, model, device, settings, json, trace, gold=None) -> str:
     from transformers.utils import logging
 
     from llava_cot.generator import SwiresGenerator
     from llava_cot.prompt import open_image
+    from llava_cot.report.files import write_text
 
     logging.disable_progress_bar()
     generator = SwiresGenerator.from_pretrained(model, device=device)
     plan = _search(search)
     if json:
-        result = generator.answer(image, question, plan, seed=seed, max_new_tokens=max_new_tokens)
+        result = generator.answer(image, question, plan, **settings)
         print(_json(result))
     else:
-        events = generator.stream(image, question, plan, seed=seed, max_new_tokens=max_new_tokens)
+        events = generator.stream(image, question, plan, **settings)
         result = _watch(question, events)
     if trace is not None:
         is_page = trace.suffix.lower() == ".html"
         written = (
             result.trace.to_html(image=open_image(image), gold=gold) if is_page else result.trace.to_json(indent=1)
         )
-        trace.write_text(written + "\n", encoding="utf-8")
+        write_text(trace, written + "\n")
     return result.conclusion
 
 

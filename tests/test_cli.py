@@ -57,6 +57,14 @@ def test_answer_and_its_trace(run, image, tmp_path):
     assert f"{trace['usage']['generated_tokens']} tokens drawn" in out
 
 
+def test_a_scorer_and_a_budget(run, image):
+    limits = ["--scorer", "vote", "--max-tokens", "150", "--max-seconds", "60", "--max-new-tokens", "160"]
+    status, out, _ = run("answer", image, SAMPLE.question, "--search", "stage_beam", "--json", *limits)
+    assert status == 0 and json.loads(out)["usage"]["generated_tokens"] <= 154
+    status, _, error = run("answer", image, SAMPLE.question, "--search", "greedy", "--scorer", "vote")
+    assert status == 2 and "scorer is not supported by search='greedy'" in error
+
+
 def test_a_page_of_the_search(run, tmp_path):
     """The page knows the question, the image and the truth; ``report`` makes the rest of it from JSON."""
     file, other, trace = tmp_path / "out.html", tmp_path / "other.HTML", tmp_path / "trace.json"
