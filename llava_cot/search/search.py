@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from llava_cot.engine.branch import Branch, Expand, Finish, SamplingParams
+from llava_cot.engine.branch import Branch, Expand, Extend, Finish, SamplingParams
 from llava_cot.engine.budget import Budget
 from llava_cot.engine.job import Usage
 from llava_cot.scoring import Calibration, Scorer, Span
@@ -51,6 +51,7 @@ class Search:
     retraces: list[Retrace] = field(default_factory=list)
     root: Node = field(init=False)
     _scores: dict[tuple, tuple[float, str | None, dict[str, float]]] = field(default_factory=dict)
+    _scorers: dict[int, Scorer] = field(default_factory=dict)
     _start: float = field(default_factory=time.perf_counter)
     _before: Usage = field(init=False)
 
@@ -198,6 +199,7 @@ class Search:
             Exception: what the scorer raised, if it raised for every one of ``nodes``.
             ValueError: the scorer does not return one number per span.
         """
+        self._scorers[id(scorer)] = scorer  # alive, its id is no other's
         keys = [(id(scorer), scope, tuple(node.branch.path())) for node in nodes]
         first: dict[tuple, Node] = {}
         for key, node in zip(keys, nodes):
@@ -219,8 +221,9 @@ class Search:
         for key, node in zip(keys, nodes):
             node.score, node.error, node.notes = self._scores[key]
         ids, errors = [node.id for node in nodes], {str(node.id): node.error for node in nodes if node.error}
-        places = {"scorer": name_of(scorer), "scope": scope, "nodes": ids}
-        self.note("scored", **places, scores=[node.score for node in nodes], errors=errors)
+        self.note("scored", scorer=name_of(scorer), scope=scope, nodes=ids, scores=[node.score for node in nodes])
+        if errors:
+            self.note("failed", scorer=name_of(scorer), errors=errors)
         raised = [score for score in scores if isinstance(score, Exception)]
         if raised and all(node.error for node in nodes):
             raised[0].add_note(f"the scorer raised for every candidate: {ids}")
@@ -346,7 +349,8 @@ class Search:
             except StopIteration as stop:
                 return stop.value
             if self.budget:
-                if spent := self.spent():
+                spent = self.spent()
+                if spent and any(_costs(request, spent) for request in requests):
                     program.close()
                     raise BudgetSpent(spent)
                 requests = [replace(r, stop=self._stop) if isinstance(r, Expand) else r for r in requests]
@@ -375,6 +379,11 @@ class Search:
             tokens_left=self.tokens_left(node),
             decode=self.decode,
         )
+
+
+def _costs(request: Any, what: str) -> bool:
+    """Whether answering it would take more of what is spent. The last candidates may always be scored by the host."""
+    return isinstance(request, Expand) or (isinstance(request, Extend) and what in ("prompt_tokens", "seconds"))
 
 
 def ranked_score(pool: Sequence[Node], rank: int) -> float | None:

@@ -164,8 +164,7 @@ def test_a_failed_score_marks_its_candidate(tiny, how):
     assert marked and all(node["text"] == first["text"] and node["score"] == float("-inf") for node in marked)
     assert all(("no score today" if how == "raises" else f"the score is {how}") in node["error"] for node in marked)
     assert not any(node["kept"] for node in marked) and answer.conclusion
-    events = [event for event in answer.trace.events("scored") if event["errors"]]
-    assert set(events[0]["errors"]) <= {str(node["id"]) for node in marked}
+    assert set(answer.trace.events("failed")[0]["errors"]) <= {str(node["id"]) for node in marked}
 
 
 def test_nothing_left_ends_the_search_and_its_neighbours_go_on(tiny):

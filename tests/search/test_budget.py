@@ -6,7 +6,7 @@ import pytest
 
 from llava_cot import SwiresConfig
 from llava_cot.data import shapes
-from llava_cot.engine.branch import SamplingParams
+from llava_cot.engine.branch import Call, SamplingParams
 from llava_cot.engine.budget import Budget
 from llava_cot.engine.job import Usage
 from llava_cot.scoring import JudgeScorer, confidence, look_ahead
@@ -87,6 +87,22 @@ def test_what_a_scorer_draws_and_reads_counts_too(tiny):
     reads = max(4 * 40, 1)  # one judgement of four candidates
     assert answer.usage.prompt_tokens <= free.prompt_tokens // 2 + reads
     assert answer.trace.events("budget_spent")[0]["what"] == "prompt_tokens"
+
+
+def test_the_last_candidates_are_scored_by_the_host_all_the_same(tiny):
+    asked = []
+
+    def by_call(spans):
+        def function(items):
+            asked.extend(items)
+            return confidence(items)
+
+        return (yield [Call(function, spans)])[0]
+
+    free = ask(tiny, "best_of_n", None)
+    spent = Budget(generated_tokens=free.usage.generated_tokens, reserve=0.0)
+    answer = ask(tiny, "best_of_n", spent, scorer=by_call)
+    assert answer.tokens == free.tokens and len(asked) > 1
 
 
 def test_one_image_is_never_too_many(tiny):
