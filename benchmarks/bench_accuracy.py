@@ -73,10 +73,12 @@ def ask(generator: SwiresGenerator, world: World, search: Any, **settings) -> li
     return answers
 
 
-def sample_pool(seeds: Sequence[int], sampling: dict[str, float]) -> list[list[dict[str, Any]]]:
-    """For each question its sampled answers, each with all its scores."""
+def sample_pool(
+    seeds: Sequence[int], sampling: dict[str, float], names: Sequence[str] | None = None
+) -> list[list[dict[str, Any]]]:
+    """For each question its sampled answers, each with its score by every scorer, or by those of these names."""
     generator, world = SwiresGenerator.from_pretrained("tiny"), World(seeds)
-    scorers = scorers_of(generator, world)
+    scorers = {name: scorer for name, scorer in scorers_of(generator, world).items() if names is None or name in names}
 
     def policy(search):
         nodes = yield from search.expand([search.root], POOL, None, params=SamplingParams(**sampling))
@@ -163,7 +165,8 @@ def sweep() -> None:
     print("| temperature | top_p | one sample | any of 16 right | distinct answers | best of 16 by the verifier |")
     print("| --- | --- | --- | --- | --- | --- |")
     for temperature, top_p in SWEEP:
-        pool = in_two(sample_pool, CALIBRATION_SEEDS, {"temperature": temperature, "top_p": top_p})
+        sampling = {"temperature": temperature, "top_p": top_p}
+        pool = in_two(sample_pool, CALIBRATION_SEEDS, sampling, ("confidence", "verifier"))
         one = sum(answers[0]["right"] for answers in pool) / len(pool)
         oracle = sum(any(a["right"] for a in answers) for answers in pool) / len(pool)
         distinct = sum(len({a["text"] for a in answers}) for answers in pool) / len(pool) / POOL

@@ -23,6 +23,7 @@ from llava_cot.scoring import Calibration
 from llava_cot.scoring.scorer import name_of
 from llava_cot.search import POLICIES, SwiresConfig
 from llava_cot.search.events import Event, TextDelta
+from llava_cot.search.run import run
 from llava_cot.search.sample import Limits
 from llava_cot.search.search import SENTENCE_ENDS, Search
 from llava_cot.search.tree import TRACE_VERSION, Node, Trace
@@ -344,7 +345,7 @@ class SwiresGenerator:
                 question,
                 image,
             )
-            nodes = yield from search.run(plan.policy)
+            nodes = yield from run(search, plan.policy)
             return search, nodes
 
         job = Job(inputs, program)

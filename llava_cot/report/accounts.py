@@ -3,10 +3,9 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from llava_cot.report.view import Card
+from llava_cot.report.card import Card
 
 OUTSIDE = "outside the tree"
 
@@ -33,7 +32,7 @@ def wasted(tokens: int, path: int) -> float:
 
 
 def accounts(
-    cards: Mapping[int, "Card"], headings: Sequence[str], events: Sequence[Mapping[str, Any]], generated: int
+    cards: Mapping[int, Card], headings: Sequence[str], events: Sequence[Mapping[str, Any]], generated: int
 ) -> list[Account]:
     """One for each column, and one for the tokens that are not in the tree: of what a scorer let the model write, of
     beams that were dropped, of a run that was lost.

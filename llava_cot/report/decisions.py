@@ -2,12 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from llava_cot.report.card import Card
 from llava_cot.report.numbers import number
-
-if TYPE_CHECKING:
-    from llava_cot.report.view import Card
 
 
 @dataclass(frozen=True)
@@ -16,7 +14,7 @@ class Pool:
 
     verdict: str  # "" where there was nothing to pass
     cutoff: float | None
-    carried: list["Card"]  # the members that earlier rounds drew
+    carried: list[Card]  # the members that earlier rounds drew
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class Retrace:
         return f"{self.stage} failed in round {self.round - 1}: back to {self.to}, round {self.round}"
 
 
-def pools(events: Sequence[Mapping[str, Any]], cards: Mapping[int, "Card"], config: Any) -> dict[tuple[int, int], Pool]:
+def pools(events: Sequence[Mapping[str, Any]], cards: Mapping[int, Card], config: Any) -> dict[tuple[int, int], Pool]:
     """By round and column, that of the first member which the round drew."""
     agreement = config.get("cutoff_agreement") if isinstance(config, Mapping) else None
     decisions = [event for event in events if event["event"] in ("kept", "retraced")]
@@ -51,7 +49,7 @@ def pools(events: Sequence[Mapping[str, Any]], cards: Mapping[int, "Card"], conf
 
 def retraces(
     events: Sequence[Mapping[str, Any]],
-    cards: Mapping[int, "Card"],
+    cards: Mapping[int, Card],
     headings: Sequence[str],
     pools: Mapping[tuple[int, int], Pool],
 ) -> list[Retrace]:
@@ -76,7 +74,7 @@ def _step(stage: str, heading: str) -> str:
     return heading if heading.startswith(f"{stage} · step ") else stage
 
 
-def _verdict(event: Mapping[str, Any], members: Sequence["Card"], is_retraced: bool, agreement: float | None) -> str:
+def _verdict(event: Mapping[str, Any], members: Sequence[Card], is_retraced: bool, agreement: float | None) -> str:
     cutoff, score, rank = _float(event["cutoff"]), _float(event["score"]), int(event["pass_rank"])
     if cutoff is None:
         wanted = f"{float(agreement):.0%} of the {len(members)} candidates say the same" if agreement else ""

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from llava_cot.report import text
 from llava_cot.report.accounts import OUTSIDE
+from llava_cot.report.card import Card
+from llava_cot.report.decisions import Retrace
 from llava_cot.report.numbers import count, number
 from llava_cot.report.page import page
 from llava_cot.report.svg import arrow, strip
-from llava_cot.report.view import Card, Retrace, View, read
+from llava_cot.report.view import View, read
 
 if TYPE_CHECKING:
     from PIL.Image import Image

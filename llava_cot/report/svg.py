@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from math import isfinite
 
+from llava_cot.report.card import Card
 from llava_cot.report.numbers import number
-from llava_cot.report.view import Card
 
 ROW = 14  # pixels of a round in the strip plot
 

@@ -7,8 +7,9 @@ from typing import Any
 from rich.text import Text
 from rich.tree import Tree
 
+from llava_cot.report.card import Card
 from llava_cot.report.numbers import number
-from llava_cot.report.view import Card, View, read
+from llava_cot.report.view import View, read
 
 STYLES = {"winner": "bold green", "kept": "cyan", "pruned": "dim"}
 

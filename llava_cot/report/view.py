@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from llava_cot.report.accounts import Account, accounts, wasted
+from llava_cot.report.card import Card
 from llava_cot.report.columns import columns
 from llava_cot.report.decisions import Pool, Retrace, pools, retraces
 from llava_cot.report.numbers import count
@@ -16,50 +17,6 @@ from llava_cot.stages import Grammar, Outcome
 
 TRACE_VERSION = 3  # that can be shown
 CANDIDATES = {"generations": "drawn", "scorer_calls": "given to a scorer"}
-
-
-@dataclass(frozen=True)
-class Card:
-    """A candidate. ``state`` is "winner" on the path to the answer, else "kept" or "pruned"."""
-
-    id: int
-    parent: int
-    stage: str | None
-    column: int
-    round: int
-    seed: int
-    text: str
-    tokens: int
-    logprob: float | None  # mean over its tokens, nats
-    sampling_logprob: float | None  # the same under the distribution that they were drawn from
-    score: float | None
-    finish: str
-    closed: bool
-    violation: str | None  # how it left the grammar
-    error: str | None  # why it has no score of its own
-    notes: dict[str, float]
-    seconds: float  # from the start of the search to its last token
-    state: str
-    kept_in: int | None  # the round that went on with it, where that is a later one than its own
-    in_answer: bool  # on the way to any of the returned answers
-    answer: int | None  # which of the returned answers it ends, from 1
-
-    @property
-    def label(self) -> str:
-        mark = {"winner": "★", "kept": "●", "pruned": "○"}[self.state]
-        late = f"{'' if self.state == 'kept' else ', kept'} in round {self.kept_in}" if self.kept_in else ""
-        return f"{mark} {self.state}{late}"
-
-    @property
-    def returned(self) -> str:
-        """What there is to say of one that was returned besides the first."""
-        return f"answer {self.answer}" if self.answer and self.answer > 1 else ""
-
-    @property
-    def flaw(self) -> str:
-        if self.closed:
-            return ""
-        return f"unclosed: {self.violation}" if self.violation else f"unclosed ({self.finish})"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from llava_cot.engine.job import Usage
 from llava_cot.scoring import Calibration, Scorer, Span
 from llava_cot.scoring.scorer import WrongNumber, ask, is_groupwise, name_of
 from llava_cot.search.events import Candidate, Candidates, Event, Retrace, StageFinal
-from llava_cot.search.finish import BudgetSpent, finish
 from llava_cot.search.tree import Node, candidate_seed, stages_of
 from llava_cot.stages import LLAVA_COT, Grammar
 
@@ -22,6 +21,10 @@ if TYPE_CHECKING:
 Scope = Literal["stage", "path"]
 NEXT = "next"  # a stage's name in ``expand``: whichever the grammar allows after the parent
 SENTENCE_ENDS = (". ", "? ", "! ", ".\n", "?\n", "!\n")  # the engine's tags after those of the grammar
+
+
+class BudgetSpent(Exception):
+    """Raised where a policy asks for more than its budget has; its text is the name of the limit."""
 
 
 @dataclass(eq=False)
@@ -62,18 +65,6 @@ class Search:
         prefill = Usage(prompt_tokens=self.branch.length, image_encodings=1)
         is_restarted = self.usage.prompt_tokens > prefill.prompt_tokens
         self._before = self.usage - prefill if is_restarted else Usage()
-
-    def run(self, policy: Callable[["Search"], Generator[Any, Any, Any]]) -> Generator[Any, Any, list[Node]]:
-        """Run ``policy`` to its end, or to that of its budget; the nodes it returned, the best first."""
-        self.note("started", seed=self.seed)
-        try:
-            result = yield from policy(self)
-        except BudgetSpent as spent:
-            self.note("budget_spent", what=str(spent), spent=getattr(self.run_usage(), str(spent)))
-            result = yield from finish(self)
-        nodes = result if isinstance(result, list) else [result]
-        self.note("accepted", nodes=[node.id for node in nodes])
-        return nodes
 
     def can_grow(self, node: Node) -> bool:
         """Whether another stage may come after ``node``."""

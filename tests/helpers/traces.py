@@ -9,6 +9,7 @@ from llava_cot.engine.branch import Finish
 from llava_cot.engine.budget import Budget
 from llava_cot.engine.job import Usage
 from llava_cot.search import SentenceBeamConfig, SwiresConfig
+from llava_cot.search.run import run as run_search
 from llava_cot.search.sentence_beam import sentence_beam
 from llava_cot.search.swires import swires
 from llava_cot.search.tree import TRACE_VERSION, Trace
@@ -29,7 +30,7 @@ def run(policy, make_config, script, *, budget: Budget | None = None, grammar: G
     def running(search, config):
         search.budget = budget
         search.grammar = grammar or search.grammar
-        return search.run(lambda search: policy(search, config))
+        return run_search(search, lambda search: policy(search, config))
 
     played = play(running, make_config, script)
     played.result = [played.search.nodes[id] for id in played.search.log[-1]["nodes"]]

@@ -1,21 +1,28 @@
-"""How a search ends that has spent its budget: with the best answer so far, or greedily from the best prefix."""
+"""A search from its start to its end, which may be that of its budget: the best answer so far, or its best prefix."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llava_cot.engine.branch import Branch, Expand, Finish, SamplingParams
+from llava_cot.search.search import BudgetSpent, Search
 from llava_cot.search.tree import Node, candidate_seed, stages_of
 
-if TYPE_CHECKING:
-    from llava_cot.search.search import Search
+
+def run(search: Search, policy: Callable[[Search], Generator[Any, Any, Any]]) -> Generator[Any, Any, list[Node]]:
+    """Run ``policy`` to its end, or to that of its budget; the nodes it returned, the best first."""
+    search.note("started", seed=search.seed)
+    try:
+        result = yield from policy(search)
+    except BudgetSpent as spent:
+        search.note("budget_spent", what=str(spent), spent=getattr(search.run_usage(), str(spent)))
+        result = yield from finish(search)
+    nodes = result if isinstance(result, list) else [result]
+    search.note("accepted", nodes=[node.id for node in nodes])
+    return nodes
 
 
-class BudgetSpent(Exception):
-    """Raised where a policy asks for more than its budget has; its text is the name of the limit."""
-
-
-def finish(search: "Search") -> Generator[Any, Any, Node]:
+def finish(search: Search) -> Generator[Any, Any, Node]:
     """The best whole answer that there is, by score; with none, the best prefix, finished with what the reserve allows.
 
     The best prefix has the most closed stages (a candidate that was stopped in the middle of one counts half), then the
@@ -35,7 +42,7 @@ def finish(search: "Search") -> Generator[Any, Any, Node]:
     return best
 
 
-def _is_answer(search: "Search", node: Node) -> bool:
+def _is_answer(search: Search, node: Node) -> bool:
     return node.branch.finish is Finish.EOS or not search.grammar.allowed(stages_of(node))
 
 
@@ -48,7 +55,7 @@ def _promise(node: Node) -> tuple[float, int]:
     return node.score if node.score is not None else fmean(logprobs) if logprobs else 0.0, -node.id
 
 
-def _continue(search: "Search", prefix: Node) -> Generator[Any, Any, Node]:
+def _continue(search: Search, prefix: Node) -> Generator[Any, Any, Node]:
     budget, left = search.budget, search.tokens_left(prefix)
     assert budget is not None
     if budget.generated_tokens is not None:
