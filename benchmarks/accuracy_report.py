@@ -171,14 +171,15 @@ def print_tables(data: dict[str, Any]) -> None:
         print(f"| {name} | {d['auc']:.2f} | {d['realised']:.0%} | {d['verdict']} |")
 
 
-def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
+def plot(rows: dict[str, dict[str, Any]], free: str, path: Path) -> None:
+    """``free`` is the scorer that stands for those without a second model."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "llava-cot"
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5))
+    figure, axes = pyplot.subplots(figsize=(9.5, 5))
 
     def points(names, label, **style):
         values = [rows[name] for name in names]
@@ -193,19 +194,19 @@ def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
     points(curve("best of", ", oracle"), "any of N right", color="0.7", ls="--", marker=".")
     points(curve("best of", ", verifier"), "best of N, verifier", color="tab:blue", marker="o", ms=4)
     points(curve("majority vote of", ""), "majority vote", color="tab:green", marker="o", ms=4)
-    points(curve("best of", ", confidence"), "best of N, confidence", color="tab:cyan", marker="o", ms=4)
+    points(curve("best of", f", {free}"), f"best of N, {free}", color="tab:cyan", marker="o", ms=4)
     points([n for n in rows if n.startswith("token beam")], "token beam", color="tab:brown", marker="v", ms=5)
     points(["greedy"], "greedy", color="black", marker="s", ls="", ms=5)
     for name, marker in (("sentence beam", "P"), ("stage beam", "D")):
         points([f"{name}, verifier"], f"{name}, verifier", color="tab:purple", marker=marker, ls="", ms=6)
     for name, marker in (("SWIRES, published", "^"), ("SWIRES, reasoning", "*")):
         points([f"{name}, verifier"], f"{name}, verifier", color="tab:red", marker=marker, ls="", ms=9)
-        points([f"{name}, confidence"], f"{name}, confidence", color="tab:orange", marker=marker, ls="", ms=9)
+        points([f"{name}, {free}"], f"{name}, {free}", color="tab:orange", marker=marker, ls="", ms=9)
     axes.set(xscale="log", xlabel="generated tokens per question", ylabel="right, %")
     axes.set_xticks([80, 160, 320, 640, 1280], labels=["80", "160", "320", "640", "1,280"])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, ncols=2, loc="lower right")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     axes.set_title("Tiny model, shapes world, held-out questions, 95 % intervals", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
@@ -234,7 +235,7 @@ def main():
         "diagnoses": diagnoses(raw["pool"]),
     }
     RESULTS.write_text(json.dumps(data, indent=1) + "\n")
-    plot(rows, PLOT)
+    plot(rows, next(name for name in raw["scorers"] if name != "verifier"), PLOT)
     print_tables(data)
 
 
