@@ -109,10 +109,10 @@ def pool_rows(pool: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def diagnoses(pool: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def diagnoses(pool: list[dict[str, Any]], greedy: float) -> dict[str, dict[str, Any]]:
     found = {}
     for name in pool[0]["scores"]:
-        d = diagnose([q["scores"][name] for q in pool], [q["right"] for q in pool])
+        d = diagnose([q["scores"][name] for q in pool], [q["right"] for q in pool], greedy=greedy)
         found[name] = {"auc": d.auc, "realised": d.realised, "verdict": d.verdict}
     return found
 
@@ -232,7 +232,7 @@ def main():
             if name.startswith("SWIRES") and name.endswith("verifier")
             for c in comparisons(rows, name)
         ],
-        "diagnoses": diagnoses(raw["pool"]),
+        "diagnoses": diagnoses(raw["pool"], rows["greedy"]["accuracy"]),
     }
     RESULTS.write_text(json.dumps(data, indent=1) + "\n")
     plot(rows, next(name for name in raw["scorers"] if name != "verifier"), PLOT)

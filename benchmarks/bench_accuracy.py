@@ -4,8 +4,8 @@
 ``python benchmarks/accuracy_report.py build/accuracy.json`` makes the results, the tables and the plot of it. The tiny
 model answers held-out questions of the shapes world. One pool of 16 sampled answers for each question serves every vote
 and every best-of-N; searches by stages run for three scorers, the two that choose best from the pool of the calibration
-questions and ``by_stage``, and for oracles. The temperature was chosen on those questions too (``--sweep``). A scale
-model: nothing here says how good the 11B is.
+questions and ``by_stage``, and for oracles. ``--sweep`` compares temperatures on those questions too. A scale model:
+nothing here says how good the 11B is.
 """
 
 import argparse

@@ -20,6 +20,7 @@ class Diagnosis:
     oracle: float  # questions with any right candidate
     auc: float | None  # how often a right candidate beats a wrong one of the same question, ties half
     realised: float | None  # (selected - mean) / (oracle - mean)
+    greedy: float | None = None  # right, of greedy answers to the same questions
 
     @property
     def verdict(self) -> str:
@@ -27,13 +28,19 @@ class Diagnosis:
             return "search cannot help here: the candidates of a question are right or wrong together"
         if self.auc < USEFUL_AUC:
             return f"search cannot help here: the scorer hardly tells right from wrong (AUC {self.auc:.2f})"
+        if self.greedy is not None and self.selected - self.greedy < USEFUL_HEADROOM:
+            return f"search cannot help here: the scorer's choice is no better than greedy decoding ({self.greedy:.1%})"
         return f"search can help: AUC {self.auc:.2f}, {self.realised:.0%} of the headroom is realised"
 
 
-def diagnose(scores: Sequence[Sequence[float]], is_right: Sequence[Sequence[bool]]) -> Diagnosis:
+def diagnose(
+    scores: Sequence[Sequence[float]], is_right: Sequence[Sequence[bool]], *, greedy: float | None = None
+) -> Diagnosis:
     """``scores[q][i]`` and ``is_right[q][i]`` are of candidate i of question q; questions without any are left out.
 
-    Of equal best scores the first one counts as selected, as in a search. NaN counts as -inf.
+    ``greedy`` is how often greedy decoding is right on them, in [0, 1], for the verdict: a scorer that only finds what
+    greedy decoding finds is worth no search. Of equal best scores the first one counts as selected, as in a search.
+    NaN counts as -inf.
 
     Raises:
         ValueError: the two are not of one shape, or there is no candidate at all.
@@ -47,7 +54,7 @@ def diagnose(scores: Sequence[Sequence[float]], is_right: Sequence[Sequence[bool
     mean, oracle = fmean(float(r.mean()) for _, r in rows), fmean(bool(r.any()) for _, r in rows)
     selected = fmean(bool(r[np.argmax(s)]) for s, r in rows)
     realised = (selected - mean) / (oracle - mean) if oracle > mean else None
-    return Diagnosis(len(rows), mean, selected, oracle, fmean(aucs) if aucs else None, realised)
+    return Diagnosis(len(rows), mean, selected, oracle, fmean(aucs) if aucs else None, realised, greedy)
 
 
 def within_question_auc(scores: Sequence[Sequence[float]], is_right: Sequence[Sequence[bool]]) -> float | None:

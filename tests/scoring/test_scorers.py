@@ -158,6 +158,12 @@ def test_where_search_cannot_help(scores, right, verdict):
     assert re.search("search cannot help here: .*" + verdict, diagnose(scores, right).verdict)
 
 
+def test_a_choice_that_greedy_decoding_makes_too_is_worth_nothing():
+    scores, right = [[0.1, 0.9], [0.9, 0.1], [0.2, 0.3]], [[False, True], [True, False], [True, False]]
+    assert diagnose(scores, right, greedy=0.5).verdict.startswith("search can help")
+    assert "no better than greedy decoding (66.0%)" in diagnose(scores, right, greedy=0.66).verdict
+
+
 def test_what_is_no_labelled_set():
     with pytest.raises(ValueError, match="is_right must have one value per score"):
         diagnose([[0.1]], [[True, False]])
