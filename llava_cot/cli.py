@@ -65,11 +65,15 @@ def demo(
     seed: Annotated[
         int | None, typer.Option(min=0, help="The sample of the shapes world; a fresh one by default.")
     ] = None,
+    verifier: Annotated[
+        bool, typer.Option(help="Score by the bundled verifier, which sees the image better, or by confidence.")
+    ] = True,
     json: Json = False,
     trace: TraceFile = None,
 ) -> None:
     """Make a fresh image, ask the bundled tiny model about it, search, and show the truth."""
     from llava_cot.data import shapes
+    from llava_cot.train.small_world import World, load_verifier
 
     number = random.choice(shapes.TEST_SEEDS) if seed is None else seed
     sample = shapes.sample(number)
@@ -78,7 +82,12 @@ def demo(
         sample.image.save(image)
         if not json:
             _show_image(sample.image, f"sample {number} of the shapes world")
-        settings = {"seed": 0, "max_new_tokens": 256}
+        settings: dict[str, Any] = {"seed": 0, "max_new_tokens": 256}
+        known = _settings(search) if verifier else set()
+        if "scorer" in known:
+            settings["scorer"] = load_verifier(World([number]))
+        if "cutoff" in known:
+            settings["cutoff"] = 0.0  # a logit: rather right than wrong
         conclusion = _run(image, sample.question, search, "tiny", None, settings, json, trace, sample.answer)
     if not json:
         verdict = "right" if shapes.is_correct(sample, conclusion) else "wrong"
@@ -87,7 +96,7 @@ def demo(
             f"The truth is [bold]{sample.answer}[/]: the answer {escape(repr(conclusion))} is [bold]{verdict}[/]."
         )
         console.print(
-            "[dim]The tiny model is a scale model with 1.5M parameters; it is right about two times in three.[/]"
+            "[dim]The tiny model is a scale model with 1.5M parameters: greedily it is right two times in three.[/]"
         )
 
 
@@ -187,6 +196,16 @@ def _search(name: str):
     if policy != "swires" or preset not in PRESETS:
         raise ValueError(f"search must be a policy or one of {[f'swires:{p}' for p in PRESETS]}, got {name!r}")
     return getattr(SwiresConfig, preset)()
+
+
+def _settings(search: str) -> set[str]:
+    """What may be set of a search, by its name on the command line."""
+    from dataclasses import fields
+
+    from llava_cot.search import POLICIES
+
+    policy = POLICIES.get(search.partition(":")[0])
+    return {field.name for field in fields(policy[0])} if policy else set()
 
 
 def _json(result) -> str:

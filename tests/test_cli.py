@@ -106,6 +106,13 @@ def test_a_report_of_many_traces(run, tmp_path):
     assert run("report", str(tmp_path / "pages"))[2].endswith("must hold traces as .json or .jsonl, got none\n")
 
 
+@pytest.mark.parametrize("flag, scorer", [("--verifier", "verifier"), ("--no-verifier", "confidence")])
+def test_who_scores_the_demo(run, tmp_path, flag, scorer):
+    file = tmp_path / "trace.json"
+    assert run("demo", "--seed", "800001", "--search", "stage_beam", flag, "--json", "--trace", str(file))[0] == 0
+    assert json.loads(file.read_text())["config"]["scorer"] == scorer
+
+
 def test_demo_shows_the_stages_and_the_truth(run):
     status, out, _ = run("demo", "--seed", "800001")
     assert status == 0
