@@ -14,6 +14,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from llava_cot.atomic import replacing
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
 
 PRESETS = ("published", "released", "prose")
@@ -128,7 +130,8 @@ def report(
         raise ValueError(f"trace must be a search's trace as JSON, got {str(traces)!r}: {error}") from None
     Console().print(tree)
     if html is not None:
-        files.write_text(html, page)
+        with replacing(html) as file:
+            file.write(page)
 
 
 @app.command()
@@ -167,7 +170,6 @@ def _run(image, question, search, model, device, settings, json, trace, gold=Non
 
     from llava_cot.generator import SwiresGenerator
     from llava_cot.prompt import open_image
-    from llava_cot.report.files import write_text
 
     logging.disable_progress_bar()
     generator = SwiresGenerator.from_pretrained(model, device=device)
@@ -183,7 +185,8 @@ def _run(image, question, search, model, device, settings, json, trace, gold=Non
         written = (
             result.trace.to_html(image=open_image(image), gold=gold) if is_page else result.trace.to_json(indent=1)
         )
-        write_text(trace, written + "\n")
+        with replacing(trace) as file:
+            file.write(written + "\n")
     return result.conclusion
 
 

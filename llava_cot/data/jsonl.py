@@ -1,11 +1,11 @@
 """Items and rows as JSON lines."""
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from llava_cot.atomic import replacing
 from llava_cot.data.traces import Item
 
 
@@ -31,15 +31,9 @@ def write_jsonl(rows: Iterable[Mapping[str, Any]], path: Path | str) -> int:
 
     The file appears when all are written: what ``rows`` raises leaves the old file, or none.
     """
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")  # in the same folder, so that the renaming is atomic
     count = 0
-    try:
-        with open(unfinished, "x", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-                count += 1
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            count += 1
     return count

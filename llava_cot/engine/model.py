@@ -1,6 +1,7 @@
 """The engine's view of a transformers model: the same weights behind our attention function."""
 
 import copy
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ class Prefilled(NamedTuple):
     position_offset: int = 0  # from a later token's index to its rotary position
 
 
-class ModelView:
+class ModelView(ABC):
     """Runs a model on flattened batches: a copy of the caller's model that shares every tensor with it.
 
     The families differ in where a prompt's image goes, and so in ``prefill`` alone: decoding is the same for all.
@@ -54,9 +55,9 @@ class ModelView:
         self.kv_cache = torch.empty(shape, dtype=self.dtype, device=self.device)
         self.images = ImageStore(len(self.cross_layers), *heads, self.dtype, self.device)
 
+    @abstractmethod
     def prefill(self, inputs: dict[str, torch.Tensor], batch: Batch) -> Prefilled:
         """Run one prompt with its image; ``inputs`` are the processor's for one sample, without padding."""
-        raise NotImplementedError
 
     def decode(self, token_ids: list[int], positions: list[int], batch: Batch) -> torch.Tensor:
         """T tokens of B sequences at their rotary positions; returns their next-token logits [T, V]."""

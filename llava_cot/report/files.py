@@ -1,7 +1,6 @@
-"""Traces from files, one at a time, and pages into files, whole or not at all."""
+"""Traces from files, one at a time."""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,16 +36,6 @@ def entries(path: Path) -> Iterator[Entry]:
                 yield read_entry(file)
             except (ValueError, OSError) as error:
                 yield Entry(None, source=file.name, error=str(error))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whoever reads the file sees what was there before or all of ``text``."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _lines(file: Path) -> Iterator[Entry]:

@@ -6,7 +6,8 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from llava_cot.report.files import entries, write_text
+from llava_cot.atomic import replacing
+from llava_cot.report.files import entries
 from llava_cot.report.html import to_html
 from llava_cot.report.index import index_page
 from llava_cot.report.summary import Entry, Row, Totals, summarise, totals
@@ -26,7 +27,8 @@ def write_pages(path: Path, folder: Path) -> list[Row]:
     """As ``read_rows``; each trace has a page in ``folder`` then, beside an index.html that links to them."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = _checked(path, [_write_page(entry, folder, n) for n, entry in enumerate(entries(path), 1)])
-    write_text(folder / "index.html", index_page(rows, path.name))
+    with replacing(folder / "index.html") as file:
+        file.write(index_page(rows, path.name))
     return rows
 
 
@@ -46,7 +48,8 @@ def _write_page(entry: Entry, folder: Path, number: int) -> Row:
     name = f"{number:05}.html"
     row = summarise(replace(entry, href=name))
     if row.error is None and entry.trace is not None:
-        write_text(folder / name, to_html(entry.trace, gold=entry.gold))
+        with replacing(folder / name) as file:
+            file.write(to_html(entry.trace, gold=entry.gold))
     return row
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from llava_cot.atomic import replacing
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -49,9 +51,8 @@ class Calibration:
         """Write it into a file of several, in the place of that of the same scorer."""
         path = Path(path)
         others = [other for other in Calibration.load_all(path) if other.scorer != self.scorer] if path.exists() else []
-        written = path.with_name(f"{path.name}.part")
-        written.write_text(json.dumps([asdict(one) for one in (*others, self)], indent=1) + "\n")
-        written.replace(path)
+        with replacing(path) as file:
+            file.write(json.dumps([asdict(one) for one in (*others, self)], indent=1) + "\n")
 
     @classmethod
     def load_all(cls, path: Path | str) -> list["Calibration"]:

@@ -103,14 +103,7 @@ class Search:
         ]
         seeds = [candidate_seed(self.seed, *place) for place in places]
         requests = [
-            Expand(
-                parent.branch,
-                tuple(seeds[at * n : at * n + n]),
-                params,
-                limit,
-                stops,
-                stop=self._stop if self.budget else None,
-            )
+            Expand(parent.branch, tuple(seeds[at * n : at * n + n]), params, limit, stops)
             for at, (parent, limit) in enumerate(zip(parents, limits))
         ]
         branches = yield from self._draw(requests)
@@ -140,7 +133,6 @@ class Search:
                 self.tokens_left(parent),
                 frozenset(range(stages)),
                 trims,
-                stop=self._stop if self.budget else None,
             )
             for parent in parents
         ]
@@ -289,7 +281,13 @@ class Search:
     def _draw(self, requests: list[Expand]) -> Generator[list[Expand], list[list[Branch]], list[list[Branch]]]:
         if spent := self.spent():
             raise BudgetSpent(spent)
-        return (yield requests)
+        return (yield self._bounded(requests))
+
+    def _bounded(self, requests: Sequence[Any]) -> list[Any]:
+        """These requests, of which those that draw stop once the budget is spent."""
+        if self.budget is None:
+            return list(requests)
+        return [replace(r, stop=self._stop) if isinstance(r, Expand) else r for r in requests]
 
     def _drawn(self, nodes: list[Node]) -> None:
         places = {"stage": nodes[0].stage, "round": nodes[0].round} if nodes else {}
@@ -339,15 +337,13 @@ class Search:
                 requests = program.throw(failure) if failure else program.send(reply)
             except StopIteration as stop:
                 return stop.value
-            if self.budget:
-                spent = self.spent()
-                if spent and any(_costs(request, spent) for request in requests):
-                    program.close()
-                    raise BudgetSpent(spent)
-                requests = [replace(r, stop=self._stop) if isinstance(r, Expand) else r for r in requests]
+            spent = self.spent()
+            if spent and any(_costs(request, spent) for request in requests):
+                program.close()
+                raise BudgetSpent(spent)
             reply = failure = None
             try:
-                reply = yield requests
+                reply = yield self._bounded(requests)
             except Exception as error:
                 failure = error
 

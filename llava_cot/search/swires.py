@@ -180,7 +180,7 @@ def _sample(search: Search, config: SwiresConfig, parents: list[Node], pool: lis
     each = max(1, max(config.candidates[stage] for stage in stages) // len(parents))  # type: ignore[index]
     first = min(each, max(1, config.accept_after // len(parents))) if config.accept_after else each
     limits = [config.max_stage_tokens[stage] for stage in stages if stage in config.max_stage_tokens]
-    new: list[Node] = []
+    scorer, new = resolve_scorer(config.scorer), list[Node]()
     for start, stop in ((0, first), (first, each)):
         if start == stop or (start and _passes(search, config, pool)):
             break
@@ -195,7 +195,6 @@ def _sample(search: Search, config: SwiresConfig, parents: list[Node], pool: lis
         )
         pool += nodes
         new += nodes
-        scorer = resolve_scorer(config.scorer)
         asked = pool if is_groupwise(scorer) else nodes
         for is_end in (False, True):
             group = [n for n in asked if (not search.grammar.follows[n.stage]) == is_end]  # type: ignore[index]
@@ -206,8 +205,8 @@ def _sample(search: Search, config: SwiresConfig, parents: list[Node], pool: lis
 
 def _passes(search: Search, config: SwiresConfig, pool: list[Node]) -> bool:
     """Whether enough candidates are good enough, each measured by the cutoff of its own stage."""
-    closed = [node for node in pool if node.closed]
     if config.cutoff_agreement is not None:
+        closed = [node for node in pool if node.closed]
         bodies = [normalise(search.grammar.parse(node.text)[node.stage].text) for node in closed]  # type: ignore
         return max(Counter(bodies).values(), default=0) >= config.cutoff_agreement * len(pool)
     if config.cutoff is None and search.calibration is None:

@@ -9,7 +9,8 @@ from helpers.page import Page
 from helpers.traces import loop, spent, two_retraces
 from rich.console import Console
 
-from llava_cot.report.files import entries, holds_many, write_text
+from llava_cot.atomic import replacing
+from llava_cot.report.files import entries, holds_many
 from llava_cot.report.many import read_rows, to_table, write_pages
 
 
@@ -77,6 +78,11 @@ def test_no_trace_is_an_error_that_names_the_first(tmp_path):
 
 def test_no_half_written_file(tmp_path):
     file = tmp_path / "page.html"
+
+    def write_text(file, text):
+        with replacing(file) as opened:
+            opened.write(text)
+
     write_text(file, "before")
     with pytest.raises(UnicodeEncodeError):
         write_text(file, "x" * 10_000 + "\ud83d")
