@@ -1,4 +1,4 @@
-"""The ``llava-cot`` command."""
+"""Commands that search: answer, demo, report, export."""
 
 import random
 import sys
@@ -16,7 +16,7 @@ from rich.text import Text
 
 from llava_cot.atomic import replacing
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
+app = typer.Typer()
 
 PRESETS = ("published", "released", "prose")
 Search = Annotated[
@@ -154,15 +154,6 @@ def export(
     given = {"by": by, "min_margin": min_margin, "max_length_ratio": max_length_ratio}
     settings = {key: value for key, value in given.items() if value is not None}
     print(f"{export_file(traces, out, format, model=model, **settings)} rows")
-
-
-def main() -> None:
-    """Entry point: the errors of bad input are one line, not a traceback."""
-    try:
-        app()
-    except (ValueError, TypeError, OSError) as error:
-        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(2)
 
 
 def _run(image, question, search, model, device, settings, json, trace, gold=None) -> str:

@@ -1,0 +1,24 @@
+"""The ``llava-cot`` command: what is typed becomes calls; every command's work lives elsewhere."""
+
+import sys
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from llava_cot.cli import data, search, train
+
+HELP = "Vision-language models that reason in stages: search, data, training."
+
+app = typer.Typer(help=HELP, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+for part in (search, data, train):
+    app.add_typer(part.app)
+
+
+def main() -> None:
+    """Entry point: the errors of bad input are one line, not a traceback."""
+    try:
+        app()
+    except (ValueError, TypeError, OSError) as error:
+        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(2)

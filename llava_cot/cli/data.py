@@ -1,0 +1,5 @@
+"""Commands that make training data: validate, annotate."""
+
+import typer
+
+app = typer.Typer()

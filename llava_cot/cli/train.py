@@ -1,0 +1,5 @@
+"""Commands that train: train, train-reward."""
+
+import typer
+
+app = typer.Typer()
