@@ -1,6 +1,7 @@
-"""Train the bundled tiny Mllama on the shapes world: ``python -m llava_cot.train.tiny OUT``.
+"""The tiny Mllama before its training: ``python -m llava_cot.train.tiny OUT`` writes it with random weights.
 
-A plain single-process loop. Every batch is made on the fly from fresh seeds, the loss is on the assistant's turn only.
+With ``--steps`` it is trained on the shapes world by a plain single-process loop: every batch is made on the fly from
+fresh seeds, the loss is on the assistant's turn only.
 """
 
 import argparse
@@ -122,7 +123,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for the model and its processor")
     parser.add_argument("--init", type=Path, help="go on from this model instead of a random one")
     parser.add_argument("--first-seed", type=int, default=0, help="of the training samples")
-    parser.add_argument("--steps", type=int, default=4800)
+    parser.add_argument("--steps", type=int, default=0, help="of training; none: the weights stay random")
     parser.add_argument("--stop", type=int, help="leave the schedule after so many steps: a model that still errs")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -138,8 +139,9 @@ def main() -> None:
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters")
     if args.first_seed + args.steps * args.batch_size > shapes.TEST_SEEDS.start:
         parser.error("training must not reach the test seeds")
-    schedule = {"steps": args.steps, "stop": args.stop, "first_seed": args.first_seed, "lr": args.lr}
-    train(model, processor, **schedule, batch_size=args.batch_size, bf16=args.bf16)
+    if args.steps:
+        schedule = {"steps": args.steps, "stop": args.stop, "first_seed": args.first_seed, "lr": args.lr}
+        train(model, processor, **schedule, batch_size=args.batch_size, bf16=args.bf16)
     model.save_pretrained(args.out)
     processor.save_pretrained(args.out)
 

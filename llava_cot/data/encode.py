@@ -1,0 +1,120 @@
+"""From a conversation to a training example: what the model reads, what of it is learnt, and in which stage.
+
+Nothing is searched for. Each turn is rendered by the chat template up to the answer, then the answer, then the end of
+the turn, and only what comes after the generation prompt is learnt.
+"""
+
+import re
+from bisect import bisect_right
+from pathlib import Path
+
+from llava_cot.data.conversations import Conversation
+from llava_cot.data.example import IGNORE_INDEX, Example
+from llava_cot.prompt import Bos
+from llava_cot.stages import LLAVA_COT, Grammar
+
+# Llama 3.2's template tells a conversation without an image today's date; this is its own default, the same every day.
+DATE = "26 Jul 2024"
+
+
+def encode(
+    conversation: Conversation,
+    processor,
+    *,
+    grammar: Grammar = LLAVA_COT,
+    bos: Bos = "one",
+    image_folder: Path | str = "",
+) -> Example:
+    """The conversation as tokens; the images stand before the first question.
+
+    A prompt and an answer are tokenized apart, as they are when the model answers, so the ids up to the first answer
+    are those of ``build_inputs``. Labels are the answers' tokens and the token that ends each answer's turn. A token is
+    of the stage, tags included, in which its first character lies; what follows a stage up to the next opening tag, and
+    the end of the turn, is of that stage too.
+
+    Raises:
+        ValueError: the template does not render a conversation as a continuation of its beginning, or a turn contains a
+            special token.
+    """
+    tokenizer = processor.tokenizer
+    try:
+        input_ids, labels, stages = _encode_turns(conversation, processor, grammar, bos)
+        for what, token, expected in (
+            ("an image token", processor.image_token_id, len(conversation.images)),
+            ("a BOS", tokenizer.bos_token_id, 2 if bos == "released" else 1),
+        ):
+            if token is not None and (got := input_ids.count(token)) != expected:
+                raise ValueError(f"its tokens must contain {what} {expected} times, got {got}")
+    except ValueError as error:
+        raise ValueError(f"conversation {conversation.id!r}: {error}") from None
+    return Example(input_ids, labels, stages, [str(Path(image_folder) / path) for path in conversation.images])
+
+
+def _encode_turns(
+    conversation: Conversation, processor, grammar: Grammar, bos: Bos
+) -> tuple[list[int], list[int], list[int]]:
+    tokenizer = processor.tokenizer
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    messages: list[dict] = []
+    input_ids: list[int] = []
+    labels: list[int] = []
+    stages: list[int] = []
+
+    def extend(ids: list[int], stage: list[int] | None = None) -> None:
+        """Tokens to be learnt, each with its stage, or without stages context."""
+        input_ids.extend(ids)
+        labels.extend(ids if stage is not None else [IGNORE_INDEX] * len(ids))
+        stages.extend(stage if stage is not None else [-1] * len(ids))
+
+    text = ""
+    for index, turn in enumerate(conversation.turns):
+        images = [{"type": "image"} for _ in conversation.images] if index == 0 else []
+        messages.append({"role": "user", "content": [*images, {"type": "text", "text": turn.question}]})
+        prompt = _render(processor, messages, True)
+        begin = _rest(prompt, text, f"turn {index}'s prompt")
+        written = index > 0 or begin.startswith(tokenizer.bos_token or "")
+        add_bos = index == 0 and (bos == "released" or not written)
+        extend(tokenizer(begin, add_special_tokens=add_bos)["input_ids"])
+
+        answer = tokenizer(turn.answer, add_special_tokens=False, return_offsets_mapping=True)
+        if found := special.intersection(answer["input_ids"]):
+            token = tokenizer.convert_ids_to_tokens(min(found))
+            raise ValueError(f"turn {index}'s answer must be plain text, got the special token {token!r}")
+        opened, stage_of = _stage_starts(turn.answer, grammar)
+        # Tokens touch; but a tokenizer may trim the spaces off its offsets.
+        starts, ends = zip(*answer["offset_mapping"])
+        firsts = map(min, starts, (0, *ends))
+        extend(answer["input_ids"], [stage_of[bisect_right(opened, first)] for first in firsts])
+
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
+        text = _render(processor, messages, False)
+        end = tokenizer(_rest(text, prompt + turn.answer, f"turn {index}"), add_special_tokens=False)["input_ids"]
+        closes = next((at + 1 for at, token in enumerate(end) if token in special), 0)
+        if not closes:
+            raise ValueError("the chat template must end an assistant's turn with a special token, got none")
+        extend(end[:closes], [stage_of[-1]] * closes)
+        extend(end[closes:])
+    return input_ids, labels, stages
+
+
+def _render(processor, messages: list[dict], add_generation_prompt: bool) -> str:
+    date = {"date_string": DATE} if "date_string" in (processor.chat_template or "") else {}
+    return processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **date)
+
+
+def _rest(text: str, before: str, what: str) -> str:
+    if not text.startswith(before):
+        at = next((at for at, (got, expected) in enumerate(zip(text, before)) if got != expected), len(text))
+        raise ValueError(
+            f"{what} must be rendered by the chat template as a continuation of {before[max(0, at - 20) : at + 20]!r}, "
+            f"got {text[max(0, at - 20) : at + 20]!r}"
+        )
+    return text[len(before) :]
+
+
+def _stage_starts(text: str, grammar: Grammar) -> tuple[list[int], list[int]]:
+    """Where stages open, and the stage before the first of them (none, -1) and after each."""
+    tags = {grammar.tag_pair(name)[0]: index for index, name in enumerate(grammar.names)}
+    pattern = "|".join(sorted(map(re.escape, tags), key=len, reverse=True))
+    found = list(re.finditer(pattern, text))
+    return [match.start() for match in found], [-1, *(tags[match.group()] for match in found)]

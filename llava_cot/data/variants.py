@@ -1,0 +1,130 @@
+"""What the stages are worth: four-stage conversations with a stage left out, in another order, or without any.
+
+``python -m llava_cot.data.variants IN.jsonl OUT.jsonl --variant NAME`` writes the variant of a data set, over the same
+images. Models that were trained on the variants of one data set, from one base, differ by what a stage does.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llava_cot.data.conversations import parse_conversation
+from llava_cot.data.jsonl import write_jsonl
+from llava_cot.stages import LLAVA_COT, STAGES, Stage
+
+DESCRIBE = "Describe the image."
+Row = dict[str, Any]
+Variant = Callable[[Mapping[str, Any]], list[Row]]
+
+
+def in_order(row: Mapping[str, Any], order: Sequence[str], *, tags: bool = True) -> list[Row]:
+    """The stages of ``order`` alone, in this order, a paragraph each, with their tags or without."""
+
+    def block(stage: str, text: str) -> str:
+        open_tag, close_tag = LLAVA_COT.tag_pair(stage)
+        return f"{open_tag} {text} {close_tag}" if tags else text
+
+    return [_answered(row, ["\n\n".join(block(stage, texts[stage]) for stage in order) for texts in _stages(row)])]
+
+
+def shuffled(row: Mapping[str, Any]) -> list[Row]:
+    """SUMMARY, CAPTION and REASONING in an order drawn from the row's id, then the CONCLUSION.
+
+    It asks whether it matters what a stage can build on, so the conclusion stays last: ahead of its reasons it would be
+    a direct answer, which ``conclusion first`` and ``direct`` are for.
+    """
+    order = list(STAGES[:-1])
+    random.Random(parse_conversation(row).id).shuffle(order)
+    return in_order(row, [*order, Stage.CONCLUSION])
+
+
+def direct(row: Mapping[str, Any]) -> list[Row]:
+    """The text of the CONCLUSION."""
+    return in_order(row, [Stage.CONCLUSION], tags=False)
+
+
+def direct_with_caption(row: Mapping[str, Any]) -> list[Row]:
+    """Direct answers, and for an image a second row, ``ID-caption``, whose answer is the first turn's CAPTION.
+
+    What captions teach about images is learnt here too, but the answers cannot build on them.
+    """
+    rows, conversation = direct(row), parse_conversation(row)
+    if conversation.images:
+        turns = _turns([DESCRIBE], [_stages(row)[0]["CAPTION"]])
+        rows.append({**row, "id": f"{conversation.id}-caption", "conversations": turns})
+    return rows
+
+
+VARIANTS: dict[str, Variant] = {
+    "full": partial(in_order, order=STAGES),
+    **{f"without {left}": partial(in_order, order=[s for s in STAGES if s != left]) for left in STAGES[:-1]},
+    "without tags": partial(in_order, order=STAGES, tags=False),
+    "shuffled order": shuffled,
+    "conclusion first": partial(in_order, order=[Stage.CONCLUSION, *STAGES[:-1]]),
+    "direct": direct,
+    "direct with caption": direct_with_caption,
+}
+"""From a conversation whose every answer has the four stages to the rows that take its place."""
+
+
+def convert(source: Path | str, target: Path | str, variant: str) -> int:
+    """Write the variant of a jsonl; returns how many rows it has.
+
+    Raises:
+        ValueError: an unknown variant, or a line that is no conversation in four stages; ``target`` is left alone.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {list(VARIANTS)}, got {variant!r}")
+
+    def rows() -> Iterator[Row]:
+        with open(source, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        yield from VARIANTS[variant](json.loads(line))
+                    except ValueError as error:
+                        raise ValueError(f"line {number} of {str(source)!r}: {error}") from None
+
+    return write_jsonl(rows(), target)
+
+
+def _stages(row: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The text of the four stages, for each turn."""
+    found = []
+    for index, turn in enumerate(parse_conversation(row).turns):
+        if problem := LLAVA_COT.violation(turn.answer):
+            raise ValueError(f"conversations[{2 * index + 1}] must have the four stages: {problem}")
+        found.append({name: stage.text for name, stage in LLAVA_COT.parse(turn.answer).items()})
+        if empty := [str(name) for name, text in found[-1].items() if not text]:
+            raise ValueError(f"conversations[{2 * index + 1}] must have text in every stage, got none in {empty}")
+    return found
+
+
+def _answered(row: Mapping[str, Any], answers: Sequence[str]) -> Row:
+    """``row`` with these answers; fields that are not the conversation's stay."""
+    return {**row, "conversations": _turns([turn.question for turn in parse_conversation(row).turns], answers)}
+
+
+def _turns(questions: Sequence[str], answers: Sequence[str]) -> list[dict[str, str]]:
+    pairs = zip(questions, answers, strict=True)
+    return [turn for q, a in pairs for turn in ({"from": "human", "value": q}, {"from": "gpt", "value": a})]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, metavar="IN.jsonl")
+    parser.add_argument("target", type=Path, metavar="OUT.jsonl")
+    parser.add_argument("--variant", required=True, choices=VARIANTS)
+    args = parser.parse_args()
+    try:
+        print(f"{convert(args.source, args.target, args.variant)} rows in {args.target}")
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""The settings of a training run: a YAML file, and ``key=value`` from the command line on top of it."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from llava_cot.prompt import Bos
+from llava_cot.stages import STAGES
+
+Part = Literal["vision", "projector", "language", "cross"]
+DType = Literal["float32", "bfloat16"]
+COARSE_LR = 5e-5  # below it, most updates of a bfloat16 weight are rounded away
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Optimizer(Settings):
+    """``adamw``, or ``adamw8bit``: torchao's, its moments in 8 bits."""
+
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    lr: float = Field(1e-5, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    stochastic_rounding: bool = False  # of bfloat16 weights, by adamw8bit
+    clip_norm: float | None = Field(1.0, gt=0)
+
+
+class Schedule(Settings):
+    """Warm-up to the peak, then ``cosine`` down to ``min_ratio`` of it, ``constant``, or times ``gamma`` each epoch."""
+
+    name: Literal["cosine", "constant", "step"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    min_ratio: float = Field(0.0, ge=0, le=1)
+    gamma: float = Field(0.85, gt=0, le=1)
+    total_steps: int | None = Field(None, ge=1)  # of the cosine; by default those of the run
+
+
+class Precision(Settings):
+    """What the weights and the optimizer's state are kept in, what is computed in, what gradients are summed in."""
+
+    params: DType = "float32"
+    compute: DType = "bfloat16"
+    reduce: DType = "float32"
+    allow_lost_updates: bool = False  # see check below
+
+
+class Lora(Settings):
+    """Low-rank adapters (peft) on these linear layers; all else is frozen."""
+
+    r: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Sharding(Settings):
+    """Every parameter is split over ``world_size / replicas`` ranks, and ``replicas`` such groups hold it (HSDP)."""
+
+    replicas: int = Field(1, ge=1)
+    reshard_after_forward: bool = True
+
+
+class Dpo(Settings):
+    """Rafailov et al., 2023 (arXiv:2305.18290), on the pairs of ``llava-cot export --format preferences``."""
+
+    beta: float = Field(0.1, gt=0)
+    sft_weight: float = Field(0.0, ge=0)  # of the chosen one's likelihood, added to the loss
+
+
+class TrainConfig(Settings):
+    """Everything that decides a run. Paths are relative to where the command runs."""
+
+    model: str  # folder or hub name in transformers' format
+    output: Path
+    data: Path
+    images: Path = Path()
+    eval_data: Path | None = None
+    eval_images: Path | None = None  # by default ``images``
+    eval_fraction: float = Field(0.0, ge=0, lt=1)  # of ``data``, held out; only without eval_data
+    objective: Literal["sft", "dpo", "reward"] = "sft"
+    bos: Bos = "one"
+    seed: int = Field(0, ge=0)
+
+    epochs: int = Field(3, ge=1)
+    max_steps: int | None = Field(None, ge=1)  # stop there; the schedule's length is that of the epochs
+    batch_size: int = Field(32, ge=1)  # examples of a step, over all ranks and micro-batches
+    rows_per_batch: int = Field(4, ge=1)  # of one micro-batch on one rank
+    max_row_tokens: int | None = Field(None, ge=1)  # pack examples in rows of so many; None: one example a row
+
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    precision: Precision = Precision()
+    freeze: tuple[Part, ...] = ()
+    lora: Lora | None = None
+    sharding: Sharding = Sharding()
+    activation_checkpointing: bool = True
+    stage_weights: dict[str, float] = {}  # of a token's loss, by the stage it is in; 1 where nothing is said
+    dpo: Dpo = Dpo()
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    threads: int | None = Field(None, ge=1)  # of torch on the CPU, per rank
+    workers: int = Field(2, ge=0)  # processes that read images, per rank
+    log_every: int = Field(10, ge=1)  # steps
+    eval_every: int | None = Field(None, ge=1)
+    save_every: int | None = Field(500, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    asynchronous_checkpoints: bool = True
+    export_dtype: DType = "bfloat16"
+    wandb: str | None = None  # its project
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        rounds = self.precision.params == "bfloat16" and not self.optimizer.stochastic_rounding
+        if rounds and self.lora is None and self.optimizer.lr < COARSE_LR and not self.precision.allow_lost_updates:
+            raise ValueError(
+                f"precision.params must be float32 at optimizer.lr={self.optimizer.lr:g}, got bfloat16: most updates "
+                "would be rounded away; use optimizer.stochastic_rounding or precision.allow_lost_updates"
+            )
+        if self.optimizer.stochastic_rounding and (
+            self.optimizer.name != "adamw8bit" or self.precision.params != "bfloat16"
+        ):
+            raise ValueError("optimizer.stochastic_rounding must go with adamw8bit and precision.params=bfloat16")
+        if unknown := set(self.stage_weights) - {str(stage) for stage in STAGES}:
+            raise ValueError(f"stage_weights must name stages of {[str(s) for s in STAGES]}, got {sorted(unknown)}")
+        if self.eval_data is not None and self.eval_fraction:
+            raise ValueError(f"eval_fraction must be 0 with eval_data, got {self.eval_fraction}")
+        if self.lora is not None and self.objective == "reward":
+            raise ValueError("lora must not be given with objective=reward, whose head is trained from nothing")
+        return self
+
+    def with_images(self, evaluation: bool) -> tuple[Path | None, Path]:
+        """The data file and its image folder."""
+        return (self.eval_data, self.eval_images or self.images) if evaluation else (self.data, self.images)
+
+
+def load_config(path: Path | str, overrides: list[str] | None = None) -> TrainConfig:
+    """Read a YAML file; ``overrides`` are ``key=value`` or ``part.key=value``, the values in YAML.
+
+    Raises:
+        ValueError: naming every setting that is unknown or out of range.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"config must be YAML, got {str(path)!r}: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"config must be a mapping, got {type(data).__name__} in {str(path)!r}")
+    for override in overrides or ():
+        name, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"an override must be key=value, got {override!r}")
+        *parents, key = name.split(".")
+        place: dict[str, Any] = data
+        for parent in parents:
+            below = place.setdefault(parent, {})
+            if not isinstance(below, dict):
+                raise ValueError(f"an override must name a setting, got {override!r}")
+            place = below
+        place[key] = yaml.safe_load(value)
+    try:
+        return TrainConfig(**data)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}, got {_shown(e)}" for e in error.errors()]
+        raise ValueError("; ".join(problems)) from None
+
+
+def _shown(error) -> str:
+    got = error.get("input")
+    return repr(got) if not isinstance(got, dict | BaseModel) else "these settings"

@@ -1,0 +1,45 @@
+"""The process group of a run, from torchrun's variables or of one process alone."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[torch.device]:
+    """Join the group for the block; gives this rank's device. ``device`` is auto, cpu or cuda."""
+    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if "RANK" not in os.environ:
+        store = dist.HashStore()
+        place = {"store": store, "rank": 0, "world_size": 1}
+    else:
+        place = {}
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if kind == "cuda":
+        torch.cuda.set_device(local_rank)
+        dist.init_process_group("cpu:gloo,cuda:nccl", **place, device_id=torch.device("cuda", local_rank))
+    else:
+        dist.init_process_group("gloo", **place)
+    try:
+        yield torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
+    finally:
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The element-wise sum, in place; on the CPU's group if ``values`` is there."""
+    dist.all_reduce(values)
+    return values
+
+
+@contextmanager
+def rank_0_first() -> Iterator[None]:
+    """Rank 0 runs the block before the others do, which then find in the cache what it has made."""
+    if dist.get_rank() != 0:
+        dist.barrier()
+    yield
+    if dist.get_rank() == 0:
+        dist.barrier()

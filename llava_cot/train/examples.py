@@ -1,0 +1,103 @@
+"""The examples of a run: encoded once, cached on disk, read as they are needed."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from llava_cot.data.batches import BatchPlan
+from llava_cot.data.collate import Batch, Collator
+from llava_cot.data.example import Example
+from llava_cot.train.config import TrainConfig
+from llava_cot.train.distributed import rank_0_first
+from llava_cot.train.objectives.objective import Objective
+
+Rows = list[list[int]]
+
+
+def load_examples(
+    config: TrainConfig, objective: Objective, processor, *, evaluation: bool = False
+) -> datasets.Dataset:
+    """The rows of the run's data as encoded examples, memory-mapped; encoded anew only when something changed.
+
+    Columns: ``examples``, those of a row, which stay together; ``length``, their tokens.
+
+    Raises:
+        ValueError: a row that the objective can't take, by its place; ``llava-cot validate`` finds all of them at once.
+    """
+    path, images = config.with_images(evaluation)
+    assert path is not None
+    rows = _read(path)
+    template, tokenizer = processor.chat_template, processor.tokenizer.backend_tokenizer.to_str()
+    settings = [rows._fingerprint, tokenizer, template, config.bos, str(images), config.objective]
+    fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
+
+    def encode_row(row: dict[str, Any], index: int) -> dict[str, Any]:
+        try:
+            examples = objective.encode(row, processor, images, config.bos)
+        except ValueError as error:
+            raise ValueError(f"row {index + 1} of {str(path)!r} must fit {config.objective}: {error}") from None
+        length = sum(len(example.input_ids) for example in examples)
+        return {"examples": [asdict(example) for example in examples], "length": length}
+
+    with rank_0_first():
+        return rows.map(
+            encode_row, with_indices=True, remove_columns=rows.column_names, new_fingerprint=fingerprint, desc="encode"
+        )
+
+
+def _read(path: Path) -> datasets.Dataset:
+    if not path.is_file():
+        raise ValueError(f"data must be a .jsonl file, got {str(path)!r}")
+    with rank_0_first():
+        return datasets.load_dataset("json", data_files=str(path), split="train")
+
+
+def split(rows: datasets.Dataset, fraction: float) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """(training, held out): a random share, always the same one."""
+    order = np.random.Generator(np.random.PCG64(0)).permutation(len(rows))
+    held_out = max(1, round(len(rows) * fraction)) if fraction else 0
+    return rows.select(np.sort(order[held_out:])), rows.select(np.sort(order[:held_out]))
+
+
+class Loader:
+    """The micro-batches of this rank, from any step on; other processes read the images ahead of time."""
+
+    def __init__(self, rows: datasets.Dataset, plan: BatchPlan, collator: Collator, *, workers: int, pin_memory: bool):
+        self._rows, self._plan = _Collated(rows, collator), plan
+        self._options = {"num_workers": workers, "pin_memory": pin_memory}
+
+    def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        """For each step from ``start`` to ``stop`` its micro-batches."""
+        # One queue for all: a step's first micro-batch is read while the last step computes.
+        sampler = _MicroBatches(self._plan, start, stop)
+        batches = iter(DataLoader(self._rows, batch_size=None, sampler=sampler, **self._options))
+        for step in range(start, stop):
+            yield [next(batches) for _ in self._plan.micro_batches(step)]
+
+
+class _MicroBatches:
+    """A sampler whose indices are the rows of a micro-batch."""
+
+    def __init__(self, plan: BatchPlan, start: int, stop: int):
+        self._plan, self._steps = plan, range(start, stop)
+
+    def __iter__(self) -> Iterator[Rows]:
+        return (rows for step in self._steps for rows in self._plan.micro_batches(step))
+
+
+class _Collated(Dataset):
+    def __init__(self, rows: datasets.Dataset, collator: Collator):
+        self._rows, self._collator = rows, collator
+
+    def __getitem__(self, rows: Rows) -> Batch:
+        return self._collator([[example for index in row for example in self._examples(index)] for row in rows])
+
+    def _examples(self, index: int) -> list[Example]:
+        return [Example(**example) for example in self._rows[index]["examples"]]

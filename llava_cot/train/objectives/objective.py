@@ -1,0 +1,52 @@
+"""What the trainer asks of an objective."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from llava_cot.data.collate import Batch
+from llava_cot.data.example import Example
+from llava_cot.prompt import Bos
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Of one micro-batch: sums, so that they add up over micro-batches and ranks, whatever each holds."""
+
+    total: torch.Tensor  # float32 scalar, the sum of weighted losses; carries the gradient
+    parts: torch.Tensor  # float32 [len(names), 2]: for each name the sum of its values, and how many there were
+
+
+class Objective(Protocol):
+    names: tuple[str, ...]  # of what is reported beside the loss
+
+    def encode(self, row: Mapping[str, Any], processor, images: Path, bos: Bos) -> list[Example]:
+        """The examples of a row of the data, whose images are in this folder; they stay in one micro-batch.
+
+        Raises:
+            ValueError: the row does not have what this objective learns from.
+        """
+        ...
+
+    def weight(self, batch: Batch) -> float:
+        """What this micro-batch adds to the number that the step's sum of losses is divided by."""
+        ...
+
+    def __call__(self, model: PreTrainedModel, batch: Batch) -> Losses: ...
+
+
+class Step(nn.Module):
+    """The module whose call is a forward pass and its losses: the root that FSDP2 sees."""
+
+    def __init__(self, model: PreTrainedModel, objective: Objective):
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        losses = self.objective(self.model, batch)
+        return losses.total, losses.parts  # a tuple, since FSDP2 looks for tensors in what is returned

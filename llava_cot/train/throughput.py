@@ -1,0 +1,47 @@
+"""How fast a run is and what it holds: tokens a second, padding, share of the device's peak, memory."""
+
+import resource
+import time
+
+import torch
+import torch.distributed as dist
+
+from llava_cot.data.collate import Batch
+from llava_cot.train.flops import flops_per_batch, peak_flops
+
+
+class Throughput:
+    """Measures from one step's end to the next one's."""
+
+    def __init__(self, config, device: torch.device):
+        self._config, self._device, self._began = config, device, time.monotonic()
+
+    def after(self, batches: list[Batch]) -> dict[str, float]:
+        """The values of a step with these micro-batches of this rank, over all ranks."""
+        seconds = time.monotonic() - self._began
+        padding = sum(batch.num_padding for batch in batches)
+        places = sum(batch.targets.numel() for batch in batches)
+        flops = sum(self._flops(batch) for batch in batches)
+        sums = torch.tensor([places - padding, places, flops], dtype=torch.float64)
+        dist.all_reduce(sums)
+        tokens, places, flops = sums.tolist()
+        values = {"tokens": tokens, "tokens_per_s": tokens / seconds, "padding": 1 - tokens / max(places, 1)}
+        peak = peak_flops(self._device)
+        if peak is not None:
+            values["mfu"] = flops / seconds / peak / dist.get_world_size()
+        self.skip()
+        return values | {"seconds": seconds, "memory_gib": self._memory()}
+
+    def skip(self) -> None:
+        """Leave out the time since the last step."""
+        self._began = time.monotonic()
+
+    def _flops(self, batch: Batch) -> float:
+        num_images = batch.inputs["aspect_ratio_ids"].numel()
+        num_tokens = batch.targets.numel() - batch.num_padding
+        return flops_per_batch(self._config, num_tokens=num_tokens, num_images=num_images)
+
+    def _memory(self) -> float:
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
