@@ -1,40 +1,51 @@
 """Fast stage-level search for vision-language models that reason in stages."""
 
-from llava_cot.answer import Answer, Finished, SearchOutput
-from llava_cot.engine.budget import Budget
-from llava_cot.generator import SwiresGenerator
-from llava_cot.scoring import Calibration
-from llava_cot.search import (
-    BestOfNConfig,
-    GreedyConfig,
-    MajorityConfig,
-    SampleConfig,
-    SentenceBeamConfig,
-    StageBeamConfig,
-    SwiresConfig,
-    TokenBeamConfig,
-)
-from llava_cot.stages import LLAVA_COT, STAGES, Grammar, Stage
-from llava_cot.tiny import tiny_path
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "LLAVA_COT",
-    "STAGES",
-    "Answer",
-    "BestOfNConfig",
-    "Budget",
-    "Calibration",
-    "Finished",
-    "Grammar",
-    "GreedyConfig",
-    "MajorityConfig",
-    "SampleConfig",
-    "SearchOutput",
-    "SentenceBeamConfig",
-    "Stage",
-    "StageBeamConfig",
-    "SwiresConfig",
-    "SwiresGenerator",
-    "TokenBeamConfig",
-    "tiny_path",
-]
+if TYPE_CHECKING:
+    from llava_cot.answer import Answer, Finished, SearchOutput
+    from llava_cot.engine.budget import Budget
+    from llava_cot.generator import SwiresGenerator
+    from llava_cot.scoring import Calibration
+    from llava_cot.search import (
+        BestOfNConfig,
+        GreedyConfig,
+        MajorityConfig,
+        SampleConfig,
+        SentenceBeamConfig,
+        StageBeamConfig,
+        SwiresConfig,
+        TokenBeamConfig,
+    )
+    from llava_cot.stages import LLAVA_COT, STAGES, Grammar, Stage
+    from llava_cot.tiny import tiny_path
+
+_HOMES = {
+    "llava_cot.answer": ("Answer", "Finished", "SearchOutput"),
+    "llava_cot.engine.budget": ("Budget",),
+    "llava_cot.generator": ("SwiresGenerator",),
+    "llava_cot.scoring": ("Calibration",),
+    "llava_cot.search": (
+        "BestOfNConfig",
+        "GreedyConfig",
+        "MajorityConfig",
+        "SampleConfig",
+        "SentenceBeamConfig",
+        "StageBeamConfig",
+        "SwiresConfig",
+        "TokenBeamConfig",
+    ),
+    "llava_cot.stages": ("LLAVA_COT", "STAGES", "Grammar", "Stage"),
+    "llava_cot.tiny": ("tiny_path",),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+__all__ = sorted(_HOME)

@@ -4,6 +4,7 @@ Packing needs no attention mask: transformers sees from ``position_ids`` that st
 holds without a cache only, so the model is called with ``use_cache=False``.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,6 +25,8 @@ class Batch:
     inputs: dict[str, Tensor]  # keyword arguments of MllamaModel; cross_rows is for install_cross_rows
     targets: Tensor  # int64 [batch, tokens]: the label of the next token of the same sequence, else IGNORE_INDEX
     stages: Tensor  # int64 [batch, tokens]: the stage of that token, -1 if none
+    ends: Tensor  # int64 [examples]: the place of each one's last token, of batch * tokens
+    values: list[float]  # of each one, NaN if it has none; no tensor, since FSDP2 would round that to bfloat16
     num_tokens: int  # targets that are not IGNORE_INDEX
     num_padding: int  # tokens of no sequence
 
@@ -35,7 +38,8 @@ class Batch:
 
     def _map(self, function) -> "Batch":
         inputs = {name: function(tensor) for name, tensor in self.inputs.items()}
-        return replace(self, inputs=inputs, targets=function(self.targets), stages=function(self.stages))
+        tensors = {name: function(getattr(self, name)) for name in ("targets", "stages", "ends")}
+        return replace(self, inputs=inputs, **tensors)
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class Collator:
         stages = torch.full_like(input_ids, -1)
         cross_mask = torch.zeros(len(rows), tokens, slots, self.max_tiles, dtype=torch.int64)
         cross_rows = torch.zeros(len(rows), tokens, 2)
+        ends = []
         for index, (row, places) in enumerate(zip(rows, layouts)):
             start = 0
             for example in row:
@@ -92,7 +97,9 @@ class Collator:
                 targets[index, start : end - 1] = torch.tensor(example.labels[1:])
                 stages[index, start : end - 1] = torch.tensor(example.stages[1:])
                 self._look(example, places, images, cross_mask[index, start:end], cross_rows[index, start:end])
+                ends.append(index * tokens + end - 1)
                 start = end
+        values = [math.nan if example.value is None else example.value for row in rows for example in row]
         inputs = {
             "input_ids": input_ids,
             "position_ids": position_ids,
@@ -101,7 +108,15 @@ class Collator:
             "cross_rows": cross_rows,
         }
         num_tokens = int((targets != IGNORE_INDEX).sum())
-        return Batch(inputs, targets, stages, num_tokens, len(rows) * tokens - sum(lengths))
+        return Batch(
+            inputs,
+            targets,
+            stages,
+            torch.tensor(ends, dtype=torch.int64),
+            values,
+            num_tokens=num_tokens,
+            num_padding=len(rows) * tokens - sum(lengths),
+        )
 
     def _look(
         self, example: Example, places: dict[Any, int], images: dict[str, Image], mask: Tensor, rows: Tensor
@@ -146,7 +161,7 @@ class Collator:
             try:
                 made = self.processor.image_processor(images=[[open_image(path)]], return_tensors="pt")
             except Exception as error:  # a decoder raises what it likes on a broken file
-                raise ValueError(f"image must be a readable image file, got {path!r}: {error}") from error
+                raise ValueError(f"image {path!r} must be readable: {error}") from error
             tiles = int(np.asarray(made["num_tiles"]).item())
             images[path] = Image(made["pixel_values"][0, 0], tiles, int(made["aspect_ratio_ids"].item()))
         return images

@@ -1,7 +1,9 @@
 """LLaVA-CoT-100k's rows: a conversation about an image, ``{"id", "image", "conversations": [{"from", "value"}]}``."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -50,3 +52,20 @@ def parse_conversation(row: Mapping[str, Any]) -> Conversation:
         texts.append(value.strip())
     turns = tuple(Turn(question, answer) for question, answer in zip(texts[::2], texts[1::2]))
     return Conversation(str(name), tuple(images), turns)
+
+
+def read_conversations(path: Path | str) -> Iterator[tuple[int, Conversation]]:
+    """The conversations of a .jsonl with the numbers of their lines, one line in memory at a time; blank ones skipped.
+
+    Raises:
+        ValueError: a line is no JSON or no conversation; it names the file, the line and the field.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                conversation = parse_conversation(json.loads(line.decode("utf-8")))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number} of {str(path)!r}: {error}") from None
+            yield number, conversation

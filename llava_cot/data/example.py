@@ -13,3 +13,4 @@ class Example:
     labels: list[int]  # the token itself where it is to be learnt, else IGNORE_INDEX; never an image, a pad, a header
     stages: list[int]  # index into the grammar's names; -1 outside of every stage
     images: list[str]  # files, in the order of the image tokens
+    value: float | None = None  # of the whole: what a reward model is to say, or what a reference said

@@ -17,6 +17,7 @@ from llava_cot.data.jsonl import write_jsonl
 from llava_cot.stages import LLAVA_COT, STAGES, Stage
 
 DESCRIBE = "Describe the image."
+RESTATE = "What is to be done?"
 Row = dict[str, Any]
 Variant = Callable[[Mapping[str, Any]], list[Row]]
 
@@ -52,11 +53,24 @@ def direct_with_caption(row: Mapping[str, Any]) -> list[Row]:
 
     What captions teach about images is learnt here too, but the answers cannot build on them.
     """
-    rows, conversation = direct(row), parse_conversation(row)
-    if conversation.images:
-        turns = _turns([DESCRIBE], [_stages(row)[0]["CAPTION"]])
-        rows.append({**row, "id": f"{conversation.id}-caption", "conversations": turns})
-    return rows
+    caption = _stages(row)[0]["CAPTION"]
+    return [*direct(row), *([_task(row, "caption", DESCRIBE, caption)] if parse_conversation(row).images else [])]
+
+
+def apart(row: Mapping[str, Any]) -> list[Row]:
+    """Every stage of the first turn as a task of its own, as far as it is one for a model that knows no stages.
+
+    Direct answers; and in rows of their own an image's description, and without the image what a question asks for and
+    the reasoning from a description that is given. A model learns to see and to speak, and nowhere to do one after the
+    other.
+    """
+    question, texts = parse_conversation(row).turns[0].question, _stages(row)[0]
+    blind = {name: value for name, value in row.items() if name != "image"}
+    return [
+        *direct_with_caption(row),
+        _task(blind, "summary", f"{question} {RESTATE}", texts["SUMMARY"]),
+        _task(blind, "reasoning", f"{texts['CAPTION']} {question}", texts["REASONING"]),
+    ]
 
 
 VARIANTS: dict[str, Variant] = {
@@ -67,6 +81,7 @@ VARIANTS: dict[str, Variant] = {
     "conclusion first": partial(in_order, order=[Stage.CONCLUSION, *STAGES[:-1]]),
     "direct": direct,
     "direct with caption": direct_with_caption,
+    "apart": apart,
 }
 """From a conversation whose every answer has the four stages to the rows that take its place."""
 
@@ -86,7 +101,7 @@ def convert(source: Path | str, target: Path | str, variant: str) -> int:
                 if line.strip():
                     try:
                         yield from VARIANTS[variant](json.loads(line))
-                    except ValueError as error:
+                    except (ValueError, RecursionError) as error:
                         raise ValueError(f"line {number} of {str(source)!r}: {error}") from None
 
     return write_jsonl(rows(), target)
@@ -107,6 +122,11 @@ def _stages(row: Mapping[str, Any]) -> list[dict[str, str]]:
 def _answered(row: Mapping[str, Any], answers: Sequence[str]) -> Row:
     """``row`` with these answers; fields that are not the conversation's stay."""
     return {**row, "conversations": _turns([turn.question for turn in parse_conversation(row).turns], answers)}
+
+
+def _task(row: Mapping[str, Any], name: str, question: str, answer: str) -> Row:
+    """A row of its own beside ``row``."""
+    return {**row, "id": f"{parse_conversation(row).id}-{name}", "conversations": _turns([question], [answer])}
 
 
 def _turns(questions: Sequence[str], answers: Sequence[str]) -> list[dict[str, str]]:

@@ -4,6 +4,7 @@ import pickle
 import random
 import re
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -30,13 +32,14 @@ class Checkpoints:
     A checkpoint holds parameters and buffers, optimizer, scheduler, the random states of every rank (Python, numpy,
     torch on CPU and CUDA) and ``extra``. It is written as ``.step-N.part`` and renamed once every rank has written, so
     that whatever ``step-N`` a kill leaves is whole; what is left of others goes at the next start. The folder must be
-    one that all ranks see. Every method is called by all ranks, in the same order.
+    one that all ranks see, and one you trust, as loading unpickles. All ranks call every method, in the same order, and
+    ``wait`` before they leave the process group.
 
     Args:
         folder: made if it is not there.
         keep: how many of the newest checkpoints stay.
-        asynchronous: write on a thread, from a copy in host memory that is made before ``save`` returns (the size of
-            this rank's parameters and optimizer state, kept for the next save).
+        asynchronous: write on a thread. Either way from a copy in host memory, made before ``save`` returns: as large
+            as this rank's parameters and optimizer state, and with CUDA pinned and kept for the next save.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2, asynchronous: bool = True):
@@ -46,11 +49,7 @@ class Checkpoints:
         self._group = dist.new_group(backend="gloo")  # its own, as the thread must not share the training's
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._pending: Future[None] | None = None
-        if dist.get_rank() == 0:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for part in self._folder.glob(".step-*.part"):
-                shutil.rmtree(part)
-        dist.barrier(self._group)
+        self._on_rank_0(self._clean)
 
     def save(self, step: int, module: nn.Module, optimizer: Optimizer, scheduler: Any, extra: dict) -> None:
         """Save as ``step-N``, in place of one that is there; what was changed after the call is not in it.
@@ -59,7 +58,8 @@ class Checkpoints:
             scheduler: anything with ``state_dict``.
             extra: any small picklable state; that of rank 0 is kept.
 
-        Raises: what the previous save raised, if it has failed since.
+        Raises:
+            OSError: the previous save has failed since.
         """
         self.wait()
         state: dict[str, Any] = {"model": get_model_state_dict(module), f"rng-{dist.get_rank()}": _pack(_rng_state())}
@@ -88,7 +88,8 @@ class Checkpoints:
         On another number of ranks full tensors are the same, but the random states stay what they are.
 
         Raises:
-            ValueError: there is no checkpoint of this step.
+            ValueError: there is no checkpoint of this step, or it is one of another model or optimizer; with moments in
+                8 bits also on a number of ranks where a shard cuts one of their blocks.
         """
         self.wait()
         steps = self._on_rank_0(self._steps)
@@ -107,7 +108,10 @@ class Checkpoints:
             # Parameters that had never had a gradient have none.
             wanted = state["optimizer"]["state"]
             state["optimizer"]["state"] = {name: wanted[name] for name in wanted if name in with_state}
-        dcp.load(state, storage_reader=reader, process_group=self._group)
+        try:
+            dcp.load(state, storage_reader=reader, process_group=self._group)
+        except CheckpointException as error:
+            raise ValueError(f"{self._path(step)} does not fit this run: {_first_failure(error)}") from error
         set_model_state_dict(module, state["model"])
         if with_state:
             set_optimizer_state_dict(module, optimizer, state["optimizer"], options=StateDictOptions(strict=False))
@@ -121,20 +125,27 @@ class Checkpoints:
 
     def _write(self, step: int, state: dict[str, Any]) -> None:
         part = self._folder / f".step-{step}.part"
-        dcp.save(state, checkpoint_id=part, process_group=self._group)  # an error of one rank is raised on all
+        try:
+            dcp.save(state, checkpoint_id=part, process_group=self._group)  # an error of one rank is raised on all
+        except CheckpointException as error:
+            raise OSError(f"{self._path(step)} could not be written: {_first_failure(error)}") from error
         self._on_rank_0(lambda: self._put_in_place(part, step))
 
+    def _clean(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for part in self._folder.glob(".step-*.part"):
+            shutil.rmtree(part)
+
     def _put_in_place(self, part: Path, step: int) -> None:
-        if self._path(step).exists():
-            self._remove(step)
+        gone = [self._set_aside(step)] if self._path(step).exists() else []
         part.rename(self._path(step))
         older = [other for other in self._steps() if other < step]
-        for other in older[: max(len(older) + 1 - self._keep, 0)]:
-            self._remove(other)
+        gone += [self._set_aside(other) for other in older[: max(len(older) + 1 - self._keep, 0)]]
+        for path in gone:
+            shutil.rmtree(path)
 
-    def _remove(self, step: int) -> None:
-        part = self._path(step).rename(self._folder / f".step-{step}.old.part")  # half of it must not have its name
-        shutil.rmtree(part)
+    def _set_aside(self, step: int) -> Path:
+        return self._path(step).rename(self._folder / f".step-{step}.old.part")  # half of it must not have its name
 
     def _path(self, step: int) -> Path:
         return self._folder / f"step-{step}"
@@ -143,7 +154,7 @@ class Checkpoints:
         found = (re.fullmatch(r"step-(\d+)", path.name) for path in self._folder.iterdir())
         return sorted(int(match[1]) for match in found if match)
 
-    def _on_rank_0(self, function) -> Any:
+    def _on_rank_0(self, function: Callable[[], Any]) -> Any:
         """What the function returns on rank 0, on all ranks, or its error."""
         outcome: list[Any] = [None, None]
         if dist.get_rank() == 0:
@@ -180,6 +191,12 @@ def _copy(value: Any) -> Any:
         return type(value).__tensor_unflatten__(parts, context, value.size(), value.stride())
     host = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
     return host.copy_(value, non_blocking=True)
+
+
+def _first_failure(error: CheckpointException) -> str:
+    # A BaseException that holds every rank's error and stack: too much for a message, too high for an `except`.
+    rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
+    return f"rank {rank}: {cause}"
 
 
 def _pack(value: Any) -> torch.Tensor:

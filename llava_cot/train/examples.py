@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import signal
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class Loader:
 
     def __init__(self, rows: datasets.Dataset, plan: BatchPlan, collator: Collator, *, workers: int, pin_memory: bool):
         self._rows, self._plan = _Collated(rows, collator), plan
-        self._options = {"num_workers": workers, "pin_memory": pin_memory}
+        self._options = {"num_workers": workers, "pin_memory": pin_memory, "worker_init_fn": _ignore_stop}
 
     def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """For each step from ``start`` to ``stop`` its micro-batches."""
@@ -80,6 +81,11 @@ class Loader:
         batches = iter(DataLoader(self._rows, batch_size=None, sampler=sampler, **self._options))
         for step in range(start, stop):
             yield [next(batches) for _ in self._plan.micro_batches(step)]
+
+
+def _ignore_stop(worker: int) -> None:
+    # torchrun and Slurm send SIGTERM to every process, and the step that it asks to be the last needs its batches.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _MicroBatches:
@@ -100,4 +106,8 @@ class _Collated(Dataset):
         return self._collator([[example for index in row for example in self._examples(index)] for row in rows])
 
     def _examples(self, index: int) -> list[Example]:
-        return [Example(**example) for example in self._rows[index]["examples"]]
+        row = self._rows[index]
+        examples = [Example(**example) for example in row["examples"]]
+        if "values" not in row:
+            return examples
+        return [replace(example, value=value) for example, value in zip(examples, row["values"])]

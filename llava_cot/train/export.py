@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import GenerationConfig
 
+from llava_cot.checkpoint import checkpoint_sha256
 from llava_cot.train.config import TrainConfig
 from llava_cot.train.model import build_model
 
@@ -26,6 +27,8 @@ def export(root: nn.Module, config: TrainConfig, processor, folder: Path) -> Non
             weights = merge_adapters(weights, config.lora.alpha / config.lora.r)
         weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
         model.config.dtype = dtype
+        if config.objective == "reward" and getattr(model.config, "policy_sha256", None) is None:
+            model.config.policy_sha256 = checkpoint_sha256(config.model)  # what verify_policy asks for
         model.config.use_cache = model.config.get_text_config().use_cache = True
         model.save_pretrained(folder, state_dict=weights)
         processor.save_pretrained(folder)

@@ -58,7 +58,7 @@ def flops_per_batch(
         num_tokens: text tokens without padding.
         num_images: images, each at ``max_num_tiles`` tiles as Mllama computes them whatever their size.
         num_supervised: tokens the head is run for, by default all.
-        num_pairs: the sum of the examples' squared lengths, by default as if one example held all tokens.
+        num_pairs: the sum of the examples' squared lengths, by default as if they had one image each and like lengths.
         num_cross_pairs: pairs of a token and an image key it may see; by default every token sees one image, if any.
         freeze: parts without gradients: vision, projector, language (head and embedding included), cross.
         adapters_only: only adapters are trained: their FLOPs are left out, all other weights have no gradient.
@@ -68,7 +68,7 @@ def flops_per_batch(
     keys = vision.max_num_tiles * (patches + 1)
     padded = vision.max_num_tiles * -(-(patches + 1) // 8) * 8
     num_supervised = num_tokens if num_supervised is None else num_supervised
-    num_pairs = num_tokens**2 if num_pairs is None else num_pairs
+    num_pairs = num_tokens**2 // max(num_images, 1) if num_pairs is None else num_pairs
     num_cross_pairs = (num_tokens * keys if num_images else 0) if num_cross_pairs is None else num_cross_pairs
 
     def passes(part: str, *, below: bool) -> int:

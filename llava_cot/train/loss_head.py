@@ -21,7 +21,7 @@ class LossHead(nn.Linear):
         return head
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
-        """``hidden`` [..., H] to logits [..., V]; [T, H] with ``targets`` int64 [T] to log-probs, float32, 0 at -100."""
+        """``hidden`` [..., H] to logits [..., V]; [T, H] with ``targets`` int64 [T] to float32 log-probs, 0 at -100."""
         if targets is None:
             return super().forward(hidden)
         logprobs = linear_logprobs(hidden, self.weight, targets)

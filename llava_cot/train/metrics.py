@@ -1,10 +1,12 @@
 """The record of a training run: one line of JSON a step, TensorBoard, and Weights & Biases if asked for."""
 
+import importlib
 import json
-import os
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from llava_cot.atomic import replacing
 
@@ -12,17 +14,17 @@ from llava_cot.atomic import replacing
 class Metrics:
     """Writes ``folder/metrics.jsonl``, ``folder/tensorboard`` and, by option, a run of wandb.
 
-    Only rank 0 writes; on the others every call does nothing.
+    A context manager. Only rank 0 writes; on the others every call does nothing.
 
     Args:
         folder: of the run; made if it is not there.
         rank: of this process.
         resume_from: the step of the checkpoint that training goes on from: what was logged after it is cut, 0 for all.
-        wandb: keywords for ``wandb.init``, e.g. ``{"project": "llava-cot"}``.
+        wandb: keywords for ``wandb.init``, e.g. ``{"project": "llava-cot"}``; a run that goes on is the same one there.
         config: what the run was asked for, shown by wandb.
 
     Raises:
-        ImportError: ``wandb`` is given and not installed.
+        ValueError: ``wandb`` is given and not installed.
     """
 
     def __init__(
@@ -34,29 +36,27 @@ class Metrics:
         wandb: Mapping[str, Any] | None = None,
         config: Mapping[str, Any] | None = None,
     ):
-        self._on = rank == 0
-        if not self._on:
+        self._is_on = rank == 0
+        if not self._is_on:
             return
-        self._wandb = None
-        if wandb is not None:
-            self._wandb = _wandb().init(
-                **{"dir": str(folder), "config": dict(config or {}), "resume": "allow", **wandb}
-            )
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._wandb = None if wandb is None else _start_wandb(folder, {"config": dict(config or {}), **wandb})
         from torch.utils.tensorboard import SummaryWriter  # here, as it takes a second to import
 
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / "metrics.jsonl"
-        _cut(self._path, resume_from)
-        self._file = self._path.open("a", encoding="utf-8")
+        path = folder / "metrics.jsonl"
+        kept = [values for values in read_metrics(folder) if values["step"] <= resume_from]
+        with replacing(path) as file:
+            file.writelines(_line(values) for values in kept)
+        self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_from + 1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record the values of a step; a name such as "loss/caption" is a chart in the group "loss"."""
-        if not self._on:
+        """Record the values of a step; those named "loss/..." are one group of charts. Not finite is null in JSON."""
+        if not self._is_on:
             return
-        # Flushed line by line: what a kill leaves is whole lines, but for the last.
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        self._file.write(_line({"step": step, **values}))
+        self._file.flush()  # so that a kill can tear the last line only
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         if self._wandb is not None:
@@ -64,7 +64,7 @@ class Metrics:
 
     def close(self) -> None:
         """Write out what TensorBoard and wandb still hold."""
-        if not self._on:
+        if not self._is_on:
             return
         self._file.close()
         self._board.close()
@@ -74,34 +74,31 @@ class Metrics:
     def __enter__(self) -> "Metrics":
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: Any) -> None:
         self.close()
 
 
-def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The lines of ``folder/metrics.jsonl``, a torn last one left out."""
-    path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in _whole_lines(path)]
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of ``folder/metrics.jsonl`` in their order, ``step`` among the values; a torn last one is left out."""
+    path = Path(folder) / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _whole_lines(path: Path) -> list[str]:
-    if not path.exists():
-        return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+def _line(values: Mapping[str, Any]) -> str:
+    plain = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+    }
+    return json.dumps(plain) + "\n"
 
 
-def _cut(path: Path, step: int) -> None:
-    if not path.exists():
-        return
-    with replacing(path) as file:
-        file.writelines(line for line in _whole_lines(path) if json.loads(line)["step"] <= step)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _wandb() -> Any:
+def _start_wandb(folder: Path, settings: dict[str, Any]) -> Any:
     try:
-        import wandb
-    except ImportError as error:
-        raise ImportError("wandb is asked for but not installed: pip install wandb") from error
-    return wandb
+        wandb = importlib.import_module("wandb")
+    except ImportError:
+        raise ValueError("wandb must be None where it is not installed (pip install wandb)") from None
+    path = folder / "wandb_id"
+    if not path.exists():
+        with replacing(path) as file:
+            file.write(uuid4().hex)
+    return wandb.init(**{"dir": str(folder), "id": path.read_text(), "resume": "allow", **settings})

@@ -7,10 +7,9 @@ from rich import progress as bars
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-# How the values are shown, in this order; "loss/..." and what else has a slash goes to the second line.
+# How values are shown, in this order; then, on a second line, those with a slash, such as "loss/CAPTION".
 FORMATS = {
     "loss": "loss {:.4f}",
-    "eval_loss": "eval loss {:.4f}",
     "lr": "lr {:.2e}",
     "grad_norm": "grad norm {:.2f}",
     "tokens_per_s": "{:,.0f} tokens/s",
@@ -51,7 +50,7 @@ class Progress:
         self._task = self._bar.add_task("", total=total, completed=start)
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
-        """Show that ``step`` is done. Values, named as in ``FORMATS`` or ``loss/STAGE``, stay until replaced."""
+        """Show that ``step`` is done. Values, named as in ``FORMATS`` or with a slash, stay until replaced."""
         if not self._on:
             return
         self._values.update(values)

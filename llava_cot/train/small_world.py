@@ -128,3 +128,11 @@ def load_verifier(world: World, policy: Path | None = None) -> RewardModelScorer
     scorer = RewardModelScorer.from_pretrained(folder / "verifier", view=world.clean_view)
     scorer.__name__ = "verifier"  # type: ignore[attr-defined]
     return scorer
+
+
+def load_reward_model(folder: Path) -> RewardModelScorer:
+    """The bundled policy's, as ``llava-cot train-reward`` made it; it sees what the policy sees."""
+    verify_policy(folder, tiny_path())
+    scorer = RewardModelScorer.from_pretrained(folder)
+    scorer.__name__ = "reward model"  # type: ignore[attr-defined]
+    return scorer

@@ -5,16 +5,19 @@ import time
 
 import torch
 import torch.distributed as dist
+from transformers import MllamaConfig
 
 from llava_cot.data.collate import Batch
+from llava_cot.train.config import TrainConfig
 from llava_cot.train.flops import flops_per_batch, peak_flops
 
 
 class Throughput:
     """Measures from one step's end to the next one's."""
 
-    def __init__(self, config, device: torch.device):
-        self._config, self._device, self._began = config, device, time.monotonic()
+    def __init__(self, config: TrainConfig, model_config: MllamaConfig, device: torch.device):
+        self._config, self._model_config, self._device = config, model_config, device
+        self.skip()
 
     def after(self, batches: list[Batch]) -> dict[str, float]:
         """The values of a step with these micro-batches of this rank, over all ranks."""
@@ -37,9 +40,19 @@ class Throughput:
         self._began = time.monotonic()
 
     def _flops(self, batch: Batch) -> float:
-        num_images = batch.inputs["aspect_ratio_ids"].numel()
-        num_tokens = batch.targets.numel() - batch.num_padding
-        return flops_per_batch(self._config, num_tokens=num_tokens, num_images=num_images)
+        """Of what is learnt from: padding, dummy images and what is computed again are not counted."""
+        inputs, config = batch.inputs, self._config
+        has_images = bool(inputs["cross_rows"][..., 0].any())
+        return flops_per_batch(
+            self._model_config,
+            num_tokens=batch.targets.numel() - batch.num_padding,
+            num_images=int((inputs["aspect_ratio_ids"] > 0).sum()) if has_images else 0,
+            num_supervised=0 if config.objective == "reward" else batch.num_tokens,
+            # A sequence of n tokens has positions 0 to n - 1, and n * n is the sum of 2p + 1 over them.
+            num_pairs=int((2 * inputs["position_ids"] + 1).sum()) - batch.num_padding,
+            freeze=config.freeze,
+            adapters_only=config.lora is not None,
+        )
 
     def _memory(self) -> float:
         if self._device.type == "cuda":

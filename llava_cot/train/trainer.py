@@ -25,6 +25,7 @@ from llava_cot.train.objectives import objective_of
 from llava_cot.train.objectives.objective import Step
 from llava_cot.train.optimizer import build_optimizer
 from llava_cot.train.progress import Progress
+from llava_cot.train.reference import with_reference
 from llava_cot.train.schedule import learning_rate
 from llava_cot.train.sharding import build_mesh, checkpoint_activations, fill, shard
 from llava_cot.train.throughput import Throughput
@@ -58,11 +59,12 @@ class Trainer:
         rows, held_out = split(load_examples(config, self.objective, self.processor), config.eval_fraction)
         if config.eval_data is not None:
             held_out = load_examples(config, self.objective, self.processor, evaluation=True)
-        self.identity = {"data": rows._fingerprint, "batch_size": config.batch_size, "seed": config.seed}
+        same = {"batch_size", "max_row_tokens", "seed", "freeze", "lora", "objective"}
+        self.identity = {"data": rows._fingerprint, **config.model_dump(mode="json", include=same)}
+        self.root = self._build_root()
         self.plan, self.loader = self._open(rows)
         self.held_out = self._open(held_out) if len(held_out) else None
         self.last_step = self.plan.steps_per_epoch * config.epochs
-        self.root = self._build_root()
         torch.manual_seed(config.seed + dist.get_rank())
         self.optimizer = build_optimizer(self.root.parameters(), config.optimizer)
         share = learning_rate(config.schedule, self.last_step, self.plan.steps_per_epoch)
@@ -82,8 +84,12 @@ class Trainer:
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
         )
-        pin_memory = self.device.type == "cuda"
-        return plan, Loader(rows, plan, Collator(self.processor), workers=config.workers, pin_memory=pin_memory)
+        collator, pin_memory = Collator(self.processor), self.device.type == "cuda"
+        loader = Loader(rows, plan, collator, workers=config.workers, pin_memory=pin_memory)
+        if self.objective.reference is not None:
+            rows = with_reference(rows, self.root, plan, loader, self.device, config)
+            loader = Loader(rows, plan, collator, workers=config.workers, pin_memory=pin_memory)
+        return plan, loader
 
     def _build_root(self) -> Step:
         root = Step(build_model(self.config, empty=True), self.objective)
@@ -105,27 +111,32 @@ class Trainer:
             self.config.output.mkdir(parents=True, exist_ok=True)
             with replacing(self.config.output / "config.yaml") as file:
                 yaml.safe_dump(self.config.model_dump(mode="json"), file, sort_keys=False)
+        try:
+            self._loop(start)
+        finally:
+            self.checkpoints.wait()  # a save that nobody waits for is lost with the process group
+        export(self.root, self.config, self.processor, self.config.output / "model")
+
+    def _loop(self, start: int) -> None:
+        config = self.config
         metrics, progress = self._records(start)
         with metrics, progress, stop_requested() as stop:
-            throughput = Throughput(self.root.model.config, self.device)
+            throughput = Throughput(config, self.root.model.config, self.device)
             for step, batches in enumerate(self.loader.steps(start, self.last_step), start + 1):
                 values, stopping = self._step(batches, stop.is_set())
                 values |= throughput.after(batches)
                 is_last = stopping or step == self.last_step
-                if self.held_out is not None and (is_due(step, self.config.eval_every) or step == self.last_step):
+                if self.held_out is not None and (is_due(step, config.eval_every) or step == self.last_step):
                     values |= self.evaluate()
                     throughput.skip()
                 progress.update(step, values)
-                if is_due(step, self.config.log_every) or is_last:
+                if is_due(step, config.log_every) or is_last:
                     metrics.log(step, values)
-                if self.config.save_every and (is_due(step, self.config.save_every) or is_last):
+                if config.save_every and (is_due(step, config.save_every) or is_last):
                     self.checkpoints.save(step, self.root, self.optimizer, self.scheduler, self.identity)
-                if stopping:
-                    self.checkpoints.wait()
+                if stopping and step < self.last_step:
                     print(f"stopped at step {step}", file=sys.stderr)
                     raise SystemExit(STOPPED)
-            self.checkpoints.wait()
-        export(self.root, self.config, self.processor, self.config.output / "model")
 
     def _step(self, batches: list[Batch], stop: bool) -> tuple[dict[str, float], bool]:
         """One optimizer step on the micro-batches of all ranks; its values, and whether any rank was asked to stop."""
@@ -177,7 +188,7 @@ class Trainer:
     def _values(self, sums: torch.Tensor, weight: float) -> dict[str, float]:
         dist.all_reduce(sums)
         (total, _), *parts = sums.tolist()
-        found = {f"loss/{name}": part / count for name, (part, count) in zip(self.objective.names, parts) if count}
+        found = {name: part / count for name, (part, count) in zip(self.objective.names, parts) if count}
         return {"loss": total / (weight or 1.0)} | found
 
     def _records(self, start: int) -> tuple[Metrics, Progress]:

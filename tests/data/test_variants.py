@@ -45,9 +45,9 @@ def test_all_are_conversations_on_the_same_images(given):
     for make in VARIANTS.values():
         made = make(row)
         parsed = [parse_conversation(new) for new in json.loads(json.dumps(made))]
-        assert [c.images for c in parsed] == [parse_conversation(row).images] * len(made)
+        assert {c.images for c in parsed} <= {parse_conversation(row).images, ()}
         assert len({c.id for c in parsed}) == len(made) and parsed[0].id == row["id"]
-        assert all(new["source"] == row["source"] and new.keys() == row.keys() for new in made)
+        assert all(new["source"] == row["source"] and new.keys() | {"image"} == row.keys() | {"image"} for new in made)
         assert [turn.question for turn in parsed[0].turns] == [question for question, _ in turns]
         assert make(row) == made  # the same every time
     assert json.dumps(row) == before
@@ -80,6 +80,18 @@ def test_what_each_keeps(given):
         assert (turn.question, turn.answer) == (DESCRIBE, turns[0][1]["CAPTION"])
     else:
         assert len(VARIANTS["direct with caption"](row)) == 1
+    tasks = {new["id"].removeprefix(row["id"]): (new.get("image"), new) for new in VARIANTS["apart"](row)}
+    captions = {"-caption"} if "image" in row else set()
+    assert tasks.keys() == {"", "-summary", "-reasoning"} | captions
+    for name, kept in (
+        ("", row.get("image")),
+        ("-caption", row.get("image")),
+        ("-summary", None),
+        ("-reasoning", None),
+    ):
+        assert name not in tasks or tasks[name][0] == kept
+    (turn,) = parse_conversation(tasks["-reasoning"][1]).turns
+    assert turn.answer == turns[0][1]["REASONING"] and turn.question == f"{turns[0][1]['CAPTION']} {turns[0][0]}"
 
 
 def test_the_shuffle_gives_every_order_its_share():

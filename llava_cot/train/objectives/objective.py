@@ -1,6 +1,6 @@
 """What the trainer asks of an objective."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +13,8 @@ from llava_cot.data.collate import Batch
 from llava_cot.data.example import Example
 from llava_cot.prompt import Bos
 
+Reference = Callable[[PreTrainedModel, Batch], torch.Tensor]
+
 
 @dataclass(frozen=True)
 class Losses:
@@ -23,7 +25,10 @@ class Losses:
 
 
 class Objective(Protocol):
-    names: tuple[str, ...]  # of what is reported beside the loss
+    names: tuple[str, ...]  # of what is reported beside the loss, each with a slash
+    # What the model before training says of each example, float32 [examples]: it becomes the example's value. None: it
+    # is not asked.
+    reference: Reference | None
 
     def encode(self, row: Mapping[str, Any], processor, images: Path, bos: Bos) -> list[Example]:
         """The examples of a row of the data, whose images are in this folder; they stay in one micro-batch.
@@ -41,12 +46,14 @@ class Objective(Protocol):
 
 
 class Step(nn.Module):
-    """The module whose call is a forward pass and its losses: the root that FSDP2 sees."""
+    """The module whose call is a forward pass and its losses, or its reference: the root that FSDP2 sees."""
 
     def __init__(self, model: PreTrainedModel, objective: Objective):
         super().__init__()
         self.model, self.objective = model, objective
 
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, batch: Batch, reference: Reference | None = None) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        if reference is not None:
+            return reference(self.model, batch)
         losses = self.objective(self.model, batch)
         return losses.total, losses.parts  # a tuple, since FSDP2 looks for tensors in what is returned

@@ -19,8 +19,10 @@ from llava_cot.train.objectives.objective import Losses
 class Sft:
     """The negative log-likelihood of the supervised tokens, each weighted by the stage it is in."""
 
+    reference = None
+
     def __init__(self, stage_weights: Mapping[str, float]):
-        self.names = (*map(str, STAGES), "outside")
+        self.names = (*(f"loss/{stage}" for stage in STAGES), "loss/outside")
         # The last one is that of stage -1.
         self._weights = torch.tensor([stage_weights.get(stage, 1.0) for stage in STAGES] + [1.0])
 

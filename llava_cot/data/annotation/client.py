@@ -1,0 +1,183 @@
+"""One chat request: paced, timed, tried again where that can help, and accounted for."""
+
+import asyncio
+import json
+import os
+import random
+import time
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from llava_cot.data.annotation.cost import ANNOTATION_TOKENS, Usage, prompt_tokens, text_tokens
+from llava_cot.data.annotation.pace import Pace
+from llava_cot.data.annotation.prompts import Message
+
+FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds
+RETRIED = (408, 409, 425, 429)  # and all from 500 on
+
+
+class EndpointError(ValueError):
+    """Nothing can be asked of this endpoint: the run stops."""
+
+
+class RequestFailed(Exception):
+    """This request came to nothing, after all its tries."""
+
+
+class RequestRefused(RequestFailed):
+    """The endpoint says that the request is wrong (400 or 422)."""
+
+
+class _TryAgain(Exception):
+    def __init__(self, why: str, wait: float | None = None):
+        super().__init__(why)
+        self.wait = wait
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model wrote; ``refusal`` is its own text, or why its words were withheld, and "" where it answered."""
+
+    text: str
+    refusal: str
+    is_cut: bool  # at the limit of tokens
+    model: str  # as the endpoint names it
+
+
+class ChatClient:
+    """Chats with any server of OpenAI's chat completions protocol.
+
+    Args:
+        timeout: seconds of one try, from sending to the last byte.
+        max_retries: tries after the first one of a request.
+        options: what every request carries, e.g. model and max_completion_tokens.
+        image_tokens: what an image counts for until the server has said what the prompt was.
+
+    Raises:
+        ValueError: no openai package, or no OPENAI_API_KEY.
+    """
+
+    def __init__(
+        self,
+        base_url: str | None,
+        *,
+        timeout: float,
+        max_retries: int,
+        rpm: float | None,
+        tpm: float | None,
+        options: dict[str, Any],
+        image_tokens: int,
+    ):
+        try:
+            import openai
+        except ImportError:
+            raise ValueError("annotate needs the openai package: pip install 'llava-cot[annotate]'") from None
+        key = os.environ.get("OPENAI_API_KEY")
+        if not key:
+            raise ValueError("OPENAI_API_KEY must be set (to anything, for a server without keys), got none")
+        # Retries are ours: the client's own know neither the pace nor that the run is stopping.
+        self._client = openai.AsyncOpenAI(api_key=key, base_url=base_url, max_retries=0, timeout=timeout)
+        self._timeout, self._max_retries, self._image_tokens = timeout, max_retries, image_tokens
+        self._options, self._requests, self._tokens = options, Pace(rpm), Pace(tpm)
+
+    async def close(self) -> None:
+        await self._client.close()
+
+    async def ask(self, messages: list[Message], usage: Usage, expected: int = ANNOTATION_TOKENS, **options) -> Reply:
+        """The reply; what it took is added to ``usage``. ``expected`` is about how many tokens it has.
+
+        Raises:
+            RequestRefused: 400 or 422.
+            RequestFailed: it failed in another way, after all tries.
+            EndpointError: the key, the model or the account is refused.
+        """
+        for failures in range(self._max_retries + 1):
+            try:
+                return await self._try(messages, usage, expected, options)
+            except _TryAgain as error:
+                if failures == self._max_retries:
+                    raise RequestFailed(f"{error}, {failures + 1} tries") from None
+                back_off = min(LONGEST_WAIT, FIRST_WAIT * 2**failures)
+                if error.wait is not None:
+                    self._requests.hold(error.wait)
+                # The jitter spreads out those that failed together, and is never before the time that the server named.
+                await asyncio.sleep(max(error.wait or 0, back_off / 2) + random.uniform(0, back_off / 2))
+        raise AssertionError("the last try returns or raises")
+
+    async def _try(self, messages: list[Message], usage: Usage, expected: int, options: dict[str, Any]) -> Reply:
+        import openai
+
+        prompt = prompt_tokens(messages, self._image_tokens)
+        await self._tokens.wait(prompt + expected)
+        await self._requests.wait()
+        usage.requests += 1
+        try:
+            async with asyncio.timeout(self._timeout):  # the client's own is for each read, not for the whole
+                create: Any = self._client.chat.completions.with_raw_response.create
+                response = await create(messages=messages, **{**self._options, **options})
+            reply, spent = _read(response.content, prompt)
+        except (openai.APITimeoutError, TimeoutError):
+            raise _TryAgain(f"no reply within {self._timeout:g} s") from None
+        except openai.APIConnectionError as error:
+            raise _TryAgain(f"no connection: {error.__cause__ or error}") from None
+        except openai.APIStatusError as error:
+            raise _failure(error) from None
+        usage.add(spent)
+        self._tokens.correct(spent.prompt_tokens + spent.completion_tokens - prompt - expected)
+        if reply is None:
+            raise _TryAgain(f"the reply is no chat completion: {response.content[:200]!r}")
+        return reply
+
+
+def _failure(error: Any) -> Exception:
+    """What an HTTP status other than 2xx means for the request."""
+    why = f"HTTP {error.status_code}: {error.message}"
+    if error.status_code in (401, 403, 404) or error.code == "insufficient_quota":
+        return EndpointError(f"the endpoint refuses the key, the model or the account: {why}")
+    if error.status_code in (400, 422):
+        return RequestRefused(why)
+    if error.status_code in RETRIED or error.status_code >= 500:
+        return _TryAgain(why, _retry_after(error.response.headers.get("retry-after")))
+    return RequestFailed(why)
+
+
+def _retry_after(header: str | None) -> float | None:
+    """Seconds, of a header that has them or a date; None for any other."""
+    if header is None:
+        return None
+    try:
+        return max(0.0, min(float(header), 86400.0))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+def _read(body: bytes, prompt: int) -> tuple[Reply | None, Usage]:
+    """The reply, None if there is none in it, and its usage: an estimate where the server tells none."""
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError):
+        return None, Usage()
+    told = data.get("usage") if isinstance(data, dict) else None
+    names = ("prompt_tokens", "completion_tokens")
+    given = [told.get(name) for name in names] if isinstance(told, dict) else []
+    counts = [count for count in given if isinstance(count, int) and count >= 0]
+    is_told = len(counts) == len(names)
+    spent = Usage(0, *counts) if is_told else Usage()
+    try:
+        choice = data["choices"][0]
+        text, refusal = choice["message"].get("content") or "", choice["message"].get("refusal") or ""
+        finish, model = choice.get("finish_reason"), data.get("model")
+    except (KeyError, IndexError, TypeError, AttributeError):
+        return None, spent
+    if not isinstance(text, str) or not isinstance(refusal, str):
+        return None, spent
+    if finish == "content_filter":
+        refusal = refusal or "withheld by the endpoint's content filter"
+    if not is_told:
+        spent = Usage(0, prompt, text_tokens(text))
+    return Reply(text, refusal, finish == "length", model if isinstance(model, str) else ""), spent

@@ -1,0 +1,66 @@
+"""What is asked: rows of any VQA jsonl as conversations whose answers are the standard ones."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llava_cot.data.conversations import Conversation, Turn, parse_conversation
+
+PLACEHOLDER = "<image>"  # of other data sets' questions; here images stand before the first question
+
+
+@dataclass(frozen=True)
+class Question:
+    """A conversation to annotate: each turn's answer is the standard answer."""
+
+    row: Mapping[str, Any]  # as it was read; its id and image are written as they stand
+    conversation: Conversation
+    hints: str  # what helps to answer the first turn; may be empty
+
+    @property
+    def id(self) -> str:
+        return self.conversation.id
+
+
+def read_questions(path: Path | str) -> Iterator[Question]:
+    """``{"id", "image", "question", "answer"}`` (``hints`` where there are some) or LLaVA-CoT-100k's rows, one a line.
+
+    Raises:
+        ValueError: naming file, line and field: not JSON, a field missing or malformed, an id that was there before.
+    """
+    seen: dict[str, int] = {}
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                question = _parse(json.loads(line))
+                if question.id in seen:
+                    raise ValueError(f"id must be unique, got {question.id!r} again after line {seen[question.id]}")
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"line {number} of {str(path)!r}: {error}") from None
+            seen[question.id] = number
+            yield question
+
+
+def _parse(row: Any) -> Question:
+    if not isinstance(row, dict):
+        raise ValueError(f"row must be an object, got {type(row).__name__}")
+    if "conversations" not in row:
+        for name in ("question", "answer"):
+            if not isinstance(row.get(name), str | int | float) or not str(row[name]).strip():
+                raise ValueError(f"{name} must be a non-empty string, got {row.get(name)!r}")
+        talk = [{"from": "human", "value": str(row["question"])}, {"from": "gpt", "value": str(row["answer"])}]
+        conversation = parse_conversation({**row, "conversations": talk})
+    else:
+        conversation = parse_conversation(row)
+    turns = tuple(Turn(turn.question.replace(PLACEHOLDER, "").strip(), turn.answer) for turn in conversation.turns)
+    if not all(turn.question for turn in turns):
+        raise ValueError(f"question must have text beside {PLACEHOLDER}, got none")
+    conversation = replace(conversation, turns=turns)
+    hints = row.get("hints") or ""
+    if not isinstance(hints, str):
+        raise ValueError(f"hints must be a string, got {hints!r}")
+    return Question(row, conversation, hints.strip())

@@ -1,0 +1,137 @@
+"""Is a line of LLaVA-CoT-100k's kind fit to be learnt from? One line at a time; what files hold is data/images.py's."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from llava_cot.data.conversations import Conversation, parse_conversation
+from llava_cot.data.defect import Defect
+from llava_cot.data.images import ImageChecks
+from llava_cot.stages import LLAVA_COT, Outcome
+
+UNKNOWN, FOLDER, TEXT_ONLY = "(unknown)", "(the folder itself)", "(no image)"  # sources that are no folder
+LEAK = re.compile(r"\bstandard answers?\b", re.IGNORECASE)  # the annotation prompt's name for the answer it was given
+# Images stand before the first question: this would be read as text, or as one image too many.
+PLACEHOLDER = re.compile(r"<image(?:_\d+)?>|<\|image\|>", re.IGNORECASE)
+SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")  # of Llama, Qwen, ...: it would end a turn, or stand for an image
+FIELDS = {"row": "not an object", "id": "bad id", "image": "bad image field", "conversations": "wrong turns"}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a line: its defect, or the id of a row to be kept; and where it comes from."""
+
+    source: str = UNKNOWN
+    id: str = ""
+    defect: Defect | None = None
+    warnings: tuple[str, ...] = ()  # kinds of what is worth a look in a row that is kept
+
+
+@dataclass(frozen=True)
+class LineChecks:
+    """Judges lines: JSON, fields and turns, the grammar of every answer, then the images."""
+
+    images: ImageChecks
+    allow_text_only: bool = False
+
+    def __call__(self, line: bytes) -> Verdict:
+        source = UNKNOWN
+        try:
+            row = _read(line)
+            source = source_of(row)
+            conversation = _parse(row)
+            _check_text(conversation)
+            if not conversation.images and not self.allow_text_only:
+                raise Defect("no image", "image must be a path, got none")
+            modes = [self.images.check(path) for path in conversation.images]
+        except Defect as defect:
+            return Verdict(source, defect=defect)
+        warnings = {f"image mode {mode}" for mode in modes if mode not in ("RGB", "L", None)}
+        if any(LEAK.search(turn.answer) for turn in conversation.turns):
+            warnings.add("mentions a standard answer")
+        return Verdict(source, conversation.id, warnings=tuple(sorted(warnings)))
+
+
+def source_of(row: Any) -> str:
+    """The first folder of the (first) image's path, as LLaVA-CoT-100k is laid out."""
+    if not isinstance(row, Mapping):
+        return UNKNOWN
+    image = row.get("image")
+    if isinstance(image, list):
+        image = image[0] if image else None
+    if not isinstance(image, str):
+        return TEXT_ONLY if image is None else UNKNOWN
+    parts = PurePosixPath(image).parts
+    if len(parts) < 2:
+        return FOLDER
+    return parts[0][:60] if parts[0].isprintable() else ascii(parts[0][:60])
+
+
+def _read(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"), parse_constant=_refuse)
+    except UnicodeDecodeError as error:
+        raise Defect("not UTF-8", f"byte {error.start} of the line is {line[error.start]:#04x}") from None
+    except (ValueError, RecursionError) as error:
+        raise Defect("not JSON", str(error)) from None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _parse(row: Any) -> Conversation:
+    try:
+        return parse_conversation(row)
+    except ValueError as error:
+        message = str(error)
+        raise Defect(FIELDS[re.match(r"\w+", message)[0]], _short(message)) from None  # type: ignore[index]
+
+
+def _check_text(conversation: Conversation) -> None:
+    spoken = (text for turn in conversation.turns for text in (turn.question, turn.answer))
+    for text in (conversation.id, *conversation.images, *spoken):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # json lets half of a surrogate pair through, a tokenizer does not
+            raise Defect("not Unicode", f"{_short(repr(text))} has half a character, {text[error.start]!a}") from None
+    for index, turn in enumerate(conversation.turns):
+        question, answer = f"conversations[{2 * index}]", f"conversations[{2 * index + 1}]"
+        if found := PLACEHOLDER.search(turn.question):
+            raise Defect("image placeholder", f"{question} has {found[0]}, images stand before the first question")
+        for where, text in ((question, turn.question), (answer, turn.answer)):
+            if found := SPECIAL_TOKEN.search(text):
+                raise Defect("special token", f"{where} has {_short(found[0])}")
+        check_stages(turn.answer, answer)
+
+
+def check_stages(answer: str, where: str) -> None:
+    """Raises ``Defect`` unless ``answer`` is the four stages, each once, in order and not empty, and nothing else."""
+    stages, violation = LLAVA_COT.parse(answer), LLAVA_COT.violation(answer)
+    if violation:
+        outcomes = {stage.outcome for stage in stages.values()}
+        kinds = {
+            Outcome.REPEATED: "repeated stage",
+            Outcome.UNCLOSED: "unclosed stage",
+            Outcome.MISSING: "missing stage",
+        }
+        kind = next((kind for outcome, kind in kinds.items() if outcome in outcomes), "misplaced tag")
+        raise Defect(kind, f"{where}: {violation}")
+    for name in reversed(LLAVA_COT.names):
+        if not stages[name].text:
+            raise Defect(f"empty {name.lower()}", f"{where} has nothing between its tags")
+    rest, outside = answer, []
+    for name in LLAVA_COT.names:
+        open_tag, close_tag = LLAVA_COT.tag_pair(name)
+        before, _, rest = rest.partition(open_tag)
+        _, _, rest = rest.partition(close_tag)
+        outside.append(before)
+    if found := " ".join(" ".join([*outside, rest]).split()):
+        raise Defect("text outside of stages", f"{where} has {_short(repr(found))}")
+
+
+def _short(text: str, limit: int = 200) -> str:
+    return text if len(text) <= limit else f"{text[:limit]}..."

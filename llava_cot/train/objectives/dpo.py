@@ -1,0 +1,81 @@
+"""Direct preference optimisation on pairs of stages (Rafailov et al., 2023, arXiv:2305.18290)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import logsigmoid
+from transformers import PreTrainedModel
+
+from llava_cot.data.collate import Batch
+from llava_cot.data.example import IGNORE_INDEX, Example
+from llava_cot.prompt import Bos
+from llava_cot.train.config import Dpo as Settings
+from llava_cot.train.objectives.objective import Losses
+
+
+def completion_logprobs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """The log-prob of what is learnt of each example, float32 [examples], in nats."""
+    hidden = model.model(**batch.inputs, use_cache=False).last_hidden_state
+    logprobs = model.lm_head(hidden.flatten(0, 1), batch.targets.flatten())
+    places, known = _known(batch)
+    return logprobs.new_zeros(len(batch.ends)).index_add(0, places, logprobs[known])
+
+
+def _known(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The example of each token that is learnt, and where those tokens are of all: int64 [num_tokens] each."""
+    known = (batch.targets.flatten() >= 0).nonzero().squeeze(1)
+    return torch.bucketize(known, batch.ends), known
+
+
+class Dpo:
+    """``-log sigmoid(chosen - rejected)``, where the reward of each is ``beta * log(p / p_reference)``.
+
+    The reference is the model before training. ``sft_weight`` times the chosen one's negative log-likelihood per token
+    is added (Pang et al., 2024, arXiv:2404.19733).
+    """
+
+    names = ("preference/accuracy", "preference/margin", "preference/chosen", "preference/rejected")
+    reference = staticmethod(completion_logprobs)
+
+    def __init__(self, settings: Settings):
+        self._settings = settings
+
+    def encode(self, row: Mapping[str, Any], processor, images: Path, bos: Bos) -> list[Example]:
+        """``row`` is one of ``llava-cot export --format preferences``, which is text: the chosen, then the rejected.
+
+        Prompt and completion are tokenized apart, since that is where the model stopped reading and began to draw.
+        """
+        for name in ("prompt", "chosen", "rejected"):
+            if not isinstance(row.get(name), str) or not row[name]:
+                raise ValueError(f"{name} must be text, as TextForm writes it, got {str(row.get(name))[:80]!r}")
+        tokenizer = processor.tokenizer
+        prompt, *completions = (
+            tokenizer(row[name], add_special_tokens=False)["input_ids"] for name in ("prompt", "chosen", "rejected")
+        )
+        expected = 2 if bos == "released" else 1
+        if tokenizer.bos_token_id is not None and (got := prompt.count(tokenizer.bos_token_id)) != expected:
+            raise ValueError(f"prompt must have a BOS {expected} times with bos={bos!r}, got {got}")
+        files = [str(images / image) for image in row["images"]]
+        if (got := prompt.count(processor.image_token_id)) != len(files):
+            raise ValueError(f"prompt must have an image token for each of images={row['images']}, got {got}")
+        return [
+            Example(prompt + ids, [IGNORE_INDEX] * len(prompt) + ids, [-1] * (len(prompt) + len(ids)), files)
+            for ids in completions
+        ]
+
+    def weight(self, batch: Batch) -> float:
+        return len(batch.ends) / 2
+
+    def __call__(self, model: PreTrainedModel, batch: Batch) -> Losses:
+        logprobs = completion_logprobs(model, batch)
+        reference = torch.tensor(batch.values, device=logprobs.device)
+        chosen, rejected = (self._settings.beta * (logprobs - reference)).view(-1, 2).unbind(1)
+        margin = chosen - rejected
+        losses = -logsigmoid(margin)
+        if self._settings.sft_weight:
+            lengths = torch.bincount(_known(batch)[0], minlength=len(batch.ends))
+            losses = losses - self._settings.sft_weight * (logprobs / lengths)[::2]
+        sums = torch.stack([(margin > 0).float(), margin, chosen, rejected]).detach().sum(1)
+        return Losses(losses.sum(), torch.stack([sums, torch.full_like(sums, len(margin))], 1))

@@ -1,0 +1,172 @@
+"""Whether a run fits: ``llava-cot train --plan CONFIG --gpus 8x80GB``."""
+
+import re
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from llava_cot.train.config import TrainConfig
+from llava_cot.train.memory import Memory, simulate_step
+from llava_cot.train.model import PARTS, build_model
+
+ROW_TOKENS = 2048  # of a row that holds one example, where nothing else is said
+TOKENS_PER_IMAGE = 1024  # of a packed row, likewise
+SPARE = 0.1  # of a GPU, for what no allocator counts: CUDA's context, NCCL's buffers, fragments
+GB = 10**9
+LABELS = {
+    "parameters": "parameters (shard)",
+    "gradients": "gradients (shard)",
+    "optimizer": "optimizer (shard)",
+    "gathered weights": "weights, gathered",
+    "activations": "activations, batch",
+    "backward": "gradients in flight",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run's memory per GPU, and what it was computed for. Bytes, tokens and counts."""
+
+    gpus: int
+    gpu_bytes: int
+    rows: int  # of a micro-batch
+    row_tokens: int
+    images_per_row: int
+    accumulates: bool
+    steps_per_epoch: int | None  # None: the data is not there
+    parameters: dict[str, tuple[int, int]]  # part: (all, those trained)
+    memory: Memory
+    logits_bytes: int  # what a loss on plain logits would hold on top
+
+    @property
+    def verdict(self) -> str:
+        """``fits``, ``tight`` (into what is spared for CUDA and NCCL) or ``does not fit``."""
+        share = self.memory.total / self.gpu_bytes
+        return "fits" if share <= 1 - SPARE else "tight" if share <= 1 else "does not fit"
+
+
+def make_plan(
+    config: TrainConfig, gpus: str, *, row_tokens: int | None = None, images_per_row: int | None = None
+) -> Plan:
+    """Plan a run on ``gpus``, e.g. ``8x80GB``: simulate a step, on no more memory than a table needs.
+
+    Args:
+        row_tokens: of each row, all supervised; by default ``max_row_tokens``, or 2048.
+        images_per_row: each of all tiles; by default one, or one for each 1024 tokens of a packed row.
+
+    Raises:
+        ValueError: an argument is out of range, or ``config.model`` is not there.
+    """
+    count, gpu_bytes = parse_gpus(gpus)
+    row_tokens = row_tokens if row_tokens is not None else config.max_row_tokens or ROW_TOKENS
+    if images_per_row is None:
+        images_per_row = 1 if config.max_row_tokens is None else max(1, round(row_tokens / TOKENS_PER_IMAGE))
+    for name, value in {"row_tokens": row_tokens, "images_per_row": images_per_row}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
+    if count % config.sharding.replicas:
+        raise ValueError(f"gpus must be a multiple of sharding.replicas={config.sharding.replicas}, got {gpus!r}")
+    try:
+        model = build_model(config, empty=True)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"model must be a folder or a hub name that can be reached, got {config.model!r} ({reason}); "
+            "to plan, a folder with a config.json will do"
+        ) from None
+    examples = -(-config.batch_size // count)  # of a rank and step
+    rows = min(config.rows_per_batch, examples)
+    accumulates = examples > rows
+    memory = simulate_step(
+        config, ranks=count, rows=rows, row_tokens=row_tokens, images_per_row=images_per_row, accumulates=accumulates
+    )
+    vocab = model.config.get_text_config().vocab_size
+    size = 2 if config.precision.compute == "bfloat16" else 4
+    return Plan(
+        gpus=count,
+        gpu_bytes=gpu_bytes,
+        rows=rows,
+        row_tokens=row_tokens,
+        images_per_row=images_per_row,
+        accumulates=accumulates,
+        steps_per_epoch=_steps_per_epoch(config),
+        parameters=_count(model),
+        memory=memory,
+        # The logits and their gradient, and both again in float32, in which the loss is computed.
+        logits_bytes=0 if config.objective == "reward" else rows * row_tokens * vocab * 2 * (size + 4),
+    )
+
+
+def parse_gpus(gpus: str) -> tuple[int, int]:
+    """``8x80GB`` as (8, 80 * 10**9)."""
+    found = re.fullmatch(r"(\d+)\s*x\s*(\d+(?:\.\d+)?)\s*GB", gpus.strip(), re.IGNORECASE)
+    if found is None or int(found[1]) < 1 or float(found[2]) <= 0:
+        raise ValueError(f"gpus must be COUNTxSIZEGB, e.g. 8x80GB, got {gpus!r}")
+    return int(found[1]), int(float(found[2]) * GB)
+
+
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    """The plan as two tables and a verdict."""
+    console = console or Console()
+    parts = Table("part", "parameters", "trained", title="Parameters, in millions")
+    totals = tuple(sum(counts) for counts in zip(*plan.parameters.values()))
+    for name, counts in (plan.parameters | {"all": totals}).items():
+        parts.add_row(name, *(f"{count / 1e6:,.1f}" for count in counts))
+    console.print(parts)
+    memory = Table("", "forward's end", "highest point", "update", title="Memory of a GPU, in GB (10^9 bytes)")
+    moments = (plan.memory.forward, plan.memory.peak, plan.memory.update)
+    for name in LABELS:
+        memory.add_row(LABELS[name], *(f"{moment[name] / GB:.2f}" for moment in moments))
+    memory.add_row("all", *(f"{sum(moment.values()) / GB:.2f}" for moment in moments))
+    console.print(memory)
+    for line in _lines(plan):
+        console.print(line, highlight=False)
+
+
+def _lines(plan: Plan) -> list[str]:
+    again = ", on top of the gradients of others before it" if plan.accumulates else ""
+    lines = [
+        f"A micro-batch on each of {plan.gpus} GPUs: rows={plan.rows} of {plan.row_tokens} tokens, all of them "
+        f"supervised, with {plan.images_per_row} images each{again}."
+    ]
+    if plan.logits_bytes:
+        lines.append(
+            f"The head returns log-probs: logits and their gradients would hold {plan.logits_bytes / GB:.2f} GB more."
+        )
+    if plan.steps_per_epoch is not None:
+        lines.append(f"Steps an epoch: {plan.steps_per_epoch:,}.")
+    lines.append(
+        f"{plan.verdict}: {plan.memory.total / GB:.1f} GB of {plan.gpu_bytes / GB:g} GB, of which {SPARE:.0%} are kept "
+        "for CUDA, NCCL and fragments."
+    )
+    return lines
+
+
+def _count(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """For each part of the model its parameters, and those of them that are trained."""
+    cross = "|".join(map(str, model.config.text_config.cross_attention_layers))
+    patterns = {
+        "vision": PARTS["vision"],
+        "projector": PARTS["projector"],
+        "cross-attention layers": PARTS["cross"].replace("CROSS", cross),
+        "embedding": r"model\.language_model\.embed_tokens\.",
+        "head": r"(lm_head|head)\.",
+        "self-attention layers": "",  # and the last norm
+    }
+    counts = {name: (0, 0) for name in patterns}
+    for name, parameter in model.named_parameters():
+        part = next(part for part, pattern in patterns.items() if re.match(pattern, name))
+        every, trained = counts[part]
+        counts[part] = every + parameter.numel(), trained + parameter.numel() * parameter.requires_grad
+    return counts
+
+
+def _steps_per_epoch(config: TrainConfig) -> int | None:
+    if not config.data.is_file():
+        return None
+    with config.data.open("rb") as file:
+        rows = sum(1 for line in file if line.strip())
+    held_out = max(1, round(rows * config.eval_fraction)) if config.eval_fraction else 0  # as ``split`` does
+    return -(-(rows - held_out) // config.batch_size)

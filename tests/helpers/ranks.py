@@ -1,0 +1,56 @@
+"""Real processes in a gloo group on this machine, as torchrun would start them."""
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+CONTEXT = multiprocessing.get_context("forkserver")  # imports once for all ranks
+CONTEXT.set_forkserver_preload(["llava_cot.train.trainer", "torch.utils.tensorboard"])
+
+
+def start_ranks(world_size: int, function: Callable, *args: Any) -> list[Any]:
+    """Processes that call ``function(*args)``, which must stand at the top level of a module, in one group."""
+    place = tempfile.mkdtemp()
+    processes = [
+        CONTEXT.Process(target=_work, args=(rank, world_size, place, function, args)) for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 120) -> list[Any]:
+    """What the function returned on each rank; fails with the traceback of a rank that raised."""
+    place = Path(tempfile.mkdtemp())
+    processes = start_ranks(world_size, _keep_result, place, function, args)
+    try:
+        for process in processes:
+            process.join(timeout)
+        failures = [path.read_text() for path in sorted(place.glob("*.error"))]
+        assert all(process.exitcode == 0 for process in processes), "\n".join(failures) or "a rank hung or died"
+        return [torch.load(place / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def _work(rank: int, world_size: int, place: str, function: Callable, args: tuple) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{place}/store", rank=rank, world_size=world_size)
+    function(*args)
+    dist.destroy_process_group()
+
+
+def _keep_result(place: Path, function: Callable, args: tuple) -> None:
+    try:
+        torch.save(function(*args), place / f"{dist.get_rank()}.pt")
+    except BaseException:
+        (place / f"{dist.get_rank()}.error").write_text(traceback.format_exc())
+        os._exit(1)  # not waiting for threads that wait for the other ranks

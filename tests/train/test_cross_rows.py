@@ -1,0 +1,213 @@
+"""Packed rows against unmodified transformers, sample by sample: hidden states, loss, gradients."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from helpers.random_mllama import TINY_SHAPE, build_random_mllama
+from PIL import Image
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from transformers import AutoProcessor, MllamaImageProcessorPil, MllamaProcessor
+from transformers.models.mllama.modeling_mllama import (
+    MllamaCrossAttentionDecoderLayer,
+    MllamaSelfAttentionDecoderLayer,
+    MllamaVisionEncoderLayer,
+)
+
+from llava_cot.data.collate import Collator
+from llava_cot.data.example import IGNORE_INDEX, Example
+from llava_cot.tiny import tiny_path
+from llava_cot.train.cross_rows import install_cross_rows
+from llava_cot.train.tiny_processor import VOCAB_SIZE
+
+SIZES = [(28, 28), (28, 56), (90, 28), (56, 56), (20, 200)]  # 1, 2, 3, 4 and 4 tiles
+
+
+@pytest.fixture(scope="module")
+def processor():
+    image_processor = MllamaImageProcessorPil(size={"height": 28, "width": 28}, max_image_tiles=4)
+    tiny = AutoProcessor.from_pretrained(tiny_path())
+    return MllamaProcessor(image_processor, tiny.tokenizer, chat_template=tiny.chat_template)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    random, folder = np.random.default_rng(0), tmp_path_factory.mktemp("images")
+    for index, (width, height) in enumerate(SIZES):
+        pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    return [str(folder / f"{index}.png") for index in range(len(SIZES))]
+
+
+@pytest.fixture(scope="module", params=[torch.float64, torch.float32], ids=["float64", "float32"])
+def models(request):
+    """(unmodified, with the hooks): the same weights."""
+    shape = TINY_SHAPE | {"vocab": VOCAB_SIZE}
+    plain = build_random_mllama(**shape, seed=0, std=0.1).to(request.param)
+    hooked = copy.deepcopy(plain)
+    install_cross_rows(hooked)
+    return plain, hooked
+
+
+def example(images: list[str], text: str, processor) -> Example:
+    """The tokens of ``text``, the image token is ``@``; most of those behind the last image are learnt."""
+    draw = random.Random(text)
+    ids = processor.tokenizer(
+        text.replace("@", "<|image|>").replace("^", "<|begin_of_text|>"), add_special_tokens=False
+    )
+    ids = ids["input_ids"]
+    first = max((place for place, token in enumerate(ids) if token == VOCAB_SIZE), default=3) + 1
+    labels = [token if index >= first and draw.random() < 0.7 else IGNORE_INDEX for index, token in enumerate(ids)]
+    return Example(ids, labels, [index % 4 if label >= 0 else -1 for index, label in enumerate(labels)], images)
+
+
+@pytest.fixture(scope="module")
+def samples(images, processor) -> dict[str, Example]:
+    texts = {
+        "image first": ("@^ the picture shows a blue square", images[:1]),
+        "image not first": ("^ what is this? @ two circles, one of them red, and a triangle", images[1:2]),
+        "three tiles": ("^ hm @ count", images[2:3]),
+        "no image": ("^ how many is 3 and 4? 7", []),
+        "two images": ("^ look @@ the first has more objects", [images[3], images[0]]),
+        "two images apart": ("^ here is one: @ and here is another: @ they differ in colour", [images[4], images[2]]),
+        "one image twice": ("^ these @@@ are three, or two", [images[1], images[1], images[3]]),
+        "one token": ("^", []),
+    }
+    return {name: example(files, text, processor) for name, (text, files) in texts.items()}
+
+
+LAYOUTS = {
+    "one a row": [[name] for name in ("image first", "image not first", "three tiles", "two images apart")],
+    "one a row, some without": [["no image"], ["image not first"], ["one token"]],
+    "packed": [["image not first", "three tiles", "image first"]],
+    "packed, several images": [["two images", "image not first"], ["one image twice", "two images apart", "one token"]],
+    "packed, some without": [["no image", "image not first", "one token", "three tiles", "no image"], ["no image"], []],
+    "without any": [["no image", "one token"], ["no image"]],
+    "the same file in several": [
+        ["image not first", "image not first", "one image twice"],
+        ["two images", "two images"],
+    ],
+}
+
+
+def processed(example: Example, processor) -> dict[str, torch.Tensor]:
+    """What the processor makes of the example alone."""
+    images = {"images": [[Image.open(path) for path in example.images]]} if example.images else {}
+    text = processor.tokenizer.decode(example.input_ids)
+    inputs = processor(text=[text], **images, add_special_tokens=False, return_tensors="pt")
+    assert inputs["input_ids"].tolist() == [example.input_ids]
+    return dict(inputs)
+
+
+def floats(inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: value.to(dtype) if name == "pixel_values" else value for name, value in inputs.items()}
+
+
+def summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    found = {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in model.named_parameters()
+    }
+    model.zero_grad()
+    return found
+
+
+def packed_loss(model, batch) -> torch.Tensor:
+    inputs = floats(batch.inputs, model.dtype)
+    hidden = model.model(**inputs, use_cache=False).last_hidden_state
+    return summed_loss(model.lm_head(hidden), batch.targets)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_packed_rows_are_transformers_own(models, processor, samples, layout):
+    plain, hooked = models
+    rows = [[samples[name] for name in row] for row in LAYOUTS[layout]]
+    batch = Collator(processor, pad_to_multiple_of=8)(rows)
+    tolerance = 1e-9 if plain.dtype == torch.float64 else 2e-4
+
+    with torch.no_grad():
+        inputs = floats(batch.inputs, hooked.dtype)
+        packed = hooked.model(**inputs, use_cache=False).last_hidden_state
+    total, transformers_total = torch.zeros((), dtype=plain.dtype), 0.0
+    for index, row in enumerate(rows):
+        start = 0
+        for sample in row:
+            inputs = floats(processed(sample, processor), plain.dtype)
+            labels = torch.tensor([sample.labels])
+            hidden = plain.model(**inputs, use_cache=False).last_hidden_state
+            end = start + hidden.shape[1]
+            torch.testing.assert_close(packed[index, start:end], hidden[0].detach(), rtol=tolerance, atol=tolerance)
+            start = end
+            count = int((labels[:, 1:] >= 0).sum())
+            if count:
+                total = total + summed_loss(plain.lm_head(hidden)[:, :-1], labels[:, 1:])
+                transformers_total += plain(**inputs, labels=labels, use_cache=False).loss.item() * count
+    total.backward()
+    loss = packed_loss(hooked, batch)
+    loss.backward()
+    torch.testing.assert_close(loss, total, rtol=tolerance, atol=tolerance)
+    assert loss.item() == pytest.approx(transformers_total, rel=2e-6)
+    assert batch.num_tokens == sum(label >= 0 for row in rows for sample in row for label in sample.labels[1:])
+    expected = gradients(plain)
+    tolerance = max(tolerance, 1e-7)  # transformers' norms compute in float32 whatever they are given
+    for name, gradient in gradients(hooked).items():
+        scale = expected[name].abs().max().item() + 1e-3
+        torch.testing.assert_close(gradient / scale, expected[name] / scale, rtol=0, atol=tolerance, msg=name)
+
+
+def test_the_image_matters_and_a_sequence_does_not_see_another(models, processor, samples):
+    _, hooked = models
+    rows = [["image not first", "no image", "two images"], ["three tiles"]]
+    batch = Collator(processor)([[samples[name] for name in row] for row in rows])
+    inputs = floats(batch.inputs, hooked.dtype)
+    with torch.no_grad():
+        before = hooked.model(**inputs, use_cache=False).last_hidden_state
+        inputs["pixel_values"] = inputs["pixel_values"].clone()
+        inputs["pixel_values"][0, 0] += 1.0  # the first sample's
+        after = hooked.model(**inputs, use_cache=False).last_hidden_state
+    differs = (before != after).any(-1)
+    length = len(samples["image not first"].input_ids)
+    assert differs[0, :length].all()  # those before the image token too, as in transformers
+    assert not differs[0, length:].any() and not differs[1].any()
+
+
+def test_without_cross_rows_a_call_is_as_before(models, processor, samples):
+    plain, hooked = models
+    inputs = floats(processed(samples["image not first"], processor), plain.dtype)
+    with torch.no_grad():
+        assert torch.equal(plain(**inputs).logits, hooked(**inputs).logits)
+
+
+def test_recomputed_layers_have_the_same_gradients(models, processor, samples):
+    _, hooked = models
+    batch = Collator(processor)([[samples[name] for name in row] for row in LAYOUTS["packed, several images"]])
+    packed_loss(hooked, batch).backward()
+    expected = gradients(hooked)
+    wrapped = copy.deepcopy(hooked)
+    kinds = MllamaCrossAttentionDecoderLayer, MllamaSelfAttentionDecoderLayer, MllamaVisionEncoderLayer
+    for module in list(wrapped.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, kinds):
+                setattr(module, name, checkpoint_wrapper(child))
+    packed_loss(wrapped, batch).backward()
+    found = {name.replace("_checkpoint_wrapped_module.", ""): grad for name, grad in gradients(wrapped).items()}
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
+def test_a_batch_without_any_image_reaches_every_parameter(models, processor, samples):
+    """All ranks must have the same gradients to reduce; those of the vision tower and the cross layers are zero."""
+    _, hooked = models
+    batch = Collator(processor)([[samples["no image"]], []])
+    packed_loss(hooked, batch).backward()
+    assert all(parameter.grad is not None for parameter in hooked.parameters())
+    found = gradients(hooked)
+    is_image = {
+        name: any(part in name for part in ("vision", "projector", ".layers.1.", ".layers.3.")) for name in found
+    }
+    assert all(gradient.any() != is_image[name] for name, gradient in found.items())

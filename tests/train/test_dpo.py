@@ -1,0 +1,189 @@
+"""Preference pairs: what is read of them, the loss against plain transformers, and runs of the trainer."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.ranks import run_ranks
+from transformers import MllamaForConditionalGeneration
+
+from llava_cot import tiny_path
+from llava_cot.data.collate import Collator
+from llava_cot.data.example import IGNORE_INDEX
+from llava_cot.prompt import build_inputs
+from llava_cot.train.config import Dpo as Settings
+from llava_cot.train.config import TrainConfig
+from llava_cot.train.distributed import process_group
+from llava_cot.train.metrics import read_metrics
+from llava_cot.train.model import build_model
+from llava_cot.train.objectives.dpo import Dpo, completion_logprobs
+from llava_cot.train.tiny_search_data import write_search_data
+from llava_cot.train.trainer import Trainer
+
+SETTINGS = {"device": "cpu", "workers": 0, "precision": {"compute": "float32"}, "activation_checkpointing": False}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("search")
+    counts = write_search_data(folder, range(300_000, 300_008), tiny_path())
+    assert counts["traces"] == 8 and counts["preferences"] >= 8 and counts["steps"] >= 16
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    return read(folder / "preferences.jsonl")
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    return TrainConfig(
+        model=str(tiny_path()),
+        output=folder / "out",
+        data=folder / "preferences.jsonl",
+        images=folder,
+        objective="dpo",
+        batch_size=4,
+        rows_per_batch=4,
+        optimizer={"lr": 3e-4},
+        log_every=1,
+        export_dtype="float32",
+        **SETTINGS,
+    )
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def encode(rows, processor, folder):
+    return [Dpo(Settings()).encode(row, processor, folder, "one") for row in rows]
+
+
+def losses_of(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(folder)]
+
+
+def run(config: TrainConfig) -> list[float]:
+    with process_group("cpu") as device:
+        Trainer(config, device).run()
+    return losses_of(config.output)
+
+
+def test_a_pair_is_what_the_search_read_and_drew(tiny, folder, rows):
+    traces = {item["id"]: item["trace"] for item in read(folder / "traces.jsonl")}
+    for row, pair in zip(rows, encode(rows, tiny.processor, folder), strict=True):
+        trace = traces[row["trace_id"]]
+        nodes = {node["id"]: node for node in trace["nodes"]}
+        prefix, node = [], row["parent"]
+        while node:
+            prefix, node = nodes[node]["tokens"] + prefix, nodes[node]["parent"]
+        prompt = build_inputs(tiny.processor, folder / row["images"][0], trace["question"], "one")["input_ids"][0]
+        for example, node in zip(pair, row["nodes"], strict=True):
+            drawn = nodes[node]["tokens"]
+            assert example.input_ids == [*prompt.tolist(), *prefix, *drawn]
+            assert example.labels == [IGNORE_INDEX] * (len(prompt) + len(prefix)) + drawn
+
+
+def test_log_probs_are_those_of_the_search(tiny, folder, rows, config):
+    nodes = {
+        (item["id"], node["id"]): node for item in read(folder / "traces.jsonl") for node in item["trace"]["nodes"]
+    }
+    expected = [sum(nodes[row["trace_id"], node]["logprobs"]) for row in rows[:6] for node in row["nodes"]]
+    batch = Collator(tiny.processor)(encode(rows[:6], tiny.processor, folder))
+    with torch.no_grad():
+        found = completion_logprobs(build_model(config, empty=False), batch)
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("sft_weight", [0.0, 0.5])
+def test_the_loss_is_that_of_plain_transformers(tiny, fresh_tiny, folder, rows, config, sft_weight):
+    pairs = encode(rows[:4], tiny.processor, folder)
+    references = torch.linspace(-9, -3, 8).tolist()
+    values = iter(references)
+    packed = [[replace(example, value=next(values)) for example in pair] for pair in pairs]
+    batch = Collator(tiny.processor)([[*packed[0], *packed[1]], packed[2], [], packed[3]])  # packed, and an empty row
+    objective, model = Dpo(Settings(beta=0.3, sft_weight=sft_weight)), build_model(config, empty=False)
+    losses = objective(model, batch)
+    losses.total.backward()
+
+    plain = MllamaForConditionalGeneration.from_pretrained(tiny_path())
+    total, margins = torch.tensor(0.0), []
+    for index, pair in enumerate(pairs):
+        logprobs = []
+        for example in pair:
+            image = build_inputs(tiny.processor, example.images[0], "?", "one")
+            ids = torch.tensor([example.input_ids])
+            image["cross_attention_mask"] = image["cross_attention_mask"][:, -1:].repeat(1, ids.shape[1], 1, 1)
+            first = example.input_ids.index(tiny.processor.image_token_id)
+            image["cross_attention_mask"][:, :first] = 0
+            logits = plain(**image | {"input_ids": ids}, use_cache=False).logits[0, :-1].log_softmax(-1)
+            labels = torch.tensor(example.labels[1:])
+            known = labels >= 0
+            logprobs.append(logits[known].gather(1, labels[known, None]).squeeze(1))
+        chosen, rejected = (0.3 * (p.sum() - r) for p, r in zip(logprobs, references[2 * index :]))
+        margins.append((chosen - rejected).item())
+        total = total - torch.nn.functional.logsigmoid(chosen - rejected) - sft_weight * logprobs[0].mean()
+    total.backward()
+    torch.testing.assert_close(losses.total, total, rtol=1e-4, atol=1e-5)
+    expected = dict(plain.named_parameters())
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-4)
+    found = {name: part / count for name, (part, count) in zip(objective.names, losses.parts.tolist(), strict=True)}
+    assert found["preference/accuracy"] == sum(margin > 0 for margin in margins) / 4
+    assert found["preference/margin"] == pytest.approx(sum(margins) / 4, rel=1e-3)
+    assert found["preference/chosen"] - found["preference/rejected"] == pytest.approx(found["preference/margin"])
+    assert objective.weight(batch) == 4
+
+
+def test_an_empty_batch_has_a_loss_of_zero(tiny, config):
+    losses = Dpo(Settings())(build_model(config, empty=False), Collator(tiny.processor)([[]]))
+    losses.total.backward()
+    assert losses.total == 0 and not losses.parts.any()
+
+
+def test_training_prefers_what_was_chosen_and_a_resumed_run_is_the_same(config):
+    straight = run(config.model_copy(update={"output": config.output / "straight", "epochs": 4}))
+    assert straight[0] == pytest.approx(math.log(2), abs=1e-4)  # the model is its own reference at first
+    last = read_metrics(config.output / "straight")[-1]
+    assert last["loss"] < 0.6 and last["preference/margin"] > 0.2
+    halves = {"output": config.output / "halves", "epochs": 4}
+    run(config.model_copy(update=halves | {"max_steps": 3}))
+    (reference,) = (config.output / "halves").glob("reference-*.jsonl")
+    written = reference.stat().st_mtime_ns
+    assert run(config.model_copy(update=halves)) == straight
+    assert reference.stat().st_mtime_ns == written
+
+
+def work(config: TrainConfig) -> None:
+    Trainer(config, torch.device("cpu")).run()
+
+
+def test_two_ranks_have_the_references_of_one(config):
+    settings = {"max_steps": 3, "rows_per_batch": 1}
+    one = run(config.model_copy(update=settings | {"output": config.output / "one"}))
+    both = config.model_copy(update=settings | {"output": config.output / "both"})
+    run_ranks(2, work, both)
+    assert losses_of(both.output) == pytest.approx(one, rel=1e-5)
+    files = [next((config.output / name).glob("reference-*.jsonl")) for name in ("one", "both")]
+    for row, other in zip(*map(read, files), strict=True):
+        assert row["values"] == pytest.approx(other["values"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"prompt": [{"role": "user"}]}, "prompt must be text, as TextForm writes it, got"),
+        ({"chosen": ""}, "chosen must be text"),
+        ({"rejected": None}, "rejected must be text"),
+        ({"images": []}, r"prompt must have an image token for each of images=\[\], got 1"),
+        ({"prompt": "<|image|>How many?"}, "prompt must have a BOS 1 times with bos='one', got 0"),
+    ],
+)
+def test_a_bad_row_is_named(tiny, folder, rows, change, message):
+    with pytest.raises(ValueError, match=message):
+        encode([rows[0] | change], tiny.processor, folder)

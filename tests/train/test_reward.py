@@ -1,0 +1,162 @@
+"""Stage reward models: what is read of an answer, the loss, and what ``llava-cot train-reward`` makes."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch.nn.functional import binary_cross_entropy_with_logits
+from typer.testing import CliRunner
+
+from llava_cot import tiny_path
+from llava_cot.checkpoint import checkpoint_sha256
+from llava_cot.cli import app
+from llava_cot.data import shapes
+from llava_cot.data.collate import Collator
+from llava_cot.data.example import IGNORE_INDEX
+from llava_cot.scoring.reward_model import RewardModel, RewardModelScorer, verify_policy
+from llava_cot.scoring.scorer import Span
+from llava_cot.train.config import TrainConfig
+from llava_cot.train.metrics import read_metrics
+from llava_cot.train.model import build_model
+from llava_cot.train.objectives.reward import Reward
+from llava_cot.train.tiny_search_data import write_search_data
+
+SETTINGS = {"device": "cpu", "workers": 0, "precision": {"compute": "float32"}, "activation_checkpointing": False}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("search")
+    write_search_data(folder, range(300_000, 300_006), tiny_path())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    return [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    return TrainConfig(
+        model=str(tiny_path()),
+        output=folder / "out",
+        data=folder / "steps.jsonl",
+        images=folder,
+        objective="reward",
+        batch_size=8,
+        rows_per_batch=8,
+        optimizer={"lr": 1e-3},
+        epochs=2,
+        log_every=1,
+        export_dtype="float32",
+        **SETTINGS,
+    )
+
+
+def encode(row, processor, folder, bos="one"):
+    return Reward().encode(row, processor, folder, bos)
+
+
+def spans_of(row, folder) -> list[Span]:
+    """What a search asks a scorer about after each stage of the row."""
+    question, image = row["prompt"][0]["content"][1]["text"], Image.open(folder / row["images"][0])
+    paths = ["".join(row["completions"][:end]) for end in range(1, len(row["completions"]) + 1)]
+    return [
+        Span(text, [], [], [], stage=stage, path_text=path, image=image, question=question)
+        for text, stage, path in zip(row["completions"], row["stages"], paths, strict=True)
+    ]
+
+
+def test_a_stages_end_is_read_as_the_scorer_reads_it(tiny, folder, rows):
+    scorer = RewardModelScorer(torch.nn.Identity(), tiny.processor)
+    for row in rows[:10]:
+        examples = encode(row, tiny.processor, folder)
+        assert [example.value for example in examples] == row["values"]
+        for index, (example, span) in enumerate(zip(examples, spans_of(row, folder), strict=True)):
+            text = scorer._prompt(span.question) + span.path_text.rstrip()
+            expected = tiny.processor(images=[[span.image]], text=[text], add_special_tokens=False)["input_ids"][0]
+            assert example.input_ids == list(expected)
+            assert set(example.labels) == {IGNORE_INDEX}
+            assert example.stages == [-1] * (len(expected) - 1) + [index]
+            assert example.images == [str(folder / row["images"][0])]
+
+
+def test_the_parts_of_a_message_may_have_nulls(tiny, folder, rows):
+    image, text = rows[0]["prompt"][0]["content"]
+    as_table = [{"role": "user", "content": [{**image, "text": None}, text]}]
+    assert encode(rows[0] | {"prompt": as_table}, tiny.processor, folder) == encode(rows[0], tiny.processor, folder)
+
+
+def test_what_is_trained_is_the_scorers_score(tiny, folder, rows, config):
+    torch.manual_seed(0)
+    model = build_model(config, empty=False)
+    assert not model.head.weight.any() and not model.head.bias.any()
+    torch.nn.init.normal_(model.head.weight)
+    examples = [encode(row, tiny.processor, folder) for row in rows[:3]]
+    examples[2] = [replace(examples[2][0], value=0.5), *examples[2][1:]]  # which no score can be right about
+    objective, batch = Reward(), Collator(tiny.processor)([[*examples[0], *examples[1]], [], examples[2]])
+    assert objective.weight(batch) == 12
+    losses = objective(model, batch)
+    losses.total.backward()
+    assert model.model.vision_model.class_embedding.grad.any()
+
+    scorer = RewardModelScorer(model.eval(), tiny.processor)
+    scores = torch.tensor(scorer.get_scores([span for row in rows[:3] for span in spans_of(row, folder)]))
+    values = torch.tensor([example.value for row in examples for example in row])
+    torch.testing.assert_close(
+        losses.total.detach(), binary_cross_entropy_with_logits(scores, values, reduction="sum"), rtol=1e-4, atol=1e-4
+    )
+    right = ((scores > 0) == (values > 0.5)).float().view(3, 4)
+    right[2, 0] = 0
+    known = (values != 0.5).float().view(3, 4)
+    expected = torch.stack([(right * known).sum(0), known.sum(0)], 1)
+    torch.testing.assert_close(losses.parts, torch.cat([expected, torch.zeros(1, 2)]))
+
+
+def test_an_empty_batch_has_a_loss_of_zero(tiny, config):
+    losses = Reward()(build_model(config, empty=False), Collator(tiny.processor)([[]]))
+    losses.total.backward()
+    assert losses.total == 0 and not losses.parts.any()
+
+
+def test_the_command_makes_a_scorer(tiny, folder, config):
+    settings = config.model_dump(mode="json") | {"objective": "sft", "output": str(folder / "reward")}
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    result = CliRunner().invoke(app, ["train-reward", str(folder / "config.yaml"), "optimizer.lr=0.003", "epochs=3"])
+    assert result.exit_code == 0, result.output
+    losses = [line["loss"] for line in read_metrics(folder / "reward")]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and sum(losses[-3:]) / 3 < 0.66
+
+    made = folder / "reward" / "model"
+    assert isinstance(RewardModel.from_pretrained(made), RewardModel)
+    verify_policy(made, tiny_path())
+    sample = shapes.sample(710_000)
+    scorer = RewardModelScorer.from_pretrained(made)
+    answer = tiny.answer(sample.image, sample.question, "swires", scorer=scorer, cutoff=0.0, seed=1)
+    assert any(node["score"] is not None for node in answer.trace.data["nodes"])
+
+    # Training that goes on from a reward model keeps its head and the name of its policy.
+    again = build_model(config.model_copy(update={"model": str(made)}), empty=False)
+    assert again.head.weight.any()
+    assert again.config.policy_sha256 == checkpoint_sha256(tiny_path())
+
+
+@pytest.mark.parametrize(
+    "change, bos, message",
+    [
+        ({"completions": []}, "one", "completions must be a list with an entry for each stage, got"),
+        ({"values": [0.5]}, "one", "must have an entry for each stage, got 4, 4 and 1"),
+        ({"values": [0.5, 0.5, 2, 0.5]}, "one", r"values must be in \[0, 1\], got 2"),
+        ({"prompt": "How many?"}, "one", "prompt must be messages, got 'How many"),
+        ({"images": []}, "one", "prompt must have an image token 0 times, got 1"),
+        ({}, "released", "bos must be 'one', which is what RewardModelScorer reads, got 'released'"),
+    ],
+)
+def test_a_bad_row_is_named(tiny, folder, rows, change, bos, message):
+    with pytest.raises(ValueError, match=message):
+        encode(rows[0] | change, tiny.processor, folder, bos)
