@@ -1,7 +1,7 @@
 """Fast stage-level search for vision-language models that reason in stages."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llava_cot.answer import Answer, Finished, SearchOutput
@@ -21,31 +21,41 @@ if TYPE_CHECKING:
     from llava_cot.stages import LLAVA_COT, STAGES, Grammar, Stage
     from llava_cot.tiny import tiny_path
 
+__all__ = [
+    "LLAVA_COT",
+    "STAGES",
+    "Answer",
+    "BestOfNConfig",
+    "Budget",
+    "Calibration",
+    "Finished",
+    "Grammar",
+    "GreedyConfig",
+    "MajorityConfig",
+    "SampleConfig",
+    "SearchOutput",
+    "SentenceBeamConfig",
+    "Stage",
+    "StageBeamConfig",
+    "SwiresConfig",
+    "SwiresGenerator",
+    "TokenBeamConfig",
+    "tiny_path",
+]
+
 _HOMES = {
     "llava_cot.answer": ("Answer", "Finished", "SearchOutput"),
     "llava_cot.engine.budget": ("Budget",),
     "llava_cot.generator": ("SwiresGenerator",),
     "llava_cot.scoring": ("Calibration",),
-    "llava_cot.search": (
-        "BestOfNConfig",
-        "GreedyConfig",
-        "MajorityConfig",
-        "SampleConfig",
-        "SentenceBeamConfig",
-        "StageBeamConfig",
-        "SwiresConfig",
-        "TokenBeamConfig",
-    ),
     "llava_cot.stages": ("LLAVA_COT", "STAGES", "Grammar", "Stage"),
     "llava_cot.tiny": ("tiny_path",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 
-def __getattr__(name):
-    if name not in _HOME:
+def __getattr__(name: str) -> Any:
+    # On first use: the commands that read data alone need no torch, which takes seconds and 400 MiB to import.
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
-
-
-__all__ = sorted(_HOME)
+    return getattr(import_module(_HOME.get(name, "llava_cot.search")), name)

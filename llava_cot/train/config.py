@@ -19,25 +19,24 @@ class Settings(BaseModel):
 
 
 class Optimizer(Settings):
-    """``adamw``, or ``adamw8bit``: torchao's, its moments in 8 bits."""
+    """``adamw``; for one big GPU ``adamw8bit`` (torchao, 8-bit moments) or ``adamw_stochastic`` (all in bfloat16)."""
 
-    name: Literal["adamw", "adamw8bit"] = "adamw"
-    lr: float = Field(1e-5, gt=0)
+    name: Literal["adamw", "adamw8bit", "adamw_stochastic"] = "adamw"
+    lr: float = Field(default=1e-5, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    stochastic_rounding: bool = False  # of bfloat16 weights, by adamw8bit
-    clip_norm: float | None = Field(1.0, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_norm: float | None = Field(default=1.0, gt=0)
 
 
 class Schedule(Settings):
     """Warm-up to the peak, then ``cosine`` down to ``min_ratio`` of it, ``constant``, or times ``gamma`` each epoch."""
 
     name: Literal["cosine", "constant", "step"] = "cosine"
-    warmup_steps: int = Field(0, ge=0)
-    min_ratio: float = Field(0.0, ge=0, le=1)
-    gamma: float = Field(0.85, gt=0, le=1)
-    total_steps: int | None = Field(None, ge=1)  # of the cosine; by default those of the run
+    warmup_steps: int = Field(default=0, ge=0)
+    min_ratio: float = Field(default=0.0, ge=0, le=1)
+    gamma: float = Field(default=0.85, gt=0, le=1)
+    total_steps: int | None = Field(default=None, ge=1)  # of the cosine; by default those of the run
 
 
 class Precision(Settings):
@@ -46,30 +45,30 @@ class Precision(Settings):
     params: DType = "float32"
     compute: DType = "bfloat16"
     reduce: DType = "float32"
-    allow_lost_updates: bool = False  # see check below
+    allow_lost_updates: bool = False  # of bfloat16 weights at a small learning rate
 
 
 class Lora(Settings):
     """Low-rank adapters (peft) on these linear layers; all else is frozen."""
 
-    r: int = Field(16, ge=1)
-    alpha: int = Field(32, ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    r: int = Field(default=16, ge=1)
+    alpha: int = Field(default=32, ge=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class Sharding(Settings):
     """Every parameter is split over ``world_size / replicas`` ranks, and ``replicas`` such groups hold it (HSDP)."""
 
-    replicas: int = Field(1, ge=1)
+    replicas: int = Field(default=1, ge=1)
     reshard_after_forward: bool = True
 
 
 class Dpo(Settings):
     """Rafailov et al., 2023 (arXiv:2305.18290), on the pairs of ``llava-cot export --format preferences``."""
 
-    beta: float = Field(0.1, gt=0)
-    sft_weight: float = Field(0.0, ge=0)  # of the chosen one's likelihood, added to the loss
+    beta: float = Field(default=0.1, gt=0)
+    sft_weight: float = Field(default=0.0, ge=0)  # of the chosen one's likelihood, added to the loss
 
 
 class TrainConfig(Settings):
@@ -81,16 +80,16 @@ class TrainConfig(Settings):
     images: Path = Path()
     eval_data: Path | None = None
     eval_images: Path | None = None  # by default ``images``
-    eval_fraction: float = Field(0.0, ge=0, lt=1)  # of ``data``, held out; only without eval_data
+    eval_fraction: float = Field(default=0.0, ge=0, lt=1)  # of ``data``, held out; only without eval_data
     objective: Literal["sft", "dpo", "reward"] = "sft"
     bos: Bos = "one"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
 
-    epochs: int = Field(3, ge=1)
-    max_steps: int | None = Field(None, ge=1)  # stop there; the schedule's length is that of the epochs
-    batch_size: int = Field(32, ge=1)  # examples of a step, over all ranks and micro-batches
-    rows_per_batch: int = Field(4, ge=1)  # of one micro-batch on one rank
-    max_row_tokens: int | None = Field(None, ge=1)  # pack examples in rows of so many; None: one example a row
+    epochs: int = Field(default=3, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)  # stop there; the schedule's length is that of the epochs
+    batch_size: int = Field(default=32, ge=1)  # examples of a step, over all ranks and micro-batches
+    rows_per_batch: int = Field(default=4, ge=1)  # of one micro-batch on one rank
+    max_row_tokens: int | None = Field(default=None, ge=1)  # pack examples in rows of so many; None: one example a row
 
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
@@ -104,28 +103,27 @@ class TrainConfig(Settings):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: Literal["sdpa", "eager"] = "sdpa"
-    threads: int | None = Field(None, ge=1)  # of torch on the CPU, per rank
-    workers: int = Field(2, ge=0)  # processes that read images, per rank
-    log_every: int = Field(10, ge=1)  # steps
-    eval_every: int | None = Field(None, ge=1)
-    save_every: int | None = Field(500, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
+    threads: int | None = Field(default=None, ge=1)  # of torch on the CPU, per rank
+    workers: int = Field(default=2, ge=0)  # processes that read images, per rank
+    log_every: int = Field(default=10, ge=1)  # steps
+    eval_every: int | None = Field(default=None, ge=1)
+    save_every: int | None = Field(default=500, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
     asynchronous_checkpoints: bool = True
     export_dtype: DType = "bfloat16"
     wandb: str | None = None  # its project
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
-        rounds = self.precision.params == "bfloat16" and not self.optimizer.stochastic_rounding
-        if rounds and self.lora is None and self.optimizer.lr < COARSE_LR and not self.precision.allow_lost_updates:
+        params, optimizer = self.precision.params, self.optimizer
+        if optimizer.name == "adamw_stochastic" and params != "bfloat16":
+            raise ValueError(f"precision.params must be bfloat16 with adamw_stochastic, got {params}")
+        lost = params == "bfloat16" and optimizer.lr < COARSE_LR and self.lora is None
+        if lost and optimizer.name != "adamw_stochastic" and not self.precision.allow_lost_updates:
             raise ValueError(
-                f"precision.params must be float32 at optimizer.lr={self.optimizer.lr:g}, got bfloat16: most updates "
-                "would be rounded away; use optimizer.stochastic_rounding or precision.allow_lost_updates"
+                f"precision.params must be float32 at optimizer.lr={optimizer.lr:g}, got bfloat16: most updates "
+                "would be rounded away; use optimizer.name=adamw_stochastic or precision.allow_lost_updates"
             )
-        if self.optimizer.stochastic_rounding and (
-            self.optimizer.name != "adamw8bit" or self.precision.params != "bfloat16"
-        ):
-            raise ValueError("optimizer.stochastic_rounding must go with adamw8bit and precision.params=bfloat16")
         if unknown := set(self.stage_weights) - {str(stage) for stage in STAGES}:
             raise ValueError(f"stage_weights must name stages of {[str(s) for s in STAGES]}, got {sorted(unknown)}")
         if self.eval_data is not None and self.eval_fraction:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,11 +13,9 @@ import torch.distributed as dist
 def process_group(device: str) -> Iterator[torch.device]:
     """Join the group for the block; gives this rank's device. ``device`` is auto, cpu or cuda."""
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    place: dict[str, Any] = {}
     if "RANK" not in os.environ:
-        store = dist.HashStore()
-        place = {"store": store, "rank": 0, "world_size": 1}
-    else:
-        place = {}
+        place = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if kind == "cuda":
         torch.cuda.set_device(local_rank)
@@ -27,12 +26,6 @@ def process_group(device: str) -> Iterator[torch.device]:
         yield torch.device("cuda", local_rank) if kind == "cuda" else torch.device("cpu")
     finally:
         dist.destroy_process_group()
-
-
-def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The element-wise sum, in place; on the CPU's group if ``values`` is there."""
-    dist.all_reduce(values)
-    return values
 
 
 @contextmanager

@@ -72,13 +72,15 @@ class Loader:
 
     def __init__(self, rows: datasets.Dataset, plan: BatchPlan, collator: Collator, *, workers: int, pin_memory: bool):
         self._rows, self._plan = _Collated(rows, collator), plan
-        self._options = {"num_workers": workers, "pin_memory": pin_memory, "worker_init_fn": _ignore_stop}
+        self._options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory}
 
     def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """For each step from ``start`` to ``stop`` its micro-batches."""
         # One queue for all: a step's first micro-batch is read while the last step computes.
         sampler = _MicroBatches(self._plan, start, stop)
-        batches = iter(DataLoader(self._rows, batch_size=None, sampler=sampler, **self._options))
+        batches = iter(
+            DataLoader(self._rows, batch_size=None, sampler=sampler, worker_init_fn=_ignore_stop, **self._options)
+        )
         for step in range(start, stop):
             yield [next(batches) for _ in self._plan.micro_batches(step)]
 

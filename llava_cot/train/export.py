@@ -4,6 +4,7 @@ import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,8 @@ from llava_cot.train.model import build_model
 
 def export(root: nn.Module, config: TrainConfig, processor, folder: Path) -> None:
     """Write weights, configuration, processor and how they came to be; adapters are merged. All ranks must call it."""
-    state = get_model_state_dict(root, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state: dict[str, Any] = get_model_state_dict(root, options=options)
     if dist.get_rank() == 0:
         dtype = getattr(torch, config.export_dtype)
         model = build_model(config.model_copy(update={"lora": None}), empty=True)

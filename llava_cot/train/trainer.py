@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -91,7 +92,7 @@ class Trainer:
             loader = Loader(rows, plan, collator, workers=config.workers, pin_memory=pin_memory)
         return plan, loader
 
-    def _build_root(self) -> Step:
+    def _build_root(self) -> Any:  # a Step that is an FSDPModule
         root = Step(build_model(self.config, empty=True), self.objective)
         whole = Step(build_model(self.config, empty=False), self.objective) if dist.get_rank() == 0 else None
         if self.config.activation_checkpointing:

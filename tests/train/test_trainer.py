@@ -14,9 +14,12 @@ import torch
 import yaml
 from helpers.ranks import run_ranks, start_ranks
 from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from llava_cot.data import shapes
 from llava_cot.data.jsonl import write_jsonl
 from llava_cot.data.world import write_world
+from llava_cot.prompt import build_inputs
 from llava_cot.stages import render
 from llava_cot.train.config import load_config
 from llava_cot.train.metrics import read_metrics
@@ -154,3 +157,71 @@ def test_another_number_of_ranks_goes_on(place, whole):
     run(place, "changed", "max_steps=2", ranks=2)
     found = run(place, "changed")
     assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in whole[1]], rel=1e-5)
+
+
+def greedy_of_trainer(place: Path, output: str, inputs: dict[str, torch.Tensor]) -> list[int]:
+    """What the model of a finished run answers, taken from the trainer and not from its export."""
+    import datasets
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from transformers import AutoConfig, MllamaForConditionalGeneration
+
+    from llava_cot.train.trainer import Trainer
+
+    datasets.config.HF_DATASETS_CACHE = place / "cache"
+    trainer = Trainer(load_config(place / "config.yaml", [f"output={place / output}"]), torch.device("cpu"))
+    trainer.checkpoints.load(STEPS, trainer.root, trainer.optimizer, trainer.scheduler)
+    state = get_model_state_dict(trainer.root, options=StateDictOptions(full_state_dict=True))
+    model = MllamaForConditionalGeneration(AutoConfig.from_pretrained(place / "untrained"))
+    model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in state.items()})
+    return model.eval().generate(**inputs, max_new_tokens=24, do_sample=False)[0].tolist()
+
+
+def test_the_export_answers_as_the_trainer(place, whole):
+    folder = place / "whole-2" / "model"
+    processor, model = AutoProcessor.from_pretrained(folder), AutoModelForImageTextToText.from_pretrained(folder)
+    sample = shapes.sample(804_000)
+    inputs = {name: tensor for name, tensor in build_inputs(processor, sample.image, sample.question, "one").items()}
+    (expected,) = run_ranks(1, greedy_of_trainer, place, "whole-2", inputs)
+    assert model.generate(**inputs, max_new_tokens=24, do_sample=False)[0].tolist() == expected
+    provenance = json.loads((folder / "training.json").read_text())
+    assert provenance["config"]["batch_size"] == 8 and provenance["world_size"] == 2
+
+
+def test_held_out_losses_and_frozen_parts(place):
+    values = run(place, "frozen", "max_steps=2", "eval_fraction=0.25", "eval_every=1", "freeze=[vision, language]")
+    assert {"eval/loss", "eval/loss/SUMMARY", "eval/loss/CONCLUSION"} <= set(values[0])
+    assert values[0]["eval/loss"] > values[1]["eval/loss"]
+    before, after = load_file(place / "untrained" / "model.safetensors"), weights(place / "frozen")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    # model.language_model.layers.1 and .4 are the cross-attention layers
+    assert changed and all(".layers.1." in name or ".layers.4." in name or "projector" in name for name in changed)
+
+
+def test_adapters_are_merged_into_the_export(place):
+    values = run(place, "lora", "lora={r: 4, alpha: 8}", "optimizer.lr=1e-2")
+    assert values[-1]["loss"] < values[0]["loss"]
+    before, after = load_file(place / "untrained" / "model.safetensors"), weights(place / "lora")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.split(".")[-2].endswith("_proj") for name in changed)
+    update = after["language_model.model.layers.0.self_attn.q_proj.weight"]
+    update = update - before["language_model.model.layers.0.self_attn.q_proj.weight"]
+    assert torch.linalg.matrix_rank(update, atol=1e-4) <= 4
+
+
+def refused(place: Path, output: str, *overrides: str) -> str:
+    with pytest.raises(AssertionError) as failure:
+        run(place, output, *overrides)
+    return str(failure.value)
+
+
+def test_a_run_goes_on_with_its_own_data_and_settings_only(place, whole):
+    before = values_of(place / "whole-1")
+    message = refused(place, "whole-1", "seed=1")
+    assert "output must be new or go on with the same seed" in message
+    assert values_of(place / "whole-1") == before
+
+
+def test_bad_rows_are_named(place):
+    write_jsonl([{"id": "1", "image": "nowhere.png", "conversations": []}], place / "bad.jsonl")
+    assert "row 1 of" in refused(place, "bad", f"data={place / 'bad.jsonl'}")

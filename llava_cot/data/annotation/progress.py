@@ -17,7 +17,7 @@ def progress_bar() -> Iterator[Callable[[Outcome], None]]:
     columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
     started = time.monotonic()
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("")
+        task = bar.add_task("", visible=False)  # an error before the first request stands alone
 
         def show(outcome: Outcome) -> None:
             seconds = max(time.monotonic() - started, 1e-9)
@@ -26,7 +26,7 @@ def progress_bar() -> Iterator[Callable[[Outcome], None]]:
                 f"{sum(outcome.rejected.values())} rejected · {usage.prompt_tokens} + {usage.completion_tokens} tokens"
                 f"{cost} · {usage.requests / seconds:.1f} requests/s"
             )
-            bar.update(task, total=outcome.total, completed=outcome.done, description=described)
+            bar.update(task, total=outcome.total, completed=outcome.done, description=described, visible=True)
 
         yield show
 

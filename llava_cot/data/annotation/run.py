@@ -12,18 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from llava_cot.data.annotation.client import ChatClient
-from llava_cot.data.annotation.cost import (
-    ANNOTATION_TOKENS,
-    VERDICT_TOKENS,
-    Estimate,
-    Prices,
-    Usage,
-    prompt_tokens,
-    text_tokens,
-)
-from llava_cot.data.annotation.images import SentImage
-from llava_cot.data.annotation.journal import Journal, read_journal
-from llava_cot.data.annotation.prompts import annotation_messages, judge_messages
+from llava_cot.data.annotation.cost import Estimate, Prices, Usage
+from llava_cot.data.annotation.estimate import estimate_run
+from llava_cot.data.annotation.journal import Journal
+from llava_cot.data.annotation.past import Past, drop_stale, read_past
 from llava_cot.data.annotation.questions import Question, read_questions
 from llava_cot.data.annotation.record import Annotator
 
@@ -90,18 +82,6 @@ class Outcome:
         return self.accepted + sum(self.rejected.values())
 
 
-@dataclass
-class _Past:
-    """What earlier runs have left: the ids to skip, and what was spent."""
-
-    done: set[str] = field(default_factory=set)
-    usage: Usage = field(default_factory=Usage)  # of all runs
-    again: dict[str, Usage] = field(default_factory=dict)  # rejects that are asked once more, and what they took
-    records: int = 0  # accepted
-    turns: int = 0  # of those
-    accepted_usage: Usage = field(default_factory=Usage)
-
-
 def annotate_file(
     questions: Path | str,
     out: Path | str,
@@ -142,13 +122,13 @@ def annotate_file(
     try:
         rejected = Journal(rejects)
         try:
-            _drop_stale(out, rejected)  # a run that asked rejects again may have been killed
-            past = _read_past(out, rejects, settings)
+            drop_stale(out, rejected)  # a run that asked rejects again may have been killed
+            past = read_past(out, rejects, settings.retry_rejects)
             try:
                 return asyncio.run(_Run(settings, questions, accepted, rejected, past, client, show).run())
             finally:
                 if past.again:
-                    _drop_stale(out, rejected)
+                    drop_stale(out, rejected)
         finally:
             rejected.close()
     finally:
@@ -160,7 +140,7 @@ def estimate_file(
     out: Path | str,
     rejects: Path | str | None = None,
     settings: Settings | None = None,
-    **options,
+    **options: Any,
 ) -> Estimate:
     """What ``annotate_file`` would still do and cost; asks nothing and writes nothing.
 
@@ -170,7 +150,8 @@ def estimate_file(
     questions, out, rejects = _paths(questions, out, rejects)
     for _ in read_questions(questions):
         pass
-    return _estimate(settings, questions, _read_past(out, rejects, settings))
+    past = read_past(out, rejects, settings.retry_rejects)
+    return estimate_run(to_do(questions, past, settings.limit), past, settings.image_tokens, settings.prices)
 
 
 class _Run:
@@ -182,15 +163,16 @@ class _Run:
         questions: Path,
         accepted: Journal,
         rejected: Journal,
-        past: _Past,
+        past: Past,
         client: ChatClient,
         show: Callable[[Outcome], None],
     ):
         self._settings, self._past, self._client, self._show = settings, past, client, show
         self._accepted, self._rejected = accepted, rejected
-        estimate = _estimate(settings, questions, past)
+        self._todo = to_do(questions, past, settings.limit)
+        todo = to_do(questions, past, settings.limit)
+        estimate = estimate_run(todo, past, settings.image_tokens, settings.prices)
         self._cost_of_record = (estimate.cost or 0.0) / max(estimate.records, 1)
-        self._todo = islice(_todo(questions, past), settings.limit)
         self._in_flight = 0
         self._outcome = Outcome(estimate.records, cost=None if settings.prices is None else 0.0)
         folder = questions.parent if settings.images is None else settings.images
@@ -275,67 +257,6 @@ def _paths(questions: Path | str, out: Path | str, rejects: Path | str | None) -
     return questions, out, rejects
 
 
-def _todo(questions: Path, past: _Past) -> Iterator[Question]:
-    return (question for question in read_questions(questions) if question.id not in past.done)
-
-
-def _read_past(out: Path, rejects: Path, settings: Settings) -> _Past:
-    past = _Past()
-    for record in read_journal(out):
-        usage = Usage(**record["provenance"]["usage"])
-        past.done.add(str(record["id"]))
-        past.records += 1
-        past.turns += len(record["conversations"]) // 2
-        past.accepted_usage.add(usage)
-        past.usage.add(usage)
-    for name, record in _fresh(out, rejects).items():
-        usage = Usage(**record["provenance"]["usage"])
-        past.usage.add(usage)
-        # A missing image is seen here, without the endpoint: it may be there by now.
-        if settings.retry_rejects or record["kind"] == "image":
-            past.again[name] = usage
-        else:
-            past.done.add(name)
-    return past
-
-
-def _fresh(out: Path, rejects: Path) -> dict[str, dict[str, Any]]:
-    """The last record of each id among the rejects, without those that were accepted later."""
-    found = {str(record["id"]): record for record in read_journal(rejects)}
-    if found:
-        for record in read_journal(out):
-            found.pop(str(record["id"]), None)
-    return found
-
-
-def _drop_stale(out: Path, rejected: Journal) -> None:
-    fresh = _fresh(out, rejected.path)
-    if len(fresh) < sum(1 for _ in read_journal(rejected.path)):
-        rejected.keep(fresh.values())
-
-
-def _estimate(settings: Settings, questions: Path, past: _Past) -> Estimate:
-    records = turns = 0
-    usage = Usage()
-    for question in islice(_todo(questions, past), settings.limit):
-        records += 1
-        turns += len(question.conversation.turns)
-        usage.add(_guess(question, settings.image_tokens))
-    if past.turns:
-        mean = past.accepted_usage
-        figures = (mean.requests, mean.prompt_tokens, mean.completion_tokens)
-        usage = Usage(*(round(figure / past.turns * turns) for figure in figures))
-    cost = None if settings.prices is None else settings.prices.cost(usage)
-    return Estimate(records, turns, usage, past.records, cost)
-
-
-def _guess(question: Question, image_tokens: int) -> Usage:
-    """What a conversation takes if each turn is written once and judged by a model."""
-    usage, written = Usage(), list[str]()
-    images = [SentImage("", "")] * len(question.conversation.images)
-    for turn in question.conversation.turns:
-        judged = text_tokens(judge_messages(turn.question, turn.answer, turn.answer)[0]["content"])
-        asked = prompt_tokens(annotation_messages(question, images, written), image_tokens)
-        usage.add(Usage(2, asked + judged, ANNOTATION_TOKENS + VERDICT_TOKENS))
-        written.append(" " * (4 * ANNOTATION_TOKENS))  # as long as a reply will be
-    return usage
+def to_do(questions: Path, past: Past, limit: int | None) -> Iterator[Question]:
+    """The first ``limit`` questions that are not done."""
+    return islice((question for question in read_questions(questions) if question.id not in past.done), limit)

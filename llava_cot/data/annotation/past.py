@@ -1,0 +1,57 @@
+"""What earlier runs have left: who is done, who is asked again, and what was spent."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llava_cot.data.annotation.cost import Usage
+from llava_cot.data.annotation.journal import Journal, read_journal
+
+
+@dataclass
+class Past:
+    """The ids to skip, and the usage of all runs."""
+
+    done: set[str] = field(default_factory=set)
+    usage: Usage = field(default_factory=Usage)
+    again: dict[str, Usage] = field(default_factory=dict)  # rejects that are asked once more, and what they took
+    records: int = 0  # accepted
+    turns: int = 0  # of those
+    accepted_usage: Usage = field(default_factory=Usage)
+
+
+def read_past(out: Path, rejects: Path, retry_rejects: bool) -> Past:
+    """Of both files; what was rejected is done too, unless it is to be asked again."""
+    past = Past()
+    for record in read_journal(out):
+        usage = Usage(**record["provenance"]["usage"])
+        past.done.add(str(record["id"]))
+        past.records += 1
+        past.turns += len(record["conversations"]) // 2
+        past.accepted_usage.add(usage)
+        past.usage.add(usage)
+    for name, record in _fresh(out, rejects).items():
+        usage = Usage(**record["provenance"]["usage"])
+        past.usage.add(usage)
+        # A missing image is seen here, without the endpoint: it may be there by now.
+        if retry_rejects or record["kind"] == "image":
+            past.again[name] = usage
+        else:
+            past.done.add(name)
+    return past
+
+
+def _fresh(out: Path, rejects: Path) -> dict[str, dict[str, Any]]:
+    """The last record of each id among the rejects, without those that were accepted later."""
+    found = {str(record["id"]): record for record in read_journal(rejects)}
+    if found:
+        for record in read_journal(out):
+            found.pop(str(record["id"]), None)
+    return found
+
+
+def drop_stale(out: Path, rejected: Journal) -> None:
+    """Leave one record an id among the rejects, the last, and none of those that were accepted later."""
+    fresh = _fresh(out, rejected.path)
+    if len(fresh) < sum(1 for _ in read_journal(rejected.path)):
+        rejected.keep(fresh.values())
