@@ -58,3 +58,69 @@ def validate(
     console.print(found.to_table())
     if found.total.quarantined:
         raise typer.Exit(1)
+
+
+@app.command()
+def annotate(
+    questions: Annotated[Path, typer.Argument(help='A .jsonl of {"id", "image", "question", "answer"} or of rows.')],
+    out: Annotated[Path, typer.Argument(help="The .jsonl to append to; what it has already is not asked again.")],
+    model: Annotated[str, typer.Option(help="That writes and judges, as the endpoint names it.")],
+    base_url: Annotated[str | None, typer.Option(help="Of an OpenAI-compatible endpoint, e.g. with /v1.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="The folder that the paths of images are relative to; that of QUESTIONS if not.")
+    ] = None,
+    rejects: Annotated[
+        Path | None, typer.Option(help="Append rejected ids and why; OUT's name .rejects.jsonl.")
+    ] = None,
+    retry_rejects: Annotated[bool, typer.Option("--retry-rejects", help="Ask what was rejected again.")] = False,
+    limit: Annotated[int | None, typer.Option(min=0, help="Conversations of this run.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Conversations at a time.")] = 8,
+    rpm: Annotated[float | None, typer.Option(help="Requests a minute, evenly spaced.")] = None,
+    tpm: Annotated[float | None, typer.Option(help="Tokens a minute, evenly spaced.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 120.0,
+    max_retries: Annotated[int, typer.Option(min=0, help="Of one request, after what may pass.")] = 8,
+    attempts: Annotated[int, typer.Option(min=1, help="Texts asked for a turn until one is valid.")] = 2,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of one reply.")] = 2048,
+    temperature: Annotated[float | None, typer.Option(min=0, help="The endpoint's own if not given.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Sent with each request if given.")] = None,
+    price_in: Annotated[float | None, typer.Option(help="USD per million prompt tokens.")] = None,
+    price_out: Annotated[float | None, typer.Option(help="USD per million completion tokens.")] = None,
+    max_cost: Annotated[float | None, typer.Option(help="USD of all runs into OUT; stop before more is spent.")] = None,
+    image_tokens: Annotated[int, typer.Option(min=0, help="What an image counts for in estimates.")] = 1000,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only estimate requests, tokens and cost.")] = False,
+) -> None:
+    """Write four-stage answers to questions whose answers are known, by a model behind an endpoint."""
+    from llava_cot.data.annotation.cost import Prices
+    from llava_cot.data.annotation.progress import progress_bar, summary
+    from llava_cot.data.annotation.run import Settings, annotate_file, estimate_file
+
+    if (price_in is None) != (price_out is None):
+        raise ValueError(f"price_in and price_out must be given together, got {price_in} and {price_out}")
+    prices = None if price_in is None or price_out is None else Prices(price_in, price_out)
+    settings = Settings(
+        model,
+        base_url,
+        images,
+        concurrency=concurrency,
+        rpm=rpm,
+        tpm=tpm,
+        timeout=timeout,
+        max_retries=max_retries,
+        attempts=attempts,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        image_tokens=image_tokens,
+        prices=prices,
+        max_cost=max_cost,
+        limit=limit,
+        retry_rejects=retry_rejects,
+    )
+    if dry_run:
+        print(estimate_file(questions, out, rejects, settings))
+        return
+    with progress_bar() as show:
+        outcome = annotate_file(questions, out, rejects, settings, show=show)
+    print(summary(outcome))
+    if outcome.signal is not None:
+        raise typer.Exit(128 + outcome.signal)

@@ -1,4 +1,4 @@
-"""Commands that train: train."""
+"""Commands that train: train, train-reward."""
 
 from pathlib import Path
 from typing import Annotated
@@ -17,11 +17,24 @@ def train(
     inspect: Annotated[
         int | None, typer.Option(min=1, help="Print so many examples with what is learnt of them, and stop.")
     ] = None,
+    plan: Annotated[bool, typer.Option(help="Print the memory it takes on --gpus, allocating none, and stop.")] = False,
+    gpus: Annotated[str, typer.Option(help="Of the plan: how many, and the size of each.")] = "8x80GB",
+    row_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of the plan: tokens of a row; by default max_row_tokens, or 2048.")
+    ] = None,
+    images_per_row: Annotated[
+        int | None, typer.Option(min=1, help="Of the plan: by default one, or one for 1024 tokens of a packed row.")
+    ] = None,
 ) -> None:
     """Fine-tune a model; under torchrun on several GPUs or machines. The same command goes on after a stop."""
     from llava_cot.train.config import load_config
 
     settings = load_config(config, overrides)
+    if plan:
+        from llava_cot.train.plan import make_plan, print_plan
+
+        print_plan(make_plan(settings, gpus, row_tokens=row_tokens, images_per_row=images_per_row))
+        return
     if inspect is not None:
         from llava_cot.train.inspect import print_examples
 
@@ -30,3 +43,15 @@ def train(
     from llava_cot.train.trainer import train
 
     train(settings)
+
+
+@app.command()
+def train_reward(
+    config: Annotated[Path, typer.Argument(help="The run's settings, e.g. configs/tiny_reward.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings that differ: optimizer.lr=2e-5 output=runs/2 ...")
+    ] = None,
+    inspect: Annotated[int | None, typer.Option(min=1, help="Print the examples of so many rows, and stop.")] = None,
+) -> None:
+    """Train a stage reward model on `llava-cot export --format steps`: train with objective=reward."""
+    train(config, [*(overrides or ()), "objective=reward"], inspect)

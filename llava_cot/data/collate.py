@@ -85,7 +85,8 @@ class Collator:
         position_ids = torch.zeros_like(input_ids)  # of padding too: a sequence of one token each
         targets = torch.full_like(input_ids, IGNORE_INDEX)
         stages = torch.full_like(input_ids, -1)
-        cross_mask = torch.zeros(len(rows), tokens, slots, self.max_tiles, dtype=torch.int64)
+        # uint8, since transformers repeats it for every image token in its own type.
+        cross_mask = torch.zeros(len(rows), tokens, slots, self.max_tiles, dtype=torch.uint8)
         cross_rows = torch.zeros(len(rows), tokens, 2)
         ends = []
         for index, (row, places) in enumerate(zip(rows, layouts)):
@@ -132,7 +133,7 @@ class Collator:
         own = [places[key] for key in _numbered(example.images)]
         for (first, last), path, slot in zip(spans, example.images, own):
             mask[first : None if last == -1 else last, slot, : images[path].tiles] = 1
-        sees = mask.flatten(1).any(1)
+        sees = mask.flatten(1).any(1).bool()  # any() of uint8 is uint8
         rows[:, 0] = 1
         rows[:, 1] = sees
         for slot in own:

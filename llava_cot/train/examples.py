@@ -3,6 +3,7 @@
 import hashlib
 import json
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -56,6 +57,8 @@ def load_examples(
 def _read(path: Path) -> datasets.Dataset:
     if not path.is_file():
         raise ValueError(f"data must be a .jsonl file, got {str(path)!r}")
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     with rank_0_first():
         return datasets.load_dataset("json", data_files=str(path), split="train")
 

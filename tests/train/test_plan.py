@@ -1,6 +1,7 @@
 """The plan of a run's memory beside what torch's tracker counts of real steps."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,6 @@ from helpers.ranks import run_ranks
 from rich.console import Console
 
 from llava_cot.train.config import TrainConfig, load_config
-from llava_cot.train.memory import CATEGORIES
 from llava_cot.train.plan import make_plan, parse_gpus, print_plan
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +69,7 @@ def test_the_plan_is_what_the_tracker_counts(folder, ranks, settings):
 
 def test_a_model_of_100_million_parameters_within_15_percent():
     """Of the tracker's count and of the pages that the process really held."""
-    found = in_process("step", "cpu", "bfloat16", "1")
+    found = in_process("step", "cpu", "float32", "0")
     assert found["planned"] == pytest.approx(found["tracker"], rel=0.15)
     assert found["planned"] == pytest.approx(found["resident"], rel=0.15)
 
@@ -120,9 +120,7 @@ def test_steps_and_verdicts(folder, tmp_path):
     config = config_of(folder, batch_size=10).model_copy(update={"data": data, "eval_fraction": 0.1})
     plan = make_plan(config, "1x80GB", row_tokens=64)
     assert (plan.steps_per_epoch, plan.verdict) == (9, "fits")
-    tight, small = (
-        make_plan(config, f"1x{share * plan.memory.total / 1e9:.9f}GB", row_tokens=64) for share in (1.05, 0.9)
-    )
+    tight, small = (replace(plan, gpu_bytes=int(share * plan.memory.total)) for share in (1.05, 0.9))
     assert (tight.verdict, small.verdict) == ("tight", "does not fit")
 
 
@@ -130,21 +128,20 @@ def test_the_table_names_its_assumptions(folder):
     console = Console(record=True, width=100)
     print_plan(make_plan(config_of(folder), "4x80GB", row_tokens=64, images_per_row=3), console)
     text = console.export_text()
-    assert "4 GPUs: rows=4 of 64 tokens, all of them supervised, with 3 images each" in text
+    assert "4 GPUs: rows=4 of 64 tokens, all of them supervised, images_per_row=3" in text
     for word in ("self-attention layers", "optimizer (shard)", "highest point", "fits"):
         assert word in text
-    assert set(CATEGORIES) <= set(make_plan(config_of(folder), "1x1GB", row_tokens=64).memory.peak)
 
 
 def test_bad_input(folder, tmp_path):
-    with pytest.raises(ValueError, match="gpus must be COUNTxSIZEGB, e.g. 8x80GB, got '8'"):
+    with pytest.raises(ValueError, match=r"gpus must be COUNTxSIZEGB, e\.g\. 8x80GB, got '8'"):
         parse_gpus("8")
     assert parse_gpus("2x79.5 gb") == (2, 79_500_000_000)
     with pytest.raises(ValueError, match="row_tokens must be >= 1, got 0"):
         make_plan(config_of(folder), "1x1GB", row_tokens=0)
     with pytest.raises(ValueError, match="images_per_row must be >= 1, got 0"):
         make_plan(config_of(folder), "1x1GB", images_per_row=0)
-    with pytest.raises(ValueError, match="gpus must be a multiple of sharding.replicas=2, got '3x1GB'"):
+    with pytest.raises(ValueError, match=r"gpus must be a multiple of sharding\.replicas=2, got '3x1GB'"):
         make_plan(config_of(folder, sharding={"replicas": 2}), "3x1GB")
     with pytest.raises(ValueError, match="model must be a folder or a hub name that can be reached"):
         make_plan(config_of(tmp_path / "nowhere"), "1x1GB")

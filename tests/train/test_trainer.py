@@ -122,6 +122,11 @@ def test_two_ranks_learn_what_one_does_from_packed_rows(place):
     assert_same_learning(place, "packed-1", "packed-2", one, two)
 
 
+def test_replicas_without_activation_checkpoints_learn_the_same(place, whole):
+    replicas = run(place, "replicas", "sharding.replicas=2", "activation_checkpointing=false", ranks=2)
+    assert_same_learning(place, "whole-1", "replicas", whole[1], replicas)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_killed_run_goes_on_bit_for_bit(place, whole, ranks):
     output, last = f"killed-{ranks}", random.Random(time.time_ns()).randrange(1, STEPS)
