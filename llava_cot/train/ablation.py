@@ -49,12 +49,20 @@ class Setting:
 
     base: str  # folder of the model from which all start
     base_sha256: str
-    config: str  # YAML file of a fine-tune, to which model, data, output and seed are added
-    overrides: tuple[str, ...]
+    config: str  # YAML file of a fine-tune
+    overrides: tuple[str, ...]  # of it
+    training: dict[str, Any]  # what both say
     steps: int
-    batch_size: int  # questions a step
     first_question: int  # seed of the first sample that is answered
     questions: int
+
+    @classmethod
+    def load(cls, base: Path | str, config: Path | str, overrides: Sequence[str] = (), **rest: int) -> "Setting":
+        """Read the configuration and see which model it is; ``rest`` are steps, first_question and questions."""
+        if (sha256 := checkpoint_sha256(base)) is None:
+            raise ValueError(f"base must be a folder with a model, got {str(base)!r}")
+        training = load_config(config, list(overrides)).model_dump(mode="json")
+        return cls(str(base), sha256, str(config), tuple(overrides), training, **rest)
 
     def __post_init__(self):
         if self.steps < 1:
@@ -66,7 +74,7 @@ class Setting:
 
     def training_seeds(self, seed: int) -> range:
         """The samples that are trained on under a seed: each once, and none under two seeds."""
-        count = self.steps * self.batch_size
+        count = self.steps * self.training["batch_size"]
         start = FIRST_SEED + seed * count
         if seed < 0 or start + count > LAST_SEED:
             raise ValueError(f"seed must be in [0, {(LAST_SEED - FIRST_SEED) // count}), got {seed}")
@@ -85,7 +93,7 @@ def fine_tune(setting: Setting, out: Path, variant: str, seed: int) -> Path:
         run.mkdir(parents=True, exist_ok=True)
         rows_per_question = convert(world / "train.jsonl", data, variant) // len(setting.training_seeds(seed))
         settings = {"model": setting.base, "data": data, "images": world, "output": run, "seed": seed, "epochs": 1}
-        settings["batch_size"] = setting.batch_size * rows_per_question
+        settings["batch_size"] = setting.training["batch_size"] * rows_per_question
         overrides = [*setting.overrides, *(f"{name}={value}" for name, value in settings.items())]
         with open(run / "log.txt", "w", encoding="utf-8") as log:
             command = [sys.executable, "-m", "llava_cot.cli", "train", setting.config, *overrides]
@@ -196,18 +204,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="one core each")
     args = parser.parse_args()
     try:
-        if (sha256 := checkpoint_sha256(args.base)) is None:
-            raise ValueError(f"base must be a folder with a model, got {str(args.base)!r}")
-        setting = Setting(
-            base=str(args.base),
-            base_sha256=sha256,
-            config=str(args.config),
-            overrides=tuple(args.overrides),
-            steps=args.steps,
-            batch_size=load_config(args.config, args.overrides).batch_size,
-            first_question=args.first_question,
-            questions=args.questions,
-        )
+        numbers = {"steps": args.steps, "first_question": args.first_question, "questions": args.questions}
+        setting = Setting.load(args.base, args.config, args.overrides, **numbers)
         print(run(setting, args.out, args.variants, args.seeds, args.processes))
     except ValueError as error:
         parser.error(str(error))

@@ -71,10 +71,22 @@ def split(rows: datasets.Dataset, fraction: float) -> tuple[datasets.Dataset, da
 
 
 class Loader:
-    """The micro-batches of this rank, from any step on; other processes read the images ahead of time."""
+    """The micro-batches of this rank, from any step on; other processes read the images ahead of time.
 
-    def __init__(self, rows: datasets.Dataset, plan: BatchPlan, collator: Collator, *, workers: int, pin_memory: bool):
-        self._rows, self._plan = _Collated(rows, collator), plan
+    ``values`` float32 [rows, examples of a row] takes the place of the examples' own.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        plan: BatchPlan,
+        collator: Collator,
+        *,
+        workers: int,
+        pin_memory: bool,
+        values: np.ndarray | None = None,
+    ):
+        self._rows, self._plan = _Collated(rows, collator, values), plan
         self._options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory}
 
     def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
@@ -104,15 +116,14 @@ class _MicroBatches:
 
 
 class _Collated(Dataset):
-    def __init__(self, rows: datasets.Dataset, collator: Collator):
-        self._rows, self._collator = rows, collator
+    def __init__(self, rows: datasets.Dataset, collator: Collator, values: np.ndarray | None):
+        self._rows, self._collator, self._values = rows, collator, values
 
     def __getitem__(self, rows: Rows) -> Batch:
         return self._collator([[example for index in row for example in self._examples(index)] for row in rows])
 
     def _examples(self, index: int) -> list[Example]:
-        row = self._rows[index]
-        examples = [Example(**example) for example in row["examples"]]
-        if "values" not in row:
+        examples = [Example(**example) for example in self._rows[index]["examples"]]
+        if self._values is None:
             return examples
-        return [replace(example, value=value) for example, value in zip(examples, row["values"])]
+        return [replace(example, value=value) for example, value in zip(examples, self._values[index].tolist())]

@@ -2,7 +2,7 @@
 
 The run's own modules (checkpoints, FSDP2 units, loss head) work on fake tensors under a process group that only counts
 its ranks, and torch's FSDP memory tracker adds up what is alive. So nothing here knows how a layer computes, and
-nothing is allocated. Only the optimizer's state is counted by hand: an update makes no other tensors.
+nothing is allocated. Only the optimizer is counted by hand.
 """
 
 from collections.abc import Iterator
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llava_cot.train.config import Optimizer, TrainConfig
 from llava_cot.train.model import build_model
 from llava_cot.train.sharding import build_mesh, checkpoint_activations, shard
+from llava_cot.train.stochastic_adamw import CHUNK
 
 CATEGORIES = {  # ours to the tracker's
     "parameters": ("Sharded Param", "Buffer"),
@@ -86,6 +87,7 @@ def _run(root: "_LossOf", config: TrainConfig, rows: int, row_tokens: int, image
             loss.backward()
         peak, after = by_category(tracker, "peak"), by_category(tracker, "current")
         state = optimizer_bytes(trained, config.optimizer)
+        after["backward"] += update_bytes(trained, config.optimizer)
     return Memory(*({**moment, "optimizer": state} for moment in (forward, peak, after)))
 
 
@@ -100,20 +102,34 @@ def step_inputs(settings, *, rows: int, row_tokens: int, images_per_row: int) ->
         "pixel_values": torch.zeros(rows, images_per_row, tiles, vision.num_channels, size, size),
         "aspect_ratio_ids": torch.ones(rows, images_per_row, dtype=torch.int64),
         "aspect_ratio_mask": torch.ones(rows, images_per_row, tiles, dtype=torch.int64),
-        "cross_attention_mask": torch.ones(rows, row_tokens, images_per_row, tiles, dtype=torch.int64),
+        "cross_attention_mask": torch.ones(rows, row_tokens, images_per_row, tiles, dtype=torch.uint8),
         "cross_rows": torch.ones(rows, row_tokens, 2),
     }
 
 
 def optimizer_bytes(parameters: list[nn.Parameter], settings: Optimizer) -> int:
     """Two moments of each trained parameter's shard, and what goes with them."""
-    shards = [parameter.to_local() if isinstance(parameter, DTensor) else parameter for parameter in parameters]
     total = 0
-    for local in shards:
+    for local in map(_local, parameters):
         in_8_bits = settings.name == "adamw8bit" and local.numel() >= 4096 and local.numel() % BLOCK == 0
         moment = local.numel() + 4 * local.numel() // BLOCK + 4 * 256 if in_8_bits else local.nbytes
         total += 2 * moment + 4  # the step
     return total
+
+
+def update_bytes(parameters: list[nn.Parameter], settings: Optimizer) -> int:
+    """What an update makes for the time it takes: one parameter's float32 copies; torch's fused AdamW makes none."""
+    if settings.name == "adamw":
+        return 0
+    largest = max(_local(parameter).numel() for parameter in parameters)
+    if settings.name == "adamw_stochastic":
+        largest = min(largest, CHUNK)
+    # Gradient, moments, denominator, weight, and random bits or what is made of them.
+    return 6 * 4 * largest
+
+
+def _local(parameter: nn.Parameter) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def by_category(tracker: FSDPMemTracker, moment: str) -> dict[str, int]:

@@ -13,6 +13,7 @@ from llava_cot.train.model import PARTS, build_model
 
 ROW_TOKENS = 2048  # of a row that holds one example, where nothing else is said
 TOKENS_PER_IMAGE = 1024  # of a packed row, likewise
+LOGITS = 12  # bytes of a token and a vocabulary entry: log-softmax, its gradient and that of the logits, in float32
 SPARE = 0.1  # of a GPU, for what no allocator counts: CUDA's context, NCCL's buffers, fragments
 GB = 10**9
 LABELS = {
@@ -21,7 +22,7 @@ LABELS = {
     "optimizer": "optimizer (shard)",
     "gathered weights": "weights, gathered",
     "activations": "activations, batch",
-    "backward": "gradients in flight",
+    "backward": "temporaries",
 }
 
 
@@ -38,7 +39,7 @@ class Plan:
     steps_per_epoch: int | None  # None: the data is not there
     parameters: dict[str, tuple[int, int]]  # part: (all, those trained)
     memory: Memory
-    logits_bytes: int  # what a loss on plain logits would hold on top
+    logits_bytes: int  # what a loss on plain logits would hold when backward begins
 
     @property
     def verdict(self) -> str:
@@ -83,7 +84,6 @@ def make_plan(
         config, ranks=count, rows=rows, row_tokens=row_tokens, images_per_row=images_per_row, accumulates=accumulates
     )
     vocab = model.config.get_text_config().vocab_size
-    size = 2 if config.precision.compute == "bfloat16" else 4
     return Plan(
         gpus=count,
         gpu_bytes=gpu_bytes,
@@ -92,10 +92,9 @@ def make_plan(
         images_per_row=images_per_row,
         accumulates=accumulates,
         steps_per_epoch=_steps_per_epoch(config),
-        parameters=_count(model),
+        parameters=count_parameters(model),
         memory=memory,
-        # The logits and their gradient, and both again in float32, in which the loss is computed.
-        logits_bytes=0 if config.objective == "reward" else rows * row_tokens * vocab * 2 * (size + 4),
+        logits_bytes=0 if config.objective == "reward" else rows * row_tokens * vocab * LOGITS,
     )
 
 
@@ -129,11 +128,12 @@ def _lines(plan: Plan) -> list[str]:
     again = ", on top of the gradients of others before it" if plan.accumulates else ""
     lines = [
         f"A micro-batch on each of {plan.gpus} GPUs: rows={plan.rows} of {plan.row_tokens} tokens, all of them "
-        f"supervised, with {plan.images_per_row} images each{again}."
+        f"supervised, images_per_row={plan.images_per_row}{again}."
     ]
     if plan.logits_bytes:
         lines.append(
-            f"The head returns log-probs: logits and their gradients would hold {plan.logits_bytes / GB:.2f} GB more."
+            "The head returns log-probs: a loss on logits would hold another "
+            f"{plan.logits_bytes / GB:.2f} GB as backward begins."
         )
     if plan.steps_per_epoch is not None:
         lines.append(f"Steps an epoch: {plan.steps_per_epoch:,}.")
@@ -144,7 +144,7 @@ def _lines(plan: Plan) -> list[str]:
     return lines
 
 
-def _count(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+def count_parameters(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     """For each part of the model its parameters, and those of them that are trained."""
     cross = "|".join(map(str, model.config.text_config.cross_attention_layers))
     patterns = {

@@ -4,6 +4,7 @@ import hashlib
 import json
 
 import datasets
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
@@ -15,10 +16,10 @@ from llava_cot.train.examples import Loader
 from llava_cot.train.objectives.objective import Step
 
 
-def with_reference(
+def reference_values(
     rows: datasets.Dataset, root: Step, plan: BatchPlan, loader: Loader, device: torch.device, config: TrainConfig
-) -> datasets.Dataset:
-    """``rows`` with a column ``values``, for each of a row's examples what ``root`` says of it by ``reference``.
+) -> np.ndarray:
+    """What ``root`` says by ``reference`` of the examples of each of ``rows``: float32 [rows, examples of a row].
 
     Call it before ``root`` has changed. It reads what an earlier call wrote for the same rows into ``config.output``.
     All ranks must call it; every row has as many examples.
@@ -28,13 +29,12 @@ def with_reference(
     path = config.output / f"reference-{name}.jsonl"
     if path.is_file():
         with path.open(encoding="utf-8") as file:
-            values = [json.loads(line)["values"] for line in file]
-    else:
-        values = _compute(len(rows), root, plan, loader, device)
-        if dist.get_rank() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_jsonl(({"values": of_row} for of_row in values), path)
-    return rows.add_column("values", values)
+            return np.array([json.loads(line)["values"] for line in file], dtype=np.float32)
+    values = _compute(len(rows), root, plan, loader, device)
+    if dist.get_rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(({"values": of_row} for of_row in values), path)
+    return np.array(values, dtype=np.float32)
 
 
 @torch.no_grad()

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+CHUNK = 1 << 24  # elements updated at a time: the float32 copies of an 11B model's embedding would take 12 GB
+
 
 class StochasticAdamW(torch.optim.Optimizer):
     """AdamW whose bfloat16 weights and moments are rounded up or down at random, and are right on average.
@@ -51,15 +53,17 @@ class StochasticAdamW(torch.optim.Optimizer):
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
         state["step"] += 1
         step, (beta1, beta2) = state["step"].item(), group["betas"]
-        weight, grad, first, second = map(_local, (param, param.grad, state["exp_avg"], state["exp_avg_sq"]))
-        grad = grad.float()
-        mean = first.float().lerp_(grad, 1 - beta1)
-        square = second.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        scale = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        new = weight.float().mul_(1 - group["lr"] * group["weight_decay"])
-        new.addcdiv_(mean, scale, value=-group["lr"] / (1 - beta1**step))
-        for target, value in ((weight, new), (first, mean), (second, square)):
-            round_stochastically_(target, value)
+        assert param.grad is not None
+        tensors: tuple[torch.Tensor, ...] = (param, param.grad, state["exp_avg"], state["exp_avg_sq"])
+        for weight, grad, first, second in zip(*(_local(tensor).view(-1).split(CHUNK) for tensor in tensors)):
+            grad = grad.float()
+            mean = first.float().lerp_(grad, 1 - beta1)
+            square = second.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            scale = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
+            new = weight.float().mul_(1 - group["lr"] * group["weight_decay"])
+            new.addcdiv_(mean, scale, value=-group["lr"] / (1 - beta1**step))
+            for target, value in ((weight, new), (first, mean), (second, square)):
+                round_stochastically_(target, value)
 
 
 def round_stochastically_(target: torch.Tensor, value: torch.Tensor) -> None:

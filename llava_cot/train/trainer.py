@@ -26,7 +26,7 @@ from llava_cot.train.objectives import objective_of
 from llava_cot.train.objectives.objective import Step
 from llava_cot.train.optimizer import build_optimizer
 from llava_cot.train.progress import Progress
-from llava_cot.train.reference import with_reference
+from llava_cot.train.reference import reference_values
 from llava_cot.train.schedule import learning_rate
 from llava_cot.train.sharding import build_mesh, checkpoint_activations, fill, shard
 from llava_cot.train.throughput import Throughput
@@ -88,8 +88,8 @@ class Trainer:
         collator, pin_memory = Collator(self.processor), self.device.type == "cuda"
         loader = Loader(rows, plan, collator, workers=config.workers, pin_memory=pin_memory)
         if self.objective.reference is not None:
-            rows = with_reference(rows, self.root, plan, loader, self.device, config)
-            loader = Loader(rows, plan, collator, workers=config.workers, pin_memory=pin_memory)
+            values = reference_values(rows, self.root, plan, loader, self.device, config)
+            loader = Loader(rows, plan, collator, workers=config.workers, pin_memory=pin_memory, values=values)
         return plan, loader
 
     def _build_root(self) -> Any:  # a Step that is an FSDPModule

@@ -180,8 +180,9 @@ def test_two_ranks_have_the_references_of_one(config):
         ({"prompt": [{"role": "user"}]}, "prompt must be text, as TextForm writes it, got"),
         ({"chosen": ""}, "chosen must be text"),
         ({"rejected": None}, "rejected must be text"),
-        ({"images": []}, r"prompt must have an image token for each of images=\[\], got 1"),
-        ({"prompt": "<|image|>How many?"}, "prompt must have a BOS 1 times with bos='one', got 0"),
+        ({"images": None}, "images must be a list of paths, got 'None'"),
+        ({"images": []}, "prompt must have an image token 0 times, got 1"),
+        ({"prompt": "<|image|>How many?"}, "prompt must have a BOS 1 times, got 0"),
     ],
 )
 def test_a_bad_row_is_named(tiny, folder, rows, change, message):

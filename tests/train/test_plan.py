@@ -27,7 +27,15 @@ SMALL = (
         num_key_value_heads=2,
         cross_attention_layers=[1, 3],
     ),
-    dict(SHAPES["124M"][1], hidden_size=64, intermediate_size=128, vision_output_dim=192),
+    dict(
+        SHAPES["124M"][1],
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_global_layers=1,
+        intermediate_layers_indices=[0, 1],
+        vision_output_dim=192,
+    ),
 )
 
 
@@ -56,6 +64,7 @@ def measured(config, rows, row_tokens, images):
         (2, {"freeze": ["vision", "language"], "activation_checkpointing": False}),
         (2, {"sharding": {"replicas": 2}}),
         (2, {"precision": {"params": "bfloat16", "reduce": "bfloat16", "allow_lost_updates": True}}),
+        (1, {"precision": {"params": "bfloat16"}, "optimizer": {"name": "adamw_stochastic"}}),
     ],
 )
 def test_the_plan_is_what_the_tracker_counts(folder, ranks, settings):

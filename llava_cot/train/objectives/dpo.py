@@ -13,6 +13,7 @@ from llava_cot.data.example import IGNORE_INDEX, Example
 from llava_cot.prompt import Bos
 from llava_cot.train.config import Dpo as Settings
 from llava_cot.train.objectives.objective import Losses
+from llava_cot.train.objectives.rows import check_prompt, image_files
 
 
 def completion_logprobs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
@@ -54,12 +55,8 @@ class Dpo:
         prompt, *completions = (
             tokenizer(row[name], add_special_tokens=False)["input_ids"] for name in ("prompt", "chosen", "rejected")
         )
-        expected = 2 if bos == "released" else 1
-        if tokenizer.bos_token_id is not None and (got := prompt.count(tokenizer.bos_token_id)) != expected:
-            raise ValueError(f"prompt must have a BOS {expected} times with bos={bos!r}, got {got}")
-        files = [str(images / image) for image in row["images"]]
-        if (got := prompt.count(processor.image_token_id)) != len(files):
-            raise ValueError(f"prompt must have an image token for each of images={row['images']}, got {got}")
+        files = image_files(row, images)
+        check_prompt(prompt, processor, images=len(files), bos=2 if bos == "released" else 1)
         return [
             Example(prompt + ids, [IGNORE_INDEX] * len(prompt) + ids, [-1] * (len(prompt) + len(ids)), files)
             for ids in completions

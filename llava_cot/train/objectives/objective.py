@@ -25,10 +25,18 @@ class Losses:
 
 
 class Objective(Protocol):
-    names: tuple[str, ...]  # of what is reported beside the loss, each with a slash
-    # What the model before training says of each example, float32 [examples]: it becomes the example's value. None: it
-    # is not asked.
-    reference: Reference | None
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of what is reported beside the loss, each with a slash."""
+        ...
+
+    @property
+    def reference(self) -> Reference | None:
+        """What the model before training says of each example, float32 [examples], which becomes the example's value.
+
+        None: it is not asked.
+        """
+        ...
 
     def encode(self, row: Mapping[str, Any], processor, images: Path, bos: Bos) -> list[Example]:
         """The examples of a row of the data, whose images are in this folder; they stay in one micro-batch.

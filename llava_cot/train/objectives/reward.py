@@ -13,6 +13,9 @@ from llava_cot.data.example import IGNORE_INDEX, Example
 from llava_cot.prompt import Bos
 from llava_cot.stages import STAGES
 from llava_cot.train.objectives.objective import Losses
+from llava_cot.train.objectives.rows import check_prompt, image_files
+
+TOKEN_WEIGHT = 1.0
 
 
 class Reward:
@@ -34,20 +37,16 @@ class Reward:
             raise ValueError(f"bos must be 'one', which is what RewardModelScorer reads, got {bos!r}")
         tokenizer = processor.tokenizer
         prompt = processor.apply_chat_template(_messages(row), add_generation_prompt=True)
-        files = [str(images / image) for image in row["images"]]
-        examples = []
+        files = image_files(row, images)
+        examples, before = [], len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
         for end, (stage, value) in enumerate(zip(stages, values), 1):
             text = prompt + "".join(completions[:end]).rstrip()
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            for what, token, expected in (
-                ("an image token", processor.image_token_id, len(files)),
-                ("a BOS", tokenizer.bos_token_id, 1),
-            ):
-                if token is not None and (got := ids.count(token)) != expected:
-                    raise ValueError(f"prompt must have {what} {expected} times, got {got}")
+            check_prompt(ids, processor, images=len(files), bos=1)
             place = STAGES.index(stage) if stage in STAGES else -1
-            none = [IGNORE_INDEX] * len(ids)
-            examples.append(Example(ids, none, [-1] * (len(ids) - 1) + [place], files, float(value)))
+            stages_of = [-1] * before + [place] * (len(ids) - before)
+            examples.append(Example(ids, [IGNORE_INDEX] * len(ids), stages_of, files, float(value)))
+            before = len(ids)
         return examples
 
     def weight(self, batch: Batch) -> float:
@@ -55,9 +54,17 @@ class Reward:
 
     def __call__(self, model: PreTrainedModel, batch: Batch) -> Losses:
         hidden = model.model(**batch.inputs, use_cache=False).last_hidden_state
-        scores = model.head(hidden.flatten(0, 1)[batch.ends]).float().squeeze(-1)
+        hidden = hidden.flatten(0, 1)
+        scores = model.head(hidden[batch.ends]).float().squeeze(-1)
         values = torch.tensor(batch.values, device=scores.device)
         loss = binary_cross_entropy_with_logits(scores, values, reduction="sum")
+        # The token at which a stage goes wrong learns it from the stage's end, as each before the end does.
+        inside = (batch.stages.flatten()[:-1] >= 0).nonzero().squeeze(1) + 1
+        places = torch.bucketize(inside, batch.ends)
+        lengths = torch.bincount(places, minlength=len(values))
+        along = model.head(hidden[inside]).float().squeeze(-1)
+        losses = binary_cross_entropy_with_logits(along, values[places], reduction="none")
+        loss = loss + TOKEN_WEIGHT * (losses / lengths[places]).sum()
         says_more = values != 0.5  # which no score can be right about
         right = ((scores > 0) == (values > 0.5))[says_more]
         places = batch.stages.flatten()[batch.ends - 1][says_more] % len(self.names)
@@ -67,7 +74,7 @@ class Reward:
 
 
 def _steps(row: Mapping[str, Any]) -> tuple[list[str], list[str], list[float]]:
-    columns = [row.get(name) for name in ("completions", "stages", "values")]
+    columns: list[Any] = [row.get(name) for name in ("completions", "stages", "values")]
     for name, column in zip(("completions", "stages", "values"), columns):
         if not isinstance(column, list) or not column:
             raise ValueError(f"{name} must be a list with an entry for each stage, got {str(column)[:80]!r}")
