@@ -2,7 +2,7 @@
 
 import json
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,16 @@ def merge_adapters(weights: dict[str, torch.Tensor], scale: float) -> dict[str, 
 
 def provenance(config: TrainConfig) -> dict:
     """The settings and the versions behind a checkpoint."""
-    packages = {name: version(name) for name in ("torch", "transformers", "llava-cot")}
+    packages = {name: _version(name) for name in ("llava-cot", "torch", "transformers")}
     return {
         "config": config.model_dump(mode="json"),
         "versions": packages | {"python": platform.python_version()},
         "world_size": dist.get_world_size(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a checkout
+        return None
