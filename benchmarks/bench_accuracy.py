@@ -4,8 +4,8 @@
 ``python benchmarks/accuracy_report.py build/accuracy.json`` makes the results, the tables and the plot of it. The tiny
 model answers held-out questions of the shapes world. One pool of 16 sampled answers for each question serves every vote
 and every best-of-N; searches by stages run for three scorers, the two that choose best from the pool of the calibration
-questions and ``by_stage``, and for oracles. ``--sweep`` compares temperatures on those questions too. A scale model:
-nothing here says how good the 11B is.
+questions and ``by_stage``, for the reward model of ``configs/tiny_reward.yaml`` if build/ has it, and for oracles.
+``--sweep`` compares temperatures on those questions too. A scale model: nothing here says how good the 11B is.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from llava_cot.data import shapes
 from llava_cot.engine.branch import SamplingParams
 from llava_cot.scoring import SCORERS, Calibration, JudgeScorer, Scorer
 from llava_cot.stages import parse
-from llava_cot.train.small_world import Oracle, World, load_verifier
+from llava_cot.train.small_world import Oracle, World, load_reward_model, load_verifier
 
 POOL = 16
 FREE = ("confidence", "lowest_group", "tail", "negative_entropy", "self_certainty")
@@ -35,7 +35,9 @@ SAMPLING = {"temperature": 1.0, "top_p": 1.0}
 SWEEP = ((0.6, 0.9), (0.8, 1.0), (1.0, 1.0), (1.2, 1.0))
 MAX_NEW_TOKENS = 200
 QUESTIONS_AT_ONCE = 50
-CUTOFFS = {"verifier": 0.0}  # a logit; an oracle's is between right and wrong, the others' are calibrated quantiles
+REWARD = Path("build/tiny_reward/model")
+# Logits; an oracle's is between right and wrong, the others' are calibrated quantiles.
+CUTOFFS = {"verifier": 0.0, "reward model": 0.0}
 STAGES = ("SUMMARY", "CAPTION", "REASONING", "CONCLUSION")
 PUBLISHED = {"candidates": dict(zip(STAGES, (1, 4, 4, 1))), "keep": 2}
 # The errors of this policy are in its reasoning (an exact caption hardly makes a right answer more likely), so the
@@ -60,6 +62,8 @@ def scorers_of(generator: SwiresGenerator, world: World) -> dict[str, Scorer]:
     """Every scorer that looks at one candidate at a time, by name."""
     found = {name: SCORERS[name] for name in FREE} | {"judge_yes_no": JudgeScorer(generator.processor)}
     found |= {oracle.__name__: oracle for oracle in (Oracle(world), *(Oracle(world, noise) for noise in NOISES))}
+    if REWARD.is_dir():
+        found["reward model"] = load_reward_model(REWARD)
     return found | {"verifier": load_verifier(world)}
 
 
@@ -153,11 +157,12 @@ def best_of(answers: list[dict[str, Any]], scorer: str) -> dict[str, Any]:
 
 
 def choose_scorers(pool: list[list[dict[str, Any]]]) -> list[str]:
-    """The two that choose best from a pool, oracles aside, and by_stage for those that look at whole pools."""
+    """The two that choose best from a pool, oracles aside, the reward model, and by_stage for those of whole pools."""
     names = [name for name in pool[0][0]["scores"] if not name.startswith("oracle")]
     right = {name: sum(best_of(answers, name)["right"] for answers in pool) for name in names}
     print("best of 16 on calibration questions:", {name: f"{n / len(pool):.1%}" for name, n in right.items()})
-    return [*sorted(names, key=lambda name: -right[name])[:2], "by_stage"]
+    best = sorted(names, key=lambda name: -right[name])[:2]
+    return [*best, *({"reward model"} & set(names) - set(best)), "by_stage"]
 
 
 def sweep() -> None:
@@ -209,6 +214,7 @@ def main():
     data = {
         "model_sha256": checkpoint_sha256(tiny_path()),
         "verifier_sha256": checkpoint_sha256(tiny_path() / "verifier"),
+        "reward_sha256": checkpoint_sha256(REWARD),
         "seeds": [seeds[0], seeds[-1]],
         "calibration_seeds": [CALIBRATION_SEEDS[0], CALIBRATION_SEEDS[-1]],
         "sampling": SAMPLING,

@@ -9,6 +9,7 @@ Each figure is of a fresh process. Times are of a shared machine: take them as a
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -124,7 +125,7 @@ def random_batch(settings: MllamaConfig, rows: int, row_tokens: int, images: int
     ends = torch.arange(1, rows + 1) * row_tokens - 1
     return Batch(
         inputs=inputs, targets=inputs["input_ids"].clone(), stages=torch.zeros_like(inputs["input_ids"]), ends=ends,
-        values=torch.full((rows,), torch.nan), num_tokens=rows * row_tokens, num_padding=0,
+        values=[math.nan] * rows, num_tokens=rows * row_tokens, num_padding=0,
     )  # fmt: skip
 
 

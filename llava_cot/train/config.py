@@ -126,6 +126,10 @@ class TrainConfig(Settings):
             )
         if unknown := set(self.stage_weights) - {str(stage) for stage in STAGES}:
             raise ValueError(f"stage_weights must name stages of {[str(s) for s in STAGES]}, got {sorted(unknown)}")
+        if self.stage_weights and self.objective != "sft":
+            raise ValueError(
+                f"stage_weights must not be given with objective={self.objective}, got {self.stage_weights}"
+            )
         if self.eval_data is not None and self.eval_fraction:
             raise ValueError(f"eval_fraction must be 0 with eval_data, got {self.eval_fraction}")
         if self.lora is not None and self.objective == "reward":

@@ -15,8 +15,6 @@ from llava_cot.stages import STAGES
 from llava_cot.train.objectives.objective import Losses
 from llava_cot.train.objectives.rows import check_prompt, image_files
 
-TOKEN_WEIGHT = 1.0
-
 
 class Reward:
     """Binary cross-entropy of a ``RewardModel``'s score, a logit, against the step's value, at each stage's end.
@@ -38,15 +36,14 @@ class Reward:
         tokenizer = processor.tokenizer
         prompt = processor.apply_chat_template(_messages(row), add_generation_prompt=True)
         files = image_files(row, images)
-        examples, before = [], len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        examples = []
         for end, (stage, value) in enumerate(zip(stages, values), 1):
             text = prompt + "".join(completions[:end]).rstrip()
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             check_prompt(ids, processor, images=len(files), bos=1)
             place = STAGES.index(stage) if stage in STAGES else -1
-            stages_of = [-1] * before + [place] * (len(ids) - before)
-            examples.append(Example(ids, [IGNORE_INDEX] * len(ids), stages_of, files, float(value)))
-            before = len(ids)
+            none = [IGNORE_INDEX] * len(ids)
+            examples.append(Example(ids, none, [-1] * (len(ids) - 1) + [place], files, float(value)))
         return examples
 
     def weight(self, batch: Batch) -> float:
@@ -54,17 +51,9 @@ class Reward:
 
     def __call__(self, model: PreTrainedModel, batch: Batch) -> Losses:
         hidden = model.model(**batch.inputs, use_cache=False).last_hidden_state
-        hidden = hidden.flatten(0, 1)
-        scores = model.head(hidden[batch.ends]).float().squeeze(-1)
+        scores = model.head(hidden.flatten(0, 1)[batch.ends]).float().squeeze(-1)
         values = torch.tensor(batch.values, device=scores.device)
         loss = binary_cross_entropy_with_logits(scores, values, reduction="sum")
-        # The token at which a stage goes wrong learns it from the stage's end, as each before the end does.
-        inside = (batch.stages.flatten()[:-1] >= 0).nonzero().squeeze(1) + 1
-        places = torch.bucketize(inside, batch.ends)
-        lengths = torch.bincount(places, minlength=len(values))
-        along = model.head(hidden[inside]).float().squeeze(-1)
-        losses = binary_cross_entropy_with_logits(along, values[places], reduction="none")
-        loss = loss + TOKEN_WEIGHT * (losses / lengths[places]).sum()
         says_more = values != 0.5  # which no score can be right about
         right = ((scores > 0) == (values > 0.5))[says_more]
         places = batch.stages.flatten()[batch.ends - 1][says_more] % len(self.names)
