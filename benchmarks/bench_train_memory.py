@@ -87,23 +87,11 @@ def run_config(folder: Path, *, compute: str, checkpointing: bool, device: str =
 def measure_step(config: TrainConfig, device: torch.device, rows: int, row_tokens: int, images: int) -> dict[str, Any]:
     """Bytes of the second step, when the optimizer has its state, by a process of a group; weights are random."""
     before = _status("VmRSS")
-    root = Step(build_model(config, empty=True), Sft({}))
-    if config.activation_checkpointing:
-        checkpoint_activations(root)
-    shard(root, build_mesh(device, config.sharding.replicas), config.precision, config.sharding)
-    root.to_empty(device=device)
-    with torch.no_grad():
-        for tensor in (*root.parameters(), *root.buffers()):
-            tensor.fill_(0.01)
-    optimizer = build_optimizer(root.parameters(), config.optimizer)
+    root, optimizer = build_run(config, device)
     batch = random_batch(root.model.config, rows, row_tokens, images).to(device)
 
     def step() -> None:
-        total, _ = root(batch)
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(root.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        train_step(root, optimizer, batch)
 
     step()
     if device.type == "cuda":
@@ -117,6 +105,27 @@ def measure_step(config: TrainConfig, device: torch.device, rows: int, row_token
         step()
     peak, resident = by_category(tracker, "peak"), _status("VmHWM") - before
     return {"tracker": sum(peak.values()), "categories": peak, "resident": resident}
+
+
+def build_run(config: TrainConfig, device: torch.device) -> tuple[Any, torch.optim.Optimizer]:
+    """The trainer's root module and optimizer, on weights of no meaning."""
+    root = Step(build_model(config, empty=True), Sft({}))
+    if config.activation_checkpointing:
+        checkpoint_activations(root)
+    shard(root, build_mesh(device, config.sharding.replicas), config.precision, config.sharding)
+    root.to_empty(device=device)
+    with torch.no_grad():
+        for tensor in (*root.parameters(), *root.buffers()):
+            tensor.fill_(0.01)
+    return root, build_optimizer(root.parameters(), config.optimizer)
+
+
+def train_step(root: Any, optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+    total, _ = root(batch)
+    total.backward()
+    torch.nn.utils.clip_grad_norm_(root.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def random_batch(settings: MllamaConfig, rows: int, row_tokens: int, images: int) -> Batch:
