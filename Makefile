@@ -13,7 +13,7 @@ demo: $(VENV)/.ready
 	$(VENV)/bin/llava-cot demo
 
 test: $(VENV)/.ready
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

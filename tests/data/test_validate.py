@@ -380,6 +380,7 @@ def test_what_is_interrupted_leaves_nothing_behind(images, tmp_path, number, sta
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": ":".join(sys.path)},
         stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell has it ignored
     )
     deadline = time.monotonic() + 60
     while not any(part.stat().st_size for part in tmp_path.glob(".*.part")):
