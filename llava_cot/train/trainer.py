@@ -133,7 +133,7 @@ class Trainer:
                 progress.update(step, values)
                 if is_due(step, config.log_every) or is_last:
                     metrics.log(step, values)
-                if config.save_every and (is_due(step, config.save_every) or is_last):
+                if stopping or is_due(step, config.save_every) or (is_last and config.save_every is not None):
                     self.checkpoints.save(step, self.root, self.optimizer, self.scheduler, self.identity)
                 if stopping and step < self.last_step:
                     print(f"stopped at step {step}", file=sys.stderr)
