@@ -7,16 +7,22 @@ import typer
 
 app = typer.Typer()
 
+Config = Annotated[
+    Path, typer.Argument(help="The run's settings, e.g. configs/llava_cot_11b.yaml or tiny_reward.yaml.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings that differ: optimizer.lr=2e-5 output=runs/2 ...")
+]
+Inspect = Annotated[
+    int | None, typer.Option(min=1, help="Print the examples of so many rows with what is learnt of them, and stop.")
+]
+
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="The run's settings, e.g. configs/llava_cot_11b.yaml.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings that differ: optimizer.lr=2e-5 output=runs/2 ...")
-    ] = None,
-    inspect: Annotated[
-        int | None, typer.Option(min=1, help="Print so many examples with what is learnt of them, and stop.")
-    ] = None,
+    config: Config,
+    overrides: Overrides = None,
+    inspect: Inspect = None,
     plan: Annotated[bool, typer.Option(help="Print the memory it takes on --gpus, allocating none, and stop.")] = False,
     gpus: Annotated[str, typer.Option(help="Of the plan: how many, and the size of each.")] = "8x80GB",
     row_tokens: Annotated[
@@ -46,12 +52,6 @@ def train(
 
 
 @app.command()
-def train_reward(
-    config: Annotated[Path, typer.Argument(help="The run's settings, e.g. configs/tiny_reward.yaml.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Settings that differ: optimizer.lr=2e-5 output=runs/2 ...")
-    ] = None,
-    inspect: Annotated[int | None, typer.Option(min=1, help="Print the examples of so many rows, and stop.")] = None,
-) -> None:
+def train_reward(config: Config, overrides: Overrides = None, inspect: Inspect = None) -> None:
     """Train a stage reward model on `llava-cot export --format steps`: train with objective=reward."""
     train(config, [*(overrides or ()), "objective=reward"], inspect)

@@ -123,14 +123,19 @@ def check_stages(answer: str, where: str) -> None:
     for name in reversed(LLAVA_COT.names):
         if not stages[name].text:
             raise Defect(f"empty {name.lower()}", f"{where} has nothing between its tags")
+    if found := text_outside(answer):
+        raise Defect("text outside of stages", f"{where} has {_short(repr(found))}")
+
+
+def text_outside(answer: str) -> str:
+    """What stands outside of the stages of an answer that follows the grammar, in single spaces; "" is nothing."""
     rest, outside = answer, []
     for name in LLAVA_COT.names:
         open_tag, close_tag = LLAVA_COT.tag_pair(name)
         before, _, rest = rest.partition(open_tag)
         _, _, rest = rest.partition(close_tag)
         outside.append(before)
-    if found := " ".join(" ".join([*outside, rest]).split()):
-        raise Defect("text outside of stages", f"{where} has {_short(repr(found))}")
+    return " ".join(" ".join([*outside, rest]).split())
 
 
 def _short(text: str, limit: int = 200) -> str:

@@ -6,6 +6,7 @@ the turn, and only what comes after the generation prompt is learnt.
 
 import re
 from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
 
 from llava_cot.data.conversations import Conversation
@@ -36,18 +37,22 @@ def encode(
         ValueError: the template does not render a conversation as a continuation of its beginning, or a turn contains a
             special token.
     """
-    tokenizer = processor.tokenizer
     try:
         input_ids, labels, stages = _encode_turns(conversation, processor, grammar, bos)
-        for what, token, expected in (
-            ("an image token", processor.image_token_id, len(conversation.images)),
-            ("a BOS", tokenizer.bos_token_id, 2 if bos == "released" else 1),
-        ):
-            if token is not None and (got := input_ids.count(token)) != expected:
-                raise ValueError(f"its tokens must contain {what} {expected} times, got {got}")
+        check_counts("its tokens must contain", input_ids, processor, images=len(conversation.images), bos=bos)
     except ValueError as error:
         raise ValueError(f"conversation {conversation.id!r}: {error}") from None
     return Example(input_ids, labels, stages, [str(Path(image_folder) / path) for path in conversation.images])
+
+
+def check_counts(rule: str, input_ids: Sequence[int], processor, *, images: int, bos: Bos) -> None:
+    """Raise ``ValueError``, which ``rule`` begins, unless these tokens have so many images and the BOS of ``bos``."""
+    for what, token, expected in (
+        ("an image token", processor.image_token_id, images),
+        ("a BOS", processor.tokenizer.bos_token_id, 2 if bos == "released" else 1),
+    ):
+        if token is not None and (got := input_ids.count(token)) != expected:
+            raise ValueError(f"{rule} {what} {expected} times, got {got}")
 
 
 def _encode_turns(

@@ -2,10 +2,9 @@
 
 import re
 
-from llava_cot.stages import LLAVA_COT, STAGES, render
+from llava_cot.data.checks import SPECIAL_TOKEN, text_outside
+from llava_cot.stages import LLAVA_COT, render
 
-_SECTIONS = re.compile(r"\s*".join(f"{stage.open_tag}(.*?){stage.close_tag}" for stage in STAGES), re.DOTALL)
-_SPECIAL = re.compile(r"<\|\w+\|>")  # would become a control token in training
 _LEAK = re.compile(
     r"\b(?:reference|standard|ground[- ]truth|given|provided|supplied) answer\b(?! (?:choice|option))"
     r"|\banswer (?:that )?(?:was|I was|we were) (?:given|provided|told|supplied)\b(?! by)",
@@ -17,13 +16,12 @@ def violation(text: str) -> str | None:
     """Why ``text`` is no four sections, in words; None if it is."""
     if (found := LLAVA_COT.violation(text)) is not None:
         return found
-    sections = _SECTIONS.fullmatch(text.strip())
-    if sections is None:
+    if text_outside(text):
         return "there is text outside the four sections"
-    for stage, section in zip(STAGES, sections.groups()):
-        if not section.strip():
+    for stage, section in sections_of(text).items():
+        if not section:
             return f"{stage} is empty"
-    if special := _SPECIAL.search(text):
+    if special := SPECIAL_TOKEN.search(text):
         return f"the text has the special token {special[0]}"
     if leak := _LEAK.search(text):
         return f"the text tells that an answer was given: {leak[0]!r}"

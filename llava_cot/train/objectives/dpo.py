@@ -9,11 +9,12 @@ from torch.nn.functional import logsigmoid
 from transformers import PreTrainedModel
 
 from llava_cot.data.collate import Batch
+from llava_cot.data.encode import check_counts
 from llava_cot.data.example import IGNORE_INDEX, Example
 from llava_cot.prompt import Bos
 from llava_cot.train.config import Dpo as Settings
 from llava_cot.train.objectives.objective import Losses
-from llava_cot.train.objectives.rows import check_prompt, image_files
+from llava_cot.train.objectives.rows import image_files
 
 
 def completion_logprobs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
@@ -56,7 +57,7 @@ class Dpo:
             tokenizer(row[name], add_special_tokens=False)["input_ids"] for name in ("prompt", "chosen", "rejected")
         )
         files = image_files(row, images)
-        check_prompt(prompt, processor, images=len(files), bos=2 if bos == "released" else 1)
+        check_counts("prompt must have", prompt, processor, images=len(files), bos=bos)
         return [
             Example(prompt + ids, [IGNORE_INDEX] * len(prompt) + ids, [-1] * (len(prompt) + len(ids)), files)
             for ids in completions

@@ -9,11 +9,12 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import PreTrainedModel
 
 from llava_cot.data.collate import Batch
+from llava_cot.data.encode import check_counts
 from llava_cot.data.example import IGNORE_INDEX, Example
 from llava_cot.prompt import Bos
 from llava_cot.stages import STAGES
 from llava_cot.train.objectives.objective import Losses
-from llava_cot.train.objectives.rows import check_prompt, image_files
+from llava_cot.train.objectives.rows import image_files
 
 
 class Reward:
@@ -40,7 +41,7 @@ class Reward:
         for end, (stage, value) in enumerate(zip(stages, values), 1):
             text = prompt + "".join(completions[:end]).rstrip()
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            check_prompt(ids, processor, images=len(files), bos=1)
+            check_counts("prompt must have", ids, processor, images=len(files), bos=bos)
             place = STAGES.index(stage) if stage in STAGES else -1
             none = [IGNORE_INDEX] * len(ids)
             examples.append(Example(ids, none, [-1] * (len(ids) - 1) + [place], files, float(value)))
