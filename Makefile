@@ -2,6 +2,7 @@
 # make test    set everything up and run the tests      make lint    ruff and mypy
 # make bench   the search benchmark                     make info    what was built
 # make small-world  train the bundled model and its verifier again, calibrate them, and repeat the comparison
+# make ablation     what each stage of an answer is worth, on the small world
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -23,18 +24,30 @@ lint: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(VENV)/bin/python benchmarks/bench_search.py --questions 3
 
-# Everything that is bundled of the small world, from nothing, and its tables: about two hours on two cores.
+# Everything that is bundled of the small world, from nothing, and its tables: about two and a half hours on two cores.
 small-world: $(VENV)/.ready
-	$(VENV)/bin/python -m llava_cot.train.tiny build/first --steps 4800
-	$(VENV)/bin/python -m llava_cot.train.tiny llava_cot/tiny --init build/first --first-seed 153600 --steps 4800 \
-		--stop 1500 --lr 1.5e-3 --threads 2
-	$(VENV)/bin/python -m llava_cot.train.tiny_verifier build/verifier --rollouts build/rollouts.jsonl \
+	$(VENV)/bin/python -m llava_cot.data.world build/world --seeds 0:104000 --processes 2
+	$(VENV)/bin/python -m llava_cot.small_world.untrained build/untrained
+	$(VENV)/bin/llava-cot train configs/tiny.yaml
+	cp build/tiny/model/* llava_cot/tiny
+	$(VENV)/bin/python -m llava_cot.small_world.verifier build/verifier --rollouts build/rollouts.jsonl \
 		--steps 2500 --stop 1200
-	$(VENV)/bin/python -m llava_cot.train.tiny_verifier llava_cot/tiny/verifier --rollouts build/rollouts.jsonl \
+	$(VENV)/bin/python -m llava_cot.small_world.verifier llava_cot/tiny/verifier --rollouts build/rollouts.jsonl \
 		--init build/verifier --steps 1400 --lr 1.2e-3 --word-weight 5 --seed 1
-	$(VENV)/bin/python -m llava_cot.train.tiny_calibration llava_cot/tiny
+	$(VENV)/bin/python -m llava_cot.small_world.calibration llava_cot/tiny
+	$(VENV)/bin/python -m llava_cot.small_world.search_data build/search --processes 2
+	$(VENV)/bin/python -m llava_cot.small_world.search_data build/search_dev --first-seed 710000 --questions 256
+	$(VENV)/bin/llava-cot train-reward configs/tiny_reward.yaml
 	$(VENV)/bin/python benchmarks/bench_accuracy.py --out build/accuracy.json
 	$(VENV)/bin/python benchmarks/accuracy_report.py build/accuracy.json
+
+# What each stage is worth: fine-tunes with stages left out, from one base. About two hours on two cores.
+ablation: $(VENV)/.ready
+	$(VENV)/bin/python -m llava_cot.data.world build/ablation_world --seeds 250000:362000 --variant apart --processes 2
+	$(VENV)/bin/python -m llava_cot.small_world.untrained build/untrained
+	$(VENV)/bin/llava-cot train configs/ablation_base.yaml
+	$(VENV)/bin/python -m llava_cot.small_world.ablation build/ablation --base build/ablation_base/model
+	$(VENV)/bin/python benchmarks/ablation_report.py build/ablation
 
 info: $(VENV)/.ready
 	$(VENV)/bin/python -m llava_cot_kernels.info
@@ -49,4 +62,4 @@ $(VENV)/.ready: $(SOURCES)
 clean:
 	rm -rf .venv* build *.egg-info llava_cot_kernels/*.so
 
-.PHONY: demo test lint bench info small-world clean
+.PHONY: demo test lint bench info small-world ablation clean

@@ -1,4 +1,4 @@
-"""The table of what ``python -m llava_cot.train.ablation OUT`` measured: ``python benchmarks/ablation_report.py OUT``.
+"""The table of what an ablation of the small world measured: ``python benchmarks/ablation_report.py OUT``.
 
 Writes ``benchmarks/results/tiny_ablation.json`` (with the outcome of every question) and prints the table in Markdown.
 The intervals of a seed are Wilson's, 95 %, and say what other questions would change; the standard deviation over the

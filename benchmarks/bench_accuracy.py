@@ -24,8 +24,8 @@ from llava_cot.checkpoint import checkpoint_sha256
 from llava_cot.data import shapes
 from llava_cot.engine.branch import SamplingParams
 from llava_cot.scoring import SCORERS, Calibration, JudgeScorer, Scorer
+from llava_cot.small_world.scorers import Oracle, World, load_reward_model, load_verifier
 from llava_cot.stages import parse
-from llava_cot.train.small_world import Oracle, World, load_reward_model, load_verifier
 
 POOL = 16
 FREE = ("confidence", "lowest_group", "tail", "negative_entropy", "self_certainty")

@@ -28,7 +28,7 @@ from helpers.random_mllama import build_random_mllama, random_inputs
 from helpers.reference_loop import CachedWay, PublishedWay, swires
 
 from llava_cot import SwiresConfig, SwiresGenerator
-from llava_cot.train.tiny_processor import build_processor
+from llava_cot.small_world.processor import build_processor
 
 STAGE_TOKENS = {"SUMMARY": 24, "CAPTION": 96, "REASONING": 160, "CONCLUSION": 16}
 MODEL = dict(

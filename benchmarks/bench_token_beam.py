@@ -23,7 +23,7 @@ from bench_search import (
 )
 
 from llava_cot import SwiresGenerator
-from llava_cot.train.tiny_processor import build_processor
+from llava_cot.small_world.processor import build_processor
 
 
 def run_engine(generator: SwiresGenerator, inputs: dict, num_beams: int, new_tokens: int) -> tuple[dict, list[int]]:

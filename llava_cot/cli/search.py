@@ -75,7 +75,7 @@ def demo(
 ) -> None:
     """Make a fresh image, ask the bundled tiny model about it, search, and show the truth."""
     from llava_cot.data import shapes
-    from llava_cot.train.small_world import World, load_verifier
+    from llava_cot.small_world.scorers import World, load_verifier
 
     number = random.choice(shapes.TEST_SEEDS) if seed is None else seed
     sample = shapes.sample(number)

@@ -1,1 +1,1 @@
-"""From data to a trained model: the trainer and its parts, and what makes the bundled small world."""
+"""From data to a trained model: the trainer and its parts."""

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
+from llava_cot.checkpoint import checkpoint_sha256
 from llava_cot.data.batches import BatchPlan
 from llava_cot.data.jsonl import write_jsonl
 from llava_cot.train.config import TrainConfig
@@ -24,7 +25,7 @@ def reference_values(
     Call it before ``root`` has changed. It reads what an earlier call wrote for the same rows into ``config.output``.
     All ranks must call it; every row has as many examples.
     """
-    settings = [rows._fingerprint, config.model, config.precision.compute]
+    settings = [rows._fingerprint, config.model, checkpoint_sha256(config.model), config.precision.compute]
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
     path = config.output / f"reference-{name}.jsonl"
     if path.is_file():

@@ -74,3 +74,8 @@ def build_processor() -> MllamaProcessor:
     """Tokenizer and image processor; images become one 48 x 48 tile."""
     image_processor = MllamaImageProcessorPil(size={"height": shapes.SIZE, "width": shapes.SIZE}, max_image_tiles=1)
     return MllamaProcessor(image_processor, build_tokenizer(), chat_template=CHAT_TEMPLATE)
+
+
+def prompt(processor: MllamaProcessor, question: str) -> str:
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)

@@ -1,4 +1,4 @@
-"""Calibrate the tiny model's cutoffs for every scorer: ``python -m llava_cot.train.tiny_calibration FOLDER``.
+"""Calibrate the tiny model's cutoffs for every scorer: ``python -m llava_cot.small_world.calibration FOLDER``.
 
 On 400 samples that it was neither trained nor is tested on. If there is a verifier in ``FOLDER/verifier``, it is one of
 the scorers.
@@ -11,7 +11,7 @@ import torch
 
 from llava_cot.generator import CALIBRATION_FILE, SwiresGenerator
 from llava_cot.scoring import SCORERS
-from llava_cot.train.small_world import World, load_verifier
+from llava_cot.small_world.scorers import World, load_verifier
 
 SEEDS = range(700_000, 700_400)
 
