@@ -5,7 +5,7 @@ import json
 import signal
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def load_examples(
         except ValueError as error:
             raise ValueError(f"row {index + 1} of {str(path)!r} must fit {config.objective}: {error}") from None
         length = sum(len(example.input_ids) for example in examples)
-        return {"examples": [asdict(example) for example in examples], "length": length}
+        return {"examples": [vars(example) for example in examples], "length": length}
 
     with rank_0_first():
         return rows.map(
