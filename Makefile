@@ -29,6 +29,7 @@ small-world: $(VENV)/.ready
 	$(VENV)/bin/python -m llava_cot.data.world build/world --seeds 0:104000 --processes 2
 	$(VENV)/bin/python -m llava_cot.small_world.untrained build/untrained
 	$(VENV)/bin/llava-cot train configs/tiny.yaml
+	rm -f llava_cot/tiny/swires_calibration.json
 	cp build/tiny/model/* llava_cot/tiny
 	$(VENV)/bin/python -m llava_cot.small_world.verifier build/verifier --rollouts build/rollouts.jsonl \
 		--steps 2500 --stop 1200

@@ -34,7 +34,7 @@ CALIBRATION_SEEDS = range(700_000, 700_400)
 SAMPLING = {"temperature": 1.0, "top_p": 1.0}
 SWEEP = ((0.6, 0.9), (0.8, 1.0), (1.0, 1.0), (1.2, 1.0))
 MAX_NEW_TOKENS = 200
-QUESTIONS_AT_ONCE = 50
+QUESTIONS_AT_ONCE = 100
 REWARD = Path("build/tiny_reward/model")
 # Logits; an oracle's is between right and wrong, the others' are calibrated quantiles.
 CUTOFFS = {"verifier": 0.0, "reward model": 0.0}

@@ -34,7 +34,7 @@ from llava_cot.train.config import load_config
 FIRST_SEED = 400_000  # of what is trained on: behind the samples of the base, the bundled model and its verifier
 LAST_SEED = 700_000  # where those begin that calibrate
 BASE = "base"  # the model before its fine-tunes, among the variants
-QUESTIONS_AT_ONCE = 50
+QUESTIONS_AT_ONCE = 100
 MAX_NEW_TOKENS = 200
 OPENED = re.compile("|".join(stage.open_tag for stage in STAGES))
 
