@@ -61,6 +61,7 @@ class SwiresGenerator:
         calibrations: Sequence[Calibration] = (),
         page_size: int = 16,
         num_pages: int | None = None,
+        steps_per_look: int | None = None,
     ):
         if bos not in ("one", "released"):
             raise ValueError(f"bos must be 'one' or 'released', got {bos!r}")
@@ -68,7 +69,7 @@ class SwiresGenerator:
         self.calibrations = {calibration.scorer: calibration for calibration in calibrations}
         self.grammar = grammar
         tags = StageTags.from_tokenizer(processor.tokenizer, [*grammar.close_tags, *SENTENCE_ENDS])
-        self.engine = Engine(model, tags, page_size=page_size, num_pages=num_pages)
+        self.engine = Engine(model, tags, page_size=page_size, num_pages=num_pages, steps_per_look=steps_per_look)
 
     @classmethod
     def from_pretrained(
@@ -81,6 +82,7 @@ class SwiresGenerator:
         grammar: Grammar = LLAVA_COT,
         page_size: int = 16,
         num_pages: int | None = None,
+        steps_per_look: int | None = None,
         **kwargs,
     ) -> "SwiresGenerator":
         """Load a model folder or hub name; ``"tiny"`` is the bundled scale model. ``kwargs`` go to transformers.
@@ -106,6 +108,7 @@ class SwiresGenerator:
             calibrations=calibrations,
             page_size=page_size,
             num_pages=num_pages,
+            steps_per_look=steps_per_look,
         )
 
     def answer(self, image: ImageLike, question: str, search: Any = "swires", *, seed: int = 0, **settings) -> Answer:

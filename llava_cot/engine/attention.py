@@ -50,6 +50,8 @@ def paged_attention_forward(
             paged_batch.seq_lens,
             softmax_scale=scaling,
             cu_seqlens_q=paged_batch.cu_seqlens_q,
+            prefix_group=paged_batch.prefix_group,
+            prefix_lens=paged_batch.prefix_lens,
         )
     elif paged_batch.is_prefill:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)

@@ -1,8 +1,11 @@
 """What one forward pass needs to know, built once per step and passed as an argument."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from llava_cot.engine.branch import Branch
 
 
 @dataclass(frozen=True)
@@ -14,5 +17,19 @@ class Batch:
     seq_lens: torch.Tensor  # [B] int32, keys per sequence, this step's included
     cu_seqlens_q: torch.Tensor | None  # [B + 1] int32; None in decoding, where T == B
     is_prefill: bool  # one sequence from its first token on, with its image: all keys are at hand
+    prefix_group: torch.Tensor | None  # [B] int32, sequences that share their first tokens; None where none do
+    prefix_lens: torch.Tensor | None  # [P] int32, how many
     image_group: torch.Tensor | None  # [T] int32, the image segment of each token; None where none is stored
     image_cu_seqlens: torch.Tensor | None  # [G + 1] int32, the segments of the image store; None where none is stored
+
+
+def shared_prefixes(branches: Sequence[Branch]) -> tuple[list[int], list[int]]:
+    """(group of each branch, tokens that those of a group share): the children of one branch share its path.
+
+    No lengths where no two have a parent in common.
+    """
+    groups: dict[Branch | None, int] = {}
+    group = [groups.setdefault(branch.parent, len(groups)) for branch in branches]
+    if len(groups) == len(branches):
+        return group, []
+    return group, [parent.length if parent else 0 for parent in groups]

@@ -8,67 +8,102 @@ import torch
 from llava_cot.engine.branch import Branch, Finish
 from llava_cot.engine.job import Job, Slot
 from llava_cot_kernels.page_pool import PagePool
-from llava_cot_kernels.sampling import SampleOutput, sample
+from llava_cot_kernels.sampling import sample
 from llava_cot_kernels.stage_tags import StageTags
 
 
+class Candidates(NamedTuple):
+    """What N growing branches ask of the sampler, on the logits' device; see ``sample`` for what each is."""
+
+    row: torch.Tensor
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+    seed: torch.Tensor
+    position: torch.Tensor
+    tag_state: torch.Tensor
+
+
+class Row(NamedTuple):
+    """What was drawn for a branch."""
+
+    token: int
+    tag_state: int
+    tag: int
+    overhang: int
+    logprob: float
+    sampling_logprob: float
+    entropy: float
+    certainty: float
+
+
 class Drawn(NamedTuple):
-    """For N slots: what the sampler says, and KL(uniform, softmax(logits)) [N] float32 in nats."""
+    """A ``Row`` for N branches, as the sampler gives it."""
 
-    sampled: SampleOutput
-    certainty: torch.Tensor
+    token: torch.Tensor
+    tag_state: torch.Tensor
+    tag: torch.Tensor
+    overhang: torch.Tensor
+    logprob: torch.Tensor
+    sampling_logprob: torch.Tensor
+    entropy: torch.Tensor
+    certainty: torch.Tensor  # KL(uniform, softmax(logits)), nats
+
+    def rows(self) -> list[Row]:
+        """The host looks at the device here."""
+        return [Row(*row) for row in zip(*(column.tolist() for column in self))]
 
 
-@torch.inference_mode()
-def draw(logits: torch.Tensor, rows: list[int], slots: list[Slot], tags: StageTags) -> Drawn:
-    """Draw one token for each slot from its row of ``logits`` [R, V], all in one call."""
+def candidates(rows: list[int], slots: list[Slot], device: torch.device) -> Candidates:
+    """``rows`` are those of the logits that each slot draws from."""
 
     def column(values, dtype) -> torch.Tensor:
-        return torch.tensor(list(values), dtype=dtype, device=logits.device)
+        return torch.tensor(list(values), dtype=dtype, device=device)
 
     params = [slot.request.params for slot in slots]
-    row = column(rows, torch.int64)
-    sampled = sample(
-        logits,
-        row=row,
+    return Candidates(
+        row=column(rows, torch.int64),
         temperature=column((p.temperature for p in params), torch.float32),
-        top_k=column((p.top_k for p in params), torch.int32),
+        top_k=column((p.top_k for p in params), torch.int64),
         top_p=column((p.top_p for p in params), torch.float32),
         min_p=column((p.min_p for p in params), torch.float32),
         seed=column((slot.branch.seed for slot in slots), torch.int64),
         position=column((slot.branch.length for slot in slots), torch.int64),
-        tags=tags,
         tag_state=column((slot.branch.tag_state for slot in slots), torch.int32),
     )
+
+
+@torch.inference_mode()
+def draw(logits: torch.Tensor, candidates: Candidates, tags: StageTags) -> Drawn:
+    """Draw one token for each candidate from its row of ``logits`` [R, V], all in one call."""
+    new = sample(logits, **candidates._asdict(), tags=tags)
     # The drawn token's logit over its log-prob is the normaliser, which the sampler has summed already.
-    normaliser = logits[row, sampled.token.clamp(min=0)].float() - sampled.logprob
+    normaliser = logits[candidates.row, new.token.clamp(min=0)].float() - new.logprob
     mean = logits.mean(-1, dtype=torch.float32)
-    return Drawn(sampled, normaliser - mean[row] - math.log(logits.shape[1]))
+    certainty = normaliser - mean[candidates.row] - math.log(logits.shape[1])
+    scores = (new.logprob, new.sampling_logprob, new.entropy, certainty)
+    return Drawn(new.token, new.tag_state, new.tag, new.overhang, *scores)
 
 
-def grow(slots: list[Slot], drawn: Drawn, eos_token_ids: frozenset[int], tags: StageTags, pool: PagePool) -> None:
-    """Note the drawn tokens; the host looks at the device here, once a step."""
-    new = drawn.sampled
-    columns = (new.token, new.logprob, new.sampling_logprob, new.entropy, drawn.certainty)
-    tag_columns = (new.tag_state, new.tag, new.overhang)
-    for slot, (token, logprob, sampling_logprob, entropy, certainty, tag_state, tag, overhang) in zip(
-        slots, zip(*(column.tolist() for column in (*columns, *tag_columns)))
-    ):
+def grow(slots: list[Slot], rows: list[Row], eos_token_ids: frozenset[int], tags: StageTags, pool: PagePool) -> None:
+    """Note the drawn tokens, and which branches end with them."""
+    for slot, row in zip(slots, rows, strict=True):
         branch, request = slot.branch, slot.request
-        branch.tokens.append(token)
-        branch.logprobs.append(logprob)
-        branch.sampling_logprobs.append(sampling_logprob)
-        branch.entropies.append(entropy)
-        branch.certainties.append(certainty)
+        branch.tokens.append(row.token)
+        branch.logprobs.append(row.logprob)
+        branch.sampling_logprobs.append(row.sampling_logprob)
+        branch.entropies.append(row.entropy)
+        branch.certainties.append(row.certainty)
         branch.length += 1
-        branch.tag_state = tag_state
-        if token in eos_token_ids:
+        branch.tag_state = row.tag_state
+        if row.token in eos_token_ids:
             branch.finish = Finish.EOS
-        elif tag >= 0 and (request.stops is None or tag in request.stops):
-            branch.finish, branch.tag, branch.overhang = Finish.TAG, tag, overhang
-        elif tag in request.trims:
-            branch.finish, branch.tag = Finish.TAG, tag
-            if overhang and len(branch.tokens) > 1:
+        elif row.tag >= 0 and (request.stops is None or row.tag in request.stops):
+            branch.finish, branch.tag, branch.overhang = Finish.TAG, row.tag, row.overhang
+        elif row.tag in request.trims:
+            branch.finish, branch.tag = Finish.TAG, row.tag
+            if row.overhang and len(branch.tokens) > 1:
                 _take_back(branch, tags, pool)
         elif len(branch.tokens) == request.max_new_tokens:
             branch.finish = Finish.LENGTH

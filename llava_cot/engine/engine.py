@@ -11,15 +11,18 @@ from weakref import WeakSet
 import torch
 from transformers import PreTrainedModel
 
-from llava_cot.engine.batch import Batch
+from llava_cot.engine.batch import Batch, shared_prefixes
 from llava_cot.engine.branch import Branch, Call, Expand, Extend, Rank, Ranked, Request
-from llava_cot.engine.draw import draw, grow, stop
+from llava_cot.engine.draw import candidates, draw, grow, stop
 from llava_cot.engine.job import Job
 from llava_cot.engine.model import open_view
+from llava_cot.engine.window import Window
 from llava_cot_kernels.logprob import token_logprobs
 from llava_cot_kernels.page_pool import OutOfPages, PagePool
 from llava_cot_kernels.paged_kv import copy_pages
 from llava_cot_kernels.stage_tags import StageTags
+
+CUDA_STEPS_PER_LOOK = 4
 
 _Request = TypeVar("_Request", Expand, Rank, Extend, Call)
 
@@ -29,9 +32,23 @@ class Engine:
 
     A step is one forward pass over one token of every growing branch of every job, and one draw for each. ``tags`` are
     the stop tags; their index is a branch's ``tag``. Pages and images are given back when a job ends, however it ends.
+
+    Where nothing but growing is to be done, the host looks at what was drawn every ``steps_per_look`` steps only. What
+    a branch draws does not depend on it, but up to so many steps run in vain once all branches have finished: None is
+    4 on CUDA, where a look costs more, and 1 on the CPU.
     """
 
-    def __init__(self, model: PreTrainedModel, tags: StageTags, *, page_size: int = 16, num_pages: int | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tags: StageTags,
+        *,
+        page_size: int = 16,
+        num_pages: int | None = None,
+        steps_per_look: int | None = None,
+    ):
+        if steps_per_look is not None and steps_per_look < 1:
+            raise ValueError(f"steps_per_look must be >= 1, got {steps_per_look}")
         if page_size < 1:
             raise ValueError(f"page_size must be >= 1, got {page_size}")
         if num_pages is not None and num_pages < 1:
@@ -41,6 +58,9 @@ class Engine:
         self.tags = tags.to(self.view.device)
         eos = model.generation_config.eos_token_id
         self.eos_token_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        if steps_per_look is None:
+            steps_per_look = CUDA_STEPS_PER_LOOK if self.view.device.type == "cuda" else 1
+        self.window = Window(self.view, self.tags, self.eos_token_ids, steps_per_look)
         self.peak_pages = 0  # the most ever in use at once; may be reset
         # Weak, so that a job whose cleaning up was itself interrupted owns nothing once its caller has let go of it.
         self._live: WeakSet[Job] = WeakSet()
@@ -74,7 +94,8 @@ class Engine:
                     crowded = False
                 if not crowded:
                     self._admit(waiting, running)
-                crowded |= self._step(waiting, running)
+                if not self._window(running):
+                    crowded |= self._step(waiting, running)
                 for job in [*running]:
                     if not self._advance(job):
                         running.remove(job)
@@ -177,7 +198,8 @@ class Engine:
         if not slots:
             return preempted
         rows = [sources[slot.branch if slot.branch.tokens else slot.request.parent] for slot in slots]
-        grow(slots, draw(logits, rows, slots, self.tags), self.eos_token_ids, self.tags, self.pool)
+        drawn = draw(logits, candidates(rows, slots, logits.device), self.tags).rows()
+        grow(slots, drawn, self.eos_token_ids, self.tags, self.pool)
         now = time.perf_counter()
         for job in running:
             job.usage.generated_tokens += len(job.slots)
@@ -185,6 +207,36 @@ class Engine:
             stop(job)
             job.slots = [slot for slot in job.slots if slot.branch.finish is None]
         return preempted
+
+    def _window(self, running: list[Job]) -> bool:
+        """Let all branches grow by several tokens, if that is all there is to do; False if it takes a ``_step``."""
+        slots = [slot for job in running for slot in job.slots]
+        if not slots or any(job.requests for job in running) or any(slot.request.stop for slot in slots):
+            return False
+        left = [slot.request.max_new_tokens - len(slot.branch.tokens) for slot in slots]
+        counts = [min(count, self.window.num_steps) for count in left]
+        seqs = [slot.branch.seq for slot in slots]
+        if max(counts) == 1:
+            return False
+        try:
+            slot_mapping = self._append(seqs, counts)
+        except OutOfPages:
+            return False
+        for rows in self.window.run(slots, counts, slot_mapping, self.pool.page_table(seqs)):
+            now = time.perf_counter()
+            drawn = [(slot, row) for slot, row in zip(slots, rows) if slot.branch.finish is None]
+            grow([slot for slot, _ in drawn], [row for _, row in drawn], self.eos_token_ids, self.tags, self.pool)
+            for job in running:
+                growing = len(job.slots)
+                job.usage.steps += growing > 0
+                job.usage.decoded_tokens += growing
+                job.usage.generated_tokens += growing
+                job.tick(now)
+                job.slots = [slot for slot in job.slots if slot.branch.finish is None]
+        for slot in slots:
+            if slot.branch.finish is not None:
+                self.pool.truncate(slot.branch.seq, slot.branch.length - 1)
+        return True
 
     def _call(self, calls: list[Call]) -> dict[Call, Sequence[Any] | Exception]:
         """The results of every call, or what it raised; those of equal functions are made together."""
@@ -227,7 +279,9 @@ class Engine:
             batch = self._batch([*tokens], [len(new) for new in tokens.values()])
             ends = [(branch.length + branch.position_offset, len(new)) for branch, new in tokens.items()]
             positions = [position for end, count in ends for position in range(end - count, end)]
-            parts.append(self.view.decode([token for new in tokens.values() for token in new], positions, batch))
+            ids = [token for new in tokens.values() for token in new]
+            read = torch.tensor([ids, positions], device=self.view.device)
+            parts.append(self.view.decode(read[0], read[1], batch))
         for branch, new in tokens.items():
             at += len(new)
             sources[branch] = at - 1
@@ -310,26 +364,37 @@ class Engine:
         }
 
     def _batch(self, branches: list[Branch], counts: list[int]) -> Batch:
-        """Make room for ``counts`` new tokens of each branch, copying what is shared, and describe the forward pass."""
+        """Make room for ``counts`` new tokens of each branch, and describe the forward pass."""
         device, seqs = self.view.device, [branch.seq for branch in branches]
-        slots, copies = self.pool.append(seqs, counts)
-        self.peak_pages = max(self.peak_pages, self.pages_in_use)
-        if len(copies):
-            copy_pages(self.view.kv_cache, copies.to(device))
+        slots = self._append(seqs, counts)
         is_prefill = branches[0].next_logits is None and branches[0].parent is None
         owners = [branch.image for branch, count in zip(branches, counts) for _ in range(count)]
         group, cu_seqlens = (None, None) if is_prefill else self.view.images.segments(owners)
+        prefix_group, prefix_lens = shared_prefixes(branches)
         is_ragged = is_prefill or any(count > 1 for count in counts)
-        cu_seqlens_q = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device) if is_ragged else None
+
+        def column(values: list[int]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=device)
+
         return Batch(
             slot_mapping=slots.to(device),
             page_table=self.pool.page_table(seqs).to(device),
-            seq_lens=torch.tensor([b.length for b in branches], dtype=torch.int32, device=device),
-            cu_seqlens_q=cu_seqlens_q,
+            seq_lens=column([branch.length for branch in branches]),
+            cu_seqlens_q=column([0, *accumulate(counts)]) if is_ragged else None,
             is_prefill=is_prefill,
+            prefix_group=column(prefix_group) if prefix_lens else None,
+            prefix_lens=column(prefix_lens) if prefix_lens else None,
             image_group=group,
             image_cu_seqlens=cu_seqlens,
         )
+
+    def _append(self, seqs: list[int], counts: list[int]) -> torch.Tensor:
+        """Make room for ``counts`` new tokens of each sequence, copying what is shared: their slot mapping."""
+        slots, copies = self.pool.append(seqs, counts)
+        self.peak_pages = max(self.peak_pages, self.pages_in_use)
+        if len(copies):
+            copy_pages(self.view.kv_cache, copies.to(self.view.device))
+        return slots
 
     def _fork(self, job: Job, request: Expand) -> list[Branch]:
         parent = request.parent

@@ -59,11 +59,10 @@ class ModelView(ABC):
     def prefill(self, inputs: dict[str, torch.Tensor], batch: Batch) -> Prefilled:
         """Run one prompt with its image; ``inputs`` are the processor's for one sample, without padding."""
 
-    def decode(self, token_ids: list[int], positions: list[int], batch: Batch) -> torch.Tensor:
-        """T tokens of B sequences at their rotary positions; returns their next-token logits [T, V]."""
-        ids = torch.tensor([token_ids], device=self.device)
-        position_ids = torch.tensor([positions], device=self.device)
-        return self._forward(self._cache(batch), batch, input_ids=ids, position_ids=position_ids)[0]
+    def decode(self, token_ids: torch.Tensor, positions: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """T tokens of B sequences at their rotary positions, int64 [T] each; their next-token logits [T, V]."""
+        rows = {"input_ids": token_ids.unsqueeze(0), "position_ids": positions.unsqueeze(0)}
+        return self._forward(self._cache(batch), batch, **rows)[0]
 
     def _cache(self, batch: Batch) -> PagedCache:
         return PagedCache(self.kv_cache, self.images, self.cross_layers, batch)

@@ -189,7 +189,8 @@ def schedule(make_generator, searches, rng: random.Random, tally: Counter) -> No
     chosen = rng.choices(searches, k=rng.randrange(1, 8))  # the same search twice, too
     page_size = rng.choice([1, 2, 4, 16])
     tokens = PAGE_SIZE * max(peak for *_, peak in chosen) * rng.choice([0.7, 1.0, 1.3, 2.0, 8.0])
-    generator = make_generator(page_size=page_size, num_pages=max(1, int(tokens / page_size)))
+    num_pages, steps_per_look = max(1, int(tokens / page_size)), rng.choice([1, 1, 2, 3, 8])
+    generator = make_generator(page_size=page_size, num_pages=num_pages, steps_per_look=steps_per_look)
     engine = generator.engine
     jobs = [job_of(generator, asked) for asked, *_ in chosen]
     is_whole = run(engine, jobs, rng, tally)

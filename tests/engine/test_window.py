@@ -1,0 +1,158 @@
+"""Several steps between two looks of the host: the same branches, and nothing in between that needs the host."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.random_mllama import TINY_SHAPE, build_random_mllama, random_inputs
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from llava_cot.engine.branch import Branch, Expand, Finish, SamplingParams
+from llava_cot.engine.engine import Engine
+from llava_cot.engine.job import Job
+from llava_cot.engine.model import open_view
+from llava_cot.engine.window import Buffers, Shape, Window
+from llava_cot.prompt import split_rows
+from llava_cot_kernels import backend
+from llava_cot_kernels.stage_tags import StageTags
+
+WILD = SamplingParams(temperature=1.2, top_p=0.95)
+VOCABULARY = [b"a", b"b</", b"x>", b"</x", b">c"] * 20  # of 97 tokens: a tag closes every few of them, often inside one
+
+
+@pytest.fixture(scope="module")
+def tags():
+    return StageTags(VOCABULARY, ["</x>", "c"])
+
+
+def searches() -> list[Any]:
+    """Programs that fork, go on and go back, with limits that are no multiple of the steps between two looks."""
+
+    def wide(root):
+        (first,) = yield [Expand(root, (1, 2, 3, 4, 5), WILD, 13, frozenset({0}))]
+        second = yield [Expand(branch, (6, 7), WILD, 1 + index, None) for index, branch in enumerate(first)]
+        (again,) = yield [Expand(first[1], (8,), WILD, 30, frozenset())]
+        return [*first, *(branch for kids in second for branch in kids), *again]
+
+    def trimmed(root):
+        (found,) = yield [Expand(root, (11, 12, 13), WILD, 40, frozenset(), trims=frozenset({0, 1}))]
+        (more,) = yield [Expand(found[2], (14,), SamplingParams(temperature=0.0), 9, frozenset())]
+        return [*found, *more]
+
+    def stopped(root):
+        asked: list[int] = []
+
+        def stop() -> bool:
+            asked.append(0)
+            return len(asked) == 6
+
+        (found,) = yield [Expand(root, (21, 22), WILD, 40, frozenset(), stop=stop)]
+        return found
+
+    return [wide, trimmed, stopped]
+
+
+def run(model, tags, programs, steps_per_look: int) -> tuple[list[Job], Engine]:
+    engine = Engine(model, tags, page_size=4, num_pages=400, steps_per_look=steps_per_look)
+    jobs = []
+    for index, program in enumerate(programs):
+        inputs = random_inputs(model, length=9 + index, ratio_id=6, seed=index)
+        jobs.append(Job(split_rows(inputs, model.config)[0], program))
+    engine.run(jobs)
+    assert [job.error for job in jobs] == [None] * len(jobs)
+    assert (engine.pages_in_use, engine.images_in_use) == (0, 0)
+    return jobs, engine
+
+
+def assert_same(found: list[Branch], expected: list[Branch]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        for name in ("tokens", "length", "tag_state", "tag", "overhang", "finish"):
+            assert getattr(one, name) == getattr(other, name), name
+        for name in ("logprobs", "sampling_logprobs", "entropies", "certainties"):
+            assert getattr(one, name) == pytest.approx(getattr(other, name), abs=1e-4), name
+
+
+@pytest.mark.parametrize("steps_per_look", [2, 3, 5, 64])
+@pytest.mark.parametrize("chosen", [[0], [1], [0, 1], [0, 1, 2]])
+def test_how_often_the_host_looks_changes_nothing(random_model, tags, chosen, steps_per_look):
+    programs = [searches()[index] for index in chosen]
+    expected, _ = run(random_model, tags, programs, 1)
+    found, engine = run(random_model, tags, [searches()[index] for index in chosen], steps_per_look)
+    assert engine.window._stepping  # it was not by single steps
+    for one, other in zip(expected, found):
+        assert_same(other.result, one.result)
+        used, would_use = vars(other.usage), vars(one.usage)
+        assert {k: v for k, v in used.items() if k != "seconds"} == {
+            k: v for k, v in would_use.items() if k != "seconds"
+        }
+    ends = {branch.finish for job in expected for branch in job.result}
+    assert ends >= {Finish.TAG, Finish.LENGTH} or chosen == [1]
+
+
+def test_what_was_taken_for_later_steps_is_given_back(random_model, tags):
+    """A branch that ends in the middle has pages for its own tokens, all but the last."""
+    seen: list[Branch] = []
+
+    def program(root):
+        (found,) = yield [Expand(root, (1, 2, 3, 4), WILD, 60, frozenset({0}))]
+        seen.extend(found)
+        assert {branch.finish for branch in found} >= {Finish.TAG}
+        assert [engine.pool.length(branch.seq) for branch in found] == [branch.length - 1 for branch in found]
+        return found
+
+    engine = Engine(random_model, tags, page_size=2, num_pages=400, steps_per_look=16)
+    job = Job(split_rows(random_inputs(random_model, length=9, ratio_id=6, seed=0), random_model.config)[0], program)
+    engine.run([job])
+    assert job.error is None and seen
+
+
+def test_too_few_pages_for_several_steps_are_enough_for_one(random_model, tags):
+    def program(root):
+        (found,) = yield [Expand(root, (1, 2), WILD, 12, frozenset())]
+        return found
+
+    def job():
+        return Job(
+            split_rows(random_inputs(random_model, length=9, ratio_id=6, seed=0), random_model.config)[0], program
+        )
+
+    roomy = Engine(random_model, tags, page_size=1, num_pages=400)
+    roomy.run([expected := job()])
+    tight = Engine(random_model, tags, page_size=1, num_pages=roomy.peak_pages, steps_per_look=64)
+    tight.run([found := job()])
+    assert found.error is None
+    assert_same(found.result, expected.result)
+
+
+class _Watch(TorchDispatchMode):
+    """Notes every operator that meets a tensor on the CPU: an upload, or a wait for a value."""
+
+    def __init__(self):
+        super().__init__()
+        self.with_host: list[str] = []
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, found)) if isinstance(leaf, torch.Tensor)]
+        self.with_host += [str(function)] * any(tensor.device.type == "cpu" for tensor in tensors)
+        self.count += 1
+        return found
+
+
+@pytest.mark.parametrize("prefixes", [0, 2])
+def test_a_step_needs_no_host(monkeypatch, tags, prefixes):
+    """On tensors without data a value cannot be looked at, and what comes from the host is seen: it can be captured."""
+    monkeypatch.setattr(backend, "available", lambda op, device_type: ("native",))
+    model = build_random_mllama(**TINY_SHAPE, seed=0).to("meta")
+    view = open_view(model, 16, 32)
+    view.images.add(torch.empty(2, 2, 20, 2, 8, device="meta"))
+    window = Window(view, tags.to("meta"), frozenset({2}), 4)
+    shape = Shape(rows=8, pages=16, segments=4, prefixes=prefixes)
+    buffers = Buffers(shape, 4, len(tags.tags), torch.device("meta"))
+    with torch.inference_mode(), _Watch() as watch:
+        window.step(buffers)
+    assert watch.with_host == [] and watch.count > 100
+    with pytest.raises((RuntimeError, NotImplementedError)), torch.inference_mode():
+        buffers.token.tolist()  # or a look would have gone unnoticed
