@@ -164,7 +164,7 @@ def main() -> None:
     if args.out:
         found = {
             "benchmark": "bench_batch",
-            **environment(args.threads),
+            **environment(args.threads, "cpu"),
             "questions": args.questions,
             "max_new_tokens": MAX_NEW_TOKENS,
             "rows": [{**asdict(row), "steps_ratio": row.steps_ratio} for row in rows],

@@ -112,7 +112,7 @@ def main() -> None:
     if args.out:
         found = {
             "benchmark": "bench_token_beam",
-            **environment(args.threads),
+            **environment(args.threads, "cpu"),
             "new_tokens": args.tokens,
             "rows": rows,
         }

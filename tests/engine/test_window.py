@@ -58,6 +58,7 @@ def run(model, tags, programs, steps_per_look: int) -> tuple[list[Job], Engine]:
     jobs = []
     for index, program in enumerate(programs):
         inputs = random_inputs(model, length=9 + index, ratio_id=6, seed=index)
+        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         jobs.append(Job(split_rows(inputs, model.config)[0], program))
     engine.run(jobs)
     assert [job.error for job in jobs] == [None] * len(jobs)
@@ -88,6 +89,19 @@ def test_how_often_the_host_looks_changes_nothing(random_model, tags, chosen, st
         }
     ends = {branch.finish for job in expected for branch in job.result}
     assert ends >= {Finish.TAG, Finish.LENGTH} or chosen == [1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("backend", ["cuda"])
+@pytest.mark.parametrize("chosen", [[0], [1], [0, 1, 2]])
+def test_captured_graphs_draw_the_same(tags, chosen, backend):
+    model = build_random_mllama(**TINY_SHAPE, seed=0).to(backend)
+    expected, _ = run(model, tags, [searches()[index] for index in chosen], 1)
+    for steps_per_look in (4, 5):  # the second engine captures on top of what the first has left
+        found, engine = run(model, tags, [searches()[index] for index in chosen], steps_per_look)
+        assert engine.window._stepping
+        for one, other in zip(expected, found):
+            assert_same(other.result, one.result)
 
 
 def test_what_was_taken_for_later_steps_is_given_back(random_model, tags):

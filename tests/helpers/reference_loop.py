@@ -56,7 +56,7 @@ class SeededDraw(LogitsProcessor):
             top_k=p.top_k,
             top_p=p.top_p,
             min_p=p.min_p,
-            seed=self.seeds,
+            seed=self.seeds.to(scores.device),
             position=input_ids.shape[1],
             backend=self.backend,
         )
@@ -74,7 +74,7 @@ class StopOnTags(StoppingCriteria):
 
     def __call__(self, input_ids, scores, **kwargs):
         texts = self.tokenizer.batch_decode(input_ids[:, self.start :], skip_special_tokens=True)
-        return torch.tensor([any(tag in text for tag in CLOSING) for text in texts])
+        return torch.tensor([any(tag in text for tag in CLOSING) for text in texts], device=input_ids.device)
 
 
 class PublishedWay:
@@ -89,7 +89,8 @@ class PublishedWay:
         return [self._generate(prefix, [seed], params, limit, stop_at_tags, {})[0] for seed in seeds]
 
     def _generate(self, prefix, seeds, params, limit, stop_at_tags, cache):
-        ids = torch.cat([self.prompt, torch.tensor([prefix], dtype=torch.int64)], dim=1).expand(len(seeds), -1)
+        drawn = torch.tensor([prefix], dtype=torch.int64, device=self.prompt.device)
+        ids = torch.cat([self.prompt, drawn], dim=1).expand(len(seeds), -1)
         start = ids.shape[1]
         per_token = ("attention_mask", "cross_attention_mask", "mm_token_type_ids")
         given = cache or {k: v for k, v in self.inputs.items() if k not in per_token}

@@ -1,0 +1,165 @@
+"""How long a decode step takes for N candidates of one question: ``python benchmarks/bench_decode.py`` on a GPU.
+
+An Mllama of the 11B model's shape with random weights, images of 1 and 4 real tiles, 600 tokens of text: milliseconds a
+step (host included) on the engine and by transformers' ``generate(num_return_sequences=N)``, in one run, beside the
+bytes that a step must read and the share of the copy bandwidth that makes. ``--profile`` counts what the host asked the
+CUDA runtime for in a step, and the device time of its kernels.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import copy_bandwidth, environment
+from transformers import AutoConfig, MllamaForConditionalGeneration
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from helpers.random_mllama import random_inputs
+
+from llava_cot.engine.branch import Expand, SamplingParams
+from llava_cot.engine.engine import Engine
+from llava_cot.engine.job import Job
+from llava_cot_kernels.stage_tags import StageTags
+
+ROOT = Path(__file__).parents[1]
+SAMPLING = SamplingParams(temperature=1.0, top_p=0.9)
+RATIO_OF_TILES = {1: 1, 4: 6}  # 1 x 1 and 2 x 2
+
+
+def random_mllama(folder: str, device: str, dtype: torch.dtype) -> MllamaForConditionalGeneration:
+    """Made where it stays, its gates open; it never ends by itself."""
+    settings = AutoConfig.from_pretrained(folder)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = MllamaForConditionalGeneration._from_config(settings, dtype=dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gate" in name.rsplit(".", 1)[-1]:
+                parameter.fill_(0.7)
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    return model
+
+
+def step_bytes(model: MllamaForConditionalGeneration, n: int, tiles: int, text: int, private: int) -> int:
+    """What a step must read: weights, the image and the prompt's keys and values once, those of each candidate."""
+    settings = model.config.text_config
+    weights = sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if ("language_model.layers" in name or "lm_head" in name)
+        and not name.endswith(("cross_attn.k_proj.weight", "cross_attn.v_proj.weight"))
+    )
+    vision = model.config.vision_config
+    image_tokens = tiles * ((vision.image_size // vision.patch_size) ** 2 + 1)
+    num_cross = len(settings.cross_attention_layers)
+    head_dim = settings.hidden_size // settings.num_attention_heads
+    per_token = 2 * settings.num_key_value_heads * head_dim
+    keys = num_cross * image_tokens + (settings.num_hidden_layers - num_cross) * (text + n * private)
+    return (weights + per_token * keys) * model.dtype.itemsize
+
+
+def engine_step(engine: Engine, inputs: dict[str, torch.Tensor], n: int, tokens: int) -> float:
+    """Milliseconds; the second of two runs, as the first captures."""
+
+    def program(root):
+        yield [Expand(root, tuple(range(n)), SAMPLING, tokens, frozenset())]
+
+    for _ in range(2):
+        job, looks = Job(inputs, program), []
+        with closing(engine.steps([job])) as steps:
+            for _ in steps:  # each ends with a look at what was drawn
+                looks.append((job.usage.steps, time.perf_counter()))
+        if job.error:
+            raise job.error
+    (first, start), (last, end) = looks[1], looks[-2]
+    return (end - start) / (last - first) * 1e3
+
+
+def transformers_step(model, inputs: dict[str, torch.Tensor], n: int, tokens: int) -> float:
+    """Milliseconds, by the difference of a long and a short call."""
+    settings: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_p": 0.9, "top_k": 0}
+    seconds = []
+    for new in (2, 2, tokens):
+        started = time.perf_counter()
+        model.generate(**inputs, **settings, num_return_sequences=n, max_new_tokens=new)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return (seconds[2] - seconds[1]) / (tokens - 2) * 1e3
+
+
+def profiled(run: Callable[[], Any], steps: int) -> dict[str, Any]:
+    """Per step: calls of the CUDA runtime by name, kernels, and their microseconds on the device by name."""
+    kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds) as profile:
+        run()
+    calls: dict[str, float] = {}
+    kernels: dict[str, float] = {}
+    count = 0
+    for event in profile.events():
+        if event.device_type == torch.profiler.DeviceType.CUDA:
+            count += 1
+            kernels[event.name] = kernels.get(event.name, 0) + event.device_time / steps
+        elif event.name.startswith(("cuda", "cu")):
+            calls[event.name] = calls.get(event.name, 0) + 1 / steps
+    longest = dict(sorted(kernels.items(), key=lambda kernel: -kernel[1])[:30])
+    return {"calls": calls, "kernels": count / steps, "microseconds": longest}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(ROOT / "configs/llama_3_2_11b_vision"), help="a folder with config.json")
+    parser.add_argument("--candidates", type=int, nargs="+", default=[1, 4, 8, 16, 32, 64])
+    parser.add_argument("--tiles", type=int, nargs="+", default=[1, 4], choices=RATIO_OF_TILES)
+    parser.add_argument("--text", type=int, default=600, help="tokens of the prompt")
+    parser.add_argument("--tokens", type=int, default=150, help="drawn by each candidate")
+    parser.add_argument("--steps-per-look", type=int)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    args = parser.parse_args()
+    model = random_mllama(args.model, args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
+    tags = StageTags([b"a", b"</x>"], ["</x>"])
+    num_pages = -(-args.text // 16) + max(args.candidates) * (-(-args.tokens // 16) + 2)
+    engine = Engine(model, tags, num_pages=num_pages, steps_per_look=args.steps_per_look)
+    bandwidth = copy_bandwidth(args.device)
+    print(f"{environment(args.device)}; copy bandwidth {bandwidth / 1e9:.0f} GB/s")
+    print("| tiles | candidates | engine, ms a step | bytes, GB | of copy bandwidth | transformers, ms a step |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    rows = []
+    for tiles in args.tiles:
+        inputs = random_inputs(model, length=args.text, ratio_id=RATIO_OF_TILES[tiles], seed=0)
+        inputs = {name: tensor.to(args.device) for name, tensor in inputs.items()}
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        for n in args.candidates:
+            ours = engine_step(engine, inputs, n, args.tokens)
+            theirs = transformers_step(model, inputs, n, args.tokens)
+            size = step_bytes(model, n, tiles, args.text, args.tokens // 2)
+            share = size / (ours / 1e3) / bandwidth
+            row = {
+                "tiles": tiles,
+                "candidates": n,
+                "ms": ours,
+                "bytes": size,
+                "share": share,
+                "transformers_ms": theirs,
+            }
+            if args.profile:
+                row["profile"] = profiled(partial(engine_step, engine, inputs, n, args.tokens), 2 * args.tokens)
+            rows.append(row)
+            cells = f"{tiles} | {n} | {ours:.2f} | {size / 1e9:.2f} | {share:.0%} | {theirs:.2f} ({theirs / ours:.1f}x)"
+            print(f"| {cells} |", flush=True)
+    if args.json:
+        found = {"machine": environment(args.device), "copy_bandwidth": bandwidth, "settings": vars(args), "rows": rows}
+        args.json.write_text(json.dumps(found, indent=1, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()
