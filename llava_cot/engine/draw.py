@@ -87,9 +87,16 @@ def draw(logits: torch.Tensor, candidates: Candidates, tags: StageTags) -> Drawn
 
 
 def grow(slots: list[Slot], rows: list[Row], eos_token_ids: frozenset[int], tags: StageTags, pool: PagePool) -> None:
-    """Note the drawn tokens, and which branches end with them."""
+    """Note the drawn tokens, and which branches end with them.
+
+    Raises:
+        ValueError: there was nothing to draw from (on CUDA the sampler itself waits for no value).
+    """
     for slot, row in zip(slots, rows, strict=True):
         branch, request = slot.branch, slot.request
+        if row.token < 0:
+            place = f"behind {len(branch.tokens)} tokens of a branch"
+            raise ValueError(f"logits must have a finite largest value and no NaN, got others {place}")
         branch.tokens.append(row.token)
         branch.logprobs.append(row.logprob)
         branch.sampling_logprobs.append(row.sampling_logprob)

@@ -70,7 +70,9 @@ class Window:
         self._image_kv: torch.Tensor | None = None  # which the graphs read
 
     @torch.inference_mode()
-    def run(self, slots: list[Slot], counts: list[int], slot_mapping: torch.Tensor, page_table: torch.Tensor) -> Any:
+    def run(
+        self, slots: list[Slot], counts: list[int], slot_mapping: torch.Tensor, page_table: torch.Tensor
+    ) -> list[list[Row]]:
         """Let each branch grow by up to ``counts[i]`` tokens, until it finishes.
 
         Args:
@@ -80,17 +82,18 @@ class Window:
         Returns:
             for each step the ``Row`` of each branch; those behind its end mean nothing.
         """
-        steps, n = max(counts), len(slots)
-        prefix_group, prefix_lens = shared_prefixes([slot.branch for slot in slots])
-        buffers, step = self._open(n, page_table.shape[1], len(prefix_lens))
-        self._upload(buffers, slots, counts, slot_mapping, page_table)
-        _put(buffers.prefix_group[:n], prefix_group)
-        _put(buffers.prefix_lens[: len(prefix_lens)], prefix_lens)
-        for _ in range(steps):
-            step()
-        integers = buffers.drawn_integers[:steps, :, :n].cpu().tolist()
-        reals = buffers.drawn_reals[:steps, :, :n].cpu().tolist()
-        return [[Row(*row) for row in zip(*whole, *parts)] for whole, parts in zip(integers, reals)]
+        with torch.cuda.device_of(self.view.kv_cache):
+            steps, n = max(counts), len(slots)
+            prefix_group, prefix_lens = shared_prefixes([slot.branch for slot in slots])
+            buffers, step = self._open(n, page_table.shape[1], len(prefix_lens))
+            self._upload(buffers, slots, counts, slot_mapping, page_table)
+            _put(buffers.prefix_group[:n], prefix_group)
+            _put(buffers.prefix_lens[: len(prefix_lens)], prefix_lens)
+            for _ in range(steps):
+                step()
+            integers = buffers.drawn_integers[:steps, :, :n].cpu().tolist()
+            reals = buffers.drawn_reals[:steps, :, :n].cpu().tolist()
+            return [[Row(*row) for row in zip(*whole, *parts)] for whole, parts in zip(integers, reals)]
 
     def _open(self, n: int, pages: int, prefixes: int) -> tuple[Buffers, Callable[[], None]]:
         """Buffers with room for ``n`` rows, all of them idle or stale, and what runs a step on them."""

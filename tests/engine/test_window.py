@@ -9,12 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llava_cot.engine.branch import Branch, Expand, Finish, SamplingParams
+from llava_cot.engine.draw import Row, grow
 from llava_cot.engine.engine import Engine
-from llava_cot.engine.job import Job
+from llava_cot.engine.job import Job, Slot
 from llava_cot.engine.model import open_view
 from llava_cot.engine.window import Buffers, Shape, Window
 from llava_cot.prompt import split_rows
 from llava_cot_kernels import backend
+from llava_cot_kernels.page_pool import PagePool
 from llava_cot_kernels.stage_tags import StageTags
 
 WILD = SamplingParams(temperature=1.2, top_p=0.95)
@@ -137,6 +139,16 @@ def test_too_few_pages_for_several_steps_are_enough_for_one(random_model, tags):
     tight.run([found := job()])
     assert found.error is None
     assert_same(found.result, expected.result)
+
+
+def test_logits_without_a_largest_value_are_an_error(tags):
+    """As the sampler tells it where it raises nothing: by token -1."""
+    branch = Branch(None, 0, 5)
+    slot = Slot(branch, Expand(branch, (1,), WILD, 3))
+    nothing = Row(-1, 0, -1, 0, 0.0, 0.0, 0.0, 0.0)
+    with pytest.raises(ValueError, match="logits must have a finite largest value"):
+        grow([slot], [nothing], frozenset(), tags, PagePool(1, 1))
+    assert branch.tokens == []
 
 
 class _Watch(TorchDispatchMode):
