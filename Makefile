@@ -47,7 +47,8 @@ ablation: $(VENV)/.ready
 	$(VENV)/bin/python -m llava_cot.data.world build/ablation_world --seeds 250000:362000 --variant apart --processes 2
 	$(VENV)/bin/python -m llava_cot.small_world.untrained build/untrained
 	$(VENV)/bin/llava-cot train configs/ablation_base.yaml
-	$(VENV)/bin/python -m llava_cot.small_world.ablation build/ablation --base build/ablation_base/model
+	$(VENV)/bin/python -m llava_cot.small_world.ablation build/ablation --base build/ablation_base/model \
+		--variants full "without SUMMARY" "without CAPTION" "without REASONING" direct "direct with caption" "shuffled order"
 	$(VENV)/bin/python benchmarks/ablation_report.py build/ablation
 
 info: $(VENV)/.ready
