@@ -21,7 +21,7 @@ from timing import copy_bandwidth, environment
 from transformers import AutoConfig, MllamaForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from helpers.random_mllama import random_inputs
+from helpers.random_mllama import open_gates, random_inputs
 
 from llava_cot.engine.branch import Expand, SamplingParams
 from llava_cot.engine.engine import Engine
@@ -39,10 +39,7 @@ def random_mllama(folder: str, device: str, dtype: torch.dtype) -> MllamaForCond
     torch.manual_seed(0)
     with torch.device(device):
         model = MllamaForConditionalGeneration._from_config(settings, dtype=dtype).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "gate" in name.rsplit(".", 1)[-1]:
-                parameter.fill_(0.7)
+    open_gates(model)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     return model
 
@@ -136,8 +133,6 @@ def main() -> None:
     rows = []
     for tiles in args.tiles:
         inputs = random_inputs(model, length=args.text, ratio_id=RATIO_OF_TILES[tiles], seed=0)
-        inputs = {name: tensor.to(args.device) for name, tensor in inputs.items()}
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
         for n in args.candidates:
             ours = engine_step(engine, inputs, n, args.tokens)
             theirs = transformers_step(model, inputs, n, args.tokens)

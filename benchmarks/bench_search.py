@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -129,8 +130,8 @@ def run_loop(name, way_type, model, tokenizer, questions, config, seed):
 
 def agreement(found, expected):
     """The share of tokens up to the first that differs."""
-    same = sum(next((i for i, (a, b) in enumerate(zip(f, e)) if a != b), len(e)) for f, e in zip(found, expected))
-    return same / sum(map(len, expected))
+    same = [takewhile(lambda pair: pair[0] == pair[1], zip(*answers)) for answers in zip(found, expected)]
+    return sum(len(list(tokens)) for tokens in same) / sum(map(len, expected))
 
 
 def bench(num_questions, rounds, threads, device, log=print):
@@ -148,14 +149,9 @@ def bench(num_questions, rounds, threads, device, log=print):
     size = sum(p.numel() for p in model.parameters()) / 1e6
     log(f"{size:.0f}M parameters, {num_questions} questions, {rounds} rounds, {threads} threads")
     warm, *questions = (
-        {name: tensor.to(device) for name, tensor in inputs.items()}
-        for inputs in (
-            random_inputs(model, length=PROMPT_TOKENS, ratio_id=TWO_BY_ONE_TILES, seed=seed)
-            for seed in range(num_questions + 1)
-        )
+        random_inputs(model, length=PROMPT_TOKENS, ratio_id=TWO_BY_ONE_TILES, seed=seed)
+        for seed in range(num_questions + 1)
     )
-    for inputs in (warm, *questions):
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     model.generate(**warm, max_new_tokens=2, do_sample=False)
     generator.generate(**warm, search="greedy", max_new_tokens=2)
     engine = run_engine(generator, questions, config, seed=0)

@@ -35,24 +35,18 @@ class Row(NamedTuple):
     logprob: float
     sampling_logprob: float
     entropy: float
-    certainty: float
+    certainty: float  # KL(uniform, softmax(logits)), nats
 
 
 class Drawn(NamedTuple):
-    """A ``Row`` for N branches, as the sampler gives it."""
+    """A ``Row`` for each of N branches, as the device has it."""
 
-    token: torch.Tensor
-    tag_state: torch.Tensor
-    tag: torch.Tensor
-    overhang: torch.Tensor
-    logprob: torch.Tensor
-    sampling_logprob: torch.Tensor
-    entropy: torch.Tensor
-    certainty: torch.Tensor  # KL(uniform, softmax(logits)), nats
+    integers: torch.Tensor  # int64 [4, N]: token, tag_state, tag, overhang
+    reals: torch.Tensor  # float32 [4, N]: logprob, sampling_logprob, entropy, certainty
 
     def rows(self) -> list[Row]:
         """The host looks at the device here."""
-        return [Row(*row) for row in zip(*(column.tolist() for column in self))]
+        return [Row(*row) for row in zip(*self.integers.tolist(), *self.reals.tolist())]
 
 
 def candidates(rows: list[int], slots: list[Slot], device: torch.device) -> Candidates:
@@ -82,8 +76,10 @@ def draw(logits: torch.Tensor, candidates: Candidates, tags: StageTags) -> Drawn
     normaliser = logits[candidates.row, new.token.clamp(min=0)].float() - new.logprob
     mean = logits.mean(-1, dtype=torch.float32)
     certainty = normaliser - mean[candidates.row] - math.log(logits.shape[1])
-    scores = (new.logprob, new.sampling_logprob, new.entropy, certainty)
-    return Drawn(new.token, new.tag_state, new.tag, new.overhang, *scores)
+    return Drawn(
+        torch.stack([new.token, new.tag_state.long(), new.tag.long(), new.overhang.long()]),
+        torch.stack([new.logprob, new.sampling_logprob, new.entropy, certainty]),
+    )
 
 
 def grow(slots: list[Slot], rows: list[Row], eos_token_ids: frozenset[int], tags: StageTags, pool: PagePool) -> None:

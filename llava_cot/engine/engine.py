@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from llava_cot.engine.batch import Batch, shared_prefixes
 from llava_cot.engine.branch import Branch, Call, Expand, Extend, Rank, Ranked, Request
-from llava_cot.engine.draw import candidates, draw, grow, stop
+from llava_cot.engine.draw import Row, candidates, draw, grow, stop
 from llava_cot.engine.job import Job
 from llava_cot.engine.model import open_view
 from llava_cot.engine.window import Window
@@ -198,7 +198,12 @@ class Engine:
         if not slots:
             return preempted
         rows = [sources[slot.branch if slot.branch.tokens else slot.request.parent] for slot in slots]
-        drawn = draw(logits, candidates(rows, slots, logits.device), self.tags).rows()
+        self._grow(running, draw(logits, candidates(rows, slots, logits.device), self.tags).rows())
+        return preempted
+
+    def _grow(self, running: list[Job], drawn: list[Row]) -> None:
+        """Note what all growing branches of ``running`` drew; those that end with it grow no more."""
+        slots = [slot for job in running for slot in job.slots]
         grow(slots, drawn, self.eos_token_ids, self.tags, self.pool)
         now = time.perf_counter()
         for job in running:
@@ -206,7 +211,6 @@ class Engine:
             job.tick(now)
             stop(job)
             job.slots = [slot for slot in job.slots if slot.branch.finish is None]
-        return preempted
 
     def _window(self, running: list[Job]) -> bool:
         """Let all branches grow by several tokens, if that is all there is to do; False if it takes a ``_step``."""
@@ -223,16 +227,10 @@ class Engine:
         except OutOfPages:
             return False
         for rows in self.window.run(slots, counts, slot_mapping, self.pool.page_table(seqs)):
-            now = time.perf_counter()
-            drawn = [(slot, row) for slot, row in zip(slots, rows) if slot.branch.finish is None]
-            grow([slot for slot, _ in drawn], [row for _, row in drawn], self.eos_token_ids, self.tags, self.pool)
             for job in running:
-                growing = len(job.slots)
-                job.usage.steps += growing > 0
-                job.usage.decoded_tokens += growing
-                job.usage.generated_tokens += growing
-                job.tick(now)
-                job.slots = [slot for slot in job.slots if slot.branch.finish is None]
+                job.usage.steps += bool(job.slots)
+                job.usage.decoded_tokens += len(job.slots)
+            self._grow(running, [row for slot, row in zip(slots, rows) if slot.branch.finish is None])
         for slot in slots:
             if slot.branch.finish is not None:
                 self.pool.truncate(slot.branch.seq, slot.branch.length - 1)

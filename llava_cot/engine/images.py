@@ -11,11 +11,6 @@ class ImageStore:
         self._segments: dict[int, int] = {}  # start -> end
         self._cu_seqlens: torch.Tensor | None = None
 
-    @property
-    def num_segments(self) -> int:
-        """Of ``cu_seqlens``: those in use and the gaps between them."""
-        return max(0, len(self._bounds()) - 1)
-
     def starts(self) -> list[int]:
         """The segments in use, by their start."""
         return list(self._segments)
@@ -44,15 +39,12 @@ class ImageStore:
         """
         if not self.kv.shape[1]:
             return None, None
-        bounds = self._bounds()
+        bounds = sorted({0, *self._segments, *self._segments.values()})
         if self._cu_seqlens is None:
             self._cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=self.kv.device)
         index = {start: group for group, start in enumerate(bounds)}
         group = torch.tensor([index[start] for start in starts], dtype=torch.int32, device=self.kv.device)
         return group, self._cu_seqlens
-
-    def _bounds(self) -> list[int]:
-        return sorted({0, *self._segments, *self._segments.values()})
 
     def _first_fit(self, length: int) -> int:
         start = 0

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable
 from functools import partial
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 
 from llava_cot.engine.batch import Batch, shared_prefixes
-from llava_cot.engine.draw import Candidates, Row, draw
+from llava_cot.engine.draw import Candidates, Drawn, Row, candidates, draw
 from llava_cot.engine.job import Slot
 from llava_cot.engine.model import ModelView
 from llava_cot_kernels.stage_tags import StageTags
@@ -42,21 +41,18 @@ class Buffers:
         def zeros(*size: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
 
-        self.wide = zeros(6, rows, dtype=torch.int64)
-        # left: tokens to draw. length: of the branch, its last token included. offset: of its rotary positions.
-        self.token, self.length, self.offset, self.left, self.seed, self.top_k = self.wide.unbind()
-        self.narrow = zeros(3, rows, dtype=torch.int32)
-        self.tag_state, self.image_group, self.prefix_group = self.narrow.unbind()
-        self.real = zeros(3, rows, dtype=torch.float32)
-        self.temperature, self.top_p, self.min_p = self.real.unbind()
+        # Of idle rows too the parameters must be valid.
+        self.candidates = Candidates(*(column.new_zeros(rows) for column in candidates([], [], device)))
+        self.candidates.top_p.fill_(1.0)
+        self.token, self.offset, self.left = zeros(3, rows, dtype=torch.int64)  # offset: of its rotary positions
+        self.image_group, self.prefix_group = zeros(2, rows, dtype=torch.int32)
         self.ends = zeros(rows, num_tags + 1, dtype=torch.bool)  # by tag; the last column is for no tag
         self.slot_mapping = zeros(num_steps, rows, dtype=torch.int64)
         self.page_table = zeros(rows, shape.pages, dtype=torch.int32)
         self.image_cu_seqlens = zeros(shape.segments + 1, dtype=torch.int32)
         self.prefix_lens = zeros(shape.prefixes, dtype=torch.int32)
         self.step = zeros(1, dtype=torch.int64)
-        self.drawn_integers = zeros(num_steps, 4, rows, dtype=torch.int64)  # as in Row, the first four and ...
-        self.drawn_reals = zeros(num_steps, 4, rows, dtype=torch.float32)  # ... the last four
+        self.drawn = Drawn(zeros(num_steps, 4, rows, dtype=torch.int64), zeros(num_steps, 4, rows, dtype=torch.float32))
 
 
 class Window:
@@ -82,25 +78,40 @@ class Window:
         Returns:
             for each step the ``Row`` of each branch; those behind its end mean nothing.
         """
+        n, branches = len(slots), [slot.branch for slot in slots]
         with torch.cuda.device_of(self.view.kv_cache):
-            steps, n = max(counts), len(slots)
-            prefix_group, prefix_lens = shared_prefixes([slot.branch for slot in slots])
-            buffers, step = self._open(n, page_table.shape[1], len(prefix_lens))
-            self._upload(buffers, slots, counts, slot_mapping, page_table)
-            _put(buffers.prefix_group[:n], prefix_group)
-            _put(buffers.prefix_lens[: len(prefix_lens)], prefix_lens)
-            for _ in range(steps):
+            image_group, image_cu_seqlens = self.view.images.segments([branch.image for branch in branches])
+            prefix_group, prefix_lens = shared_prefixes(branches)
+            num_segments = 0 if image_cu_seqlens is None else len(image_cu_seqlens) - 1
+            to, step = self._open(n, page_table.shape[1], num_segments, len(prefix_lens))
+            for buffer, values in zip(to.candidates, candidates([*range(n)], slots, torch.device("cpu"))):
+                _put(buffer[:n], values)
+            _put(to.token[:n], [branch.tokens[-1] for branch in branches])
+            _put(to.offset[:n], [branch.position_offset for branch in branches])
+            _put(to.left, [*counts, *[0] * (len(to.left) - n)])
+            _put(to.ends[:n], [self._ends(slot) for slot in slots])
+            places = torch.full_like(to.slot_mapping, -1, device="cpu")
+            for row, of_branch in enumerate(slot_mapping.split(counts)):
+                places[: len(of_branch), row] = of_branch
+            _put(to.slot_mapping, places)
+            _put(to.page_table[:n, : page_table.shape[1]], page_table)
+            _put(to.prefix_group[:n], prefix_group)
+            _put(to.prefix_lens[: len(prefix_lens)], prefix_lens)
+            if image_group is not None and image_cu_seqlens is not None:
+                to.image_group[:n] = image_group
+                to.image_cu_seqlens[: num_segments + 1] = image_cu_seqlens
+                to.image_cu_seqlens[num_segments + 1 :] = image_cu_seqlens[-1:]
+            to.step.zero_()
+            for _ in range(max(counts)):
                 step()
-            integers = buffers.drawn_integers[:steps, :, :n].cpu().tolist()
-            reals = buffers.drawn_reals[:steps, :, :n].cpu().tolist()
-            return [[Row(*row) for row in zip(*whole, *parts)] for whole, parts in zip(integers, reals)]
+            seen = [part[: max(counts), :, :n].cpu() for part in to.drawn]
+            return [Drawn(*of_step).rows() for of_step in zip(*seen)]
 
-    def _open(self, n: int, pages: int, prefixes: int) -> tuple[Buffers, Callable[[], None]]:
+    def _open(self, n: int, pages: int, segments: int, prefixes: int) -> tuple[Buffers, Callable[[], None]]:
         """Buffers with room for ``n`` rows, all of them idle or stale, and what runs a step on them."""
         if self._image_kv is not self.view.images.kv:
             self._image_kv = self.view.images.kv
             self._stepping.clear()
-        segments = self.view.images.num_segments
         shape = Shape(
             rows=next((rows for rows in ROWS if rows >= n), -(-n // ROWS[-1]) * ROWS[-1]),
             pages=_power_of_two(max(MIN_PAGES, pages)),
@@ -113,36 +124,6 @@ class Window:
             self._stepping[shape] = buffers, _capture(step) if self.view.device.type == "cuda" else step
         return self._stepping[shape]
 
-    def _upload(
-        self,
-        to: Buffers,
-        slots: list[Slot],
-        counts: list[int],
-        slot_mapping: torch.Tensor,
-        page_table: torch.Tensor,
-    ) -> None:
-        n, branches, params = len(slots), [slot.branch for slot in slots], [slot.request.params for slot in slots]
-        group, cu_seqlens = self.view.images.segments([branch.image for branch in branches])
-        wide = [
-            (branch.tokens[-1], branch.length, branch.position_offset, count, branch.seed, p.top_k)
-            for branch, count, p in zip(branches, counts, params)
-        ]
-        to.wide.zero_()
-        _put(to.wide[:, :n], list(zip(*wide)))
-        _put(to.tag_state[:n], [branch.tag_state for branch in branches])
-        _put(to.real, [[*column] + [1.0] * (to.real.shape[1] - n) for column in zip(*map(_reals, params))])
-        _put(to.ends[:n], [self._ends(slot) for slot in slots])
-        places = torch.full_like(to.slot_mapping, -1, device="cpu")
-        for row, (start, count) in enumerate(zip(accumulate(counts, initial=0), counts)):
-            places[:count, row] = slot_mapping[start : start + count]
-        _put(to.slot_mapping, places)
-        _put(to.page_table[:n, : page_table.shape[1]], page_table)
-        if group is not None and cu_seqlens is not None:
-            to.image_group[:n] = group
-            to.image_cu_seqlens[: len(cu_seqlens)] = cu_seqlens
-            to.image_cu_seqlens[len(cu_seqlens) :] = cu_seqlens[-1:]
-        to.step.zero_()
-
     def _ends(self, slot: Slot) -> list[bool]:
         """Which tags finish it."""
         stops, trims = slot.request.stops, slot.request.trims
@@ -150,11 +131,11 @@ class Window:
 
     def step(self, at: Buffers) -> None:
         """One forward pass and one draw, from these buffers into them; the host is neither asked nor waited for."""
-        alive = at.left > 0
+        alive, length = at.left > 0, at.candidates.position  # its last token included
         batch = Batch(
             slot_mapping=torch.where(alive, at.slot_mapping.index_select(0, at.step)[0], -1),
             page_table=at.page_table,
-            seq_lens=torch.where(alive, at.length, 0).int(),
+            seq_lens=torch.where(alive, length, 0).int(),
             cu_seqlens_q=None,
             is_prefill=False,
             prefix_group=torch.where(alive, at.prefix_group, -1) if len(at.prefix_lens) else None,
@@ -162,40 +143,23 @@ class Window:
             image_group=torch.where(alive, at.image_group, -1) if self.view.cross_layers else None,
             image_cu_seqlens=at.image_cu_seqlens if self.view.cross_layers else None,
         )
-        logits = self.view.decode(at.token, at.length + at.offset - 1, batch)
-        rows = torch.arange(len(alive), device=alive.device)
-        candidates = Candidates(
-            row=torch.where(alive, rows, -1),
-            temperature=at.temperature,
-            top_k=at.top_k,
-            top_p=at.top_p,
-            min_p=at.min_p,
-            seed=at.seed,
-            position=at.length,
-            tag_state=at.tag_state,
-        )
-        drawn = draw(logits, candidates, self.tags)
-        token, tag = drawn.token, drawn.tag.long()
-        integers = torch.stack([token, drawn.tag_state.long(), tag, drawn.overhang.long()])
-        reals = torch.stack([drawn.logprob, drawn.sampling_logprob, drawn.entropy, drawn.certainty])
-        at.drawn_integers.index_copy_(0, at.step, integers.unsqueeze(0))
-        at.drawn_reals.index_copy_(0, at.step, reals.unsqueeze(0))
+        logits = self.view.decode(at.token, length + at.offset - 1, batch)
+        drawn = draw(logits, at.candidates._replace(row=torch.where(alive, at.candidates.row, -1)), self.tags)
+        for buffer, new in zip(at.drawn, drawn):
+            buffer.index_copy_(0, at.step, new.unsqueeze(0))
+        token, tag_state, tag, _ = drawn.integers
         ended = (token.unsqueeze(1) == self.eos_token_ids).any(1)
         ended |= at.ends.gather(1, torch.where(tag < 0, self.num_tags, tag).unsqueeze(1)).squeeze(1)
         at.left.copy_(torch.where(ended | (token < 0), 0, at.left - 1))
         at.token.copy_(token.clamp(min=0))
-        at.tag_state.copy_(drawn.tag_state)
-        at.length.add_(1)
+        at.candidates.tag_state.copy_(tag_state)
+        length.add_(1)
         at.step.add_(1)
 
 
 def _put(buffer: torch.Tensor, values: Any) -> None:
     host = torch.as_tensor(values, dtype=buffer.dtype)
     buffer.copy_(host.pin_memory() if buffer.is_cuda else host, non_blocking=True)
-
-
-def _reals(params) -> tuple[float, float, float]:
-    return params.temperature, params.top_p, params.min_p
 
 
 def _capture(step: Callable[[], None]) -> Callable[[], None]:

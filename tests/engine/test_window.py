@@ -55,13 +55,13 @@ def searches() -> list[Any]:
     return [wide, trimmed, stopped]
 
 
+def job_of(model, program, seed: int = 0) -> Job:
+    return Job(split_rows(random_inputs(model, length=9 + seed, ratio_id=6, seed=seed), model.config)[0], program)
+
+
 def run(model, tags, programs, steps_per_look: int) -> tuple[list[Job], Engine]:
     engine = Engine(model, tags, page_size=4, num_pages=400, steps_per_look=steps_per_look)
-    jobs = []
-    for index, program in enumerate(programs):
-        inputs = random_inputs(model, length=9 + index, ratio_id=6, seed=index)
-        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        jobs.append(Job(split_rows(inputs, model.config)[0], program))
+    jobs = [job_of(model, program, seed) for seed, program in enumerate(programs)]
     engine.run(jobs)
     assert [job.error for job in jobs] == [None] * len(jobs)
     assert (engine.pages_in_use, engine.images_in_use) == (0, 0)
@@ -118,7 +118,7 @@ def test_what_was_taken_for_later_steps_is_given_back(random_model, tags):
         return found
 
     engine = Engine(random_model, tags, page_size=2, num_pages=400, steps_per_look=16)
-    job = Job(split_rows(random_inputs(random_model, length=9, ratio_id=6, seed=0), random_model.config)[0], program)
+    job = job_of(random_model, program)
     engine.run([job])
     assert job.error is None and seen
 
@@ -128,15 +128,10 @@ def test_too_few_pages_for_several_steps_are_enough_for_one(random_model, tags):
         (found,) = yield [Expand(root, (1, 2), WILD, 12, frozenset())]
         return found
 
-    def job():
-        return Job(
-            split_rows(random_inputs(random_model, length=9, ratio_id=6, seed=0), random_model.config)[0], program
-        )
-
     roomy = Engine(random_model, tags, page_size=1, num_pages=400)
-    roomy.run([expected := job()])
+    roomy.run([expected := job_of(random_model, program)])
     tight = Engine(random_model, tags, page_size=1, num_pages=roomy.peak_pages, steps_per_look=64)
-    tight.run([found := job()])
+    tight.run([found := job_of(random_model, program)])
     assert found.error is None
     assert_same(found.result, expected.result)
 
@@ -180,5 +175,5 @@ def test_a_step_needs_no_host(monkeypatch, tags, prefixes):
     with torch.inference_mode(), _Watch() as watch:
         window.step(buffers)
     assert watch.with_host == [] and watch.count > 100
-    with pytest.raises((RuntimeError, NotImplementedError)), torch.inference_mode():
+    with pytest.raises(RuntimeError), torch.inference_mode():
         buffers.token.tolist()  # or a look would have gone unnoticed

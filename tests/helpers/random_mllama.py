@@ -60,16 +60,21 @@ def build_random_mllama(
     model = MllamaForConditionalGeneration(
         MllamaConfig(text_config=text, vision_config=vision, image_token_index=vocab)
     )
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "gate" in name.rsplit(".", 1)[-1]:
-                parameter.fill_(0.7)
+    open_gates(model)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 2, 0
     return model.eval()
 
 
+def open_gates(model):
+    """Behind a closed one an image does not matter."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "gate" in name.rsplit(".", 1)[-1]:
+                parameter.fill_(0.7)
+
+
 def random_inputs(model, *, length, ratio_id, seed):
-    """A processor's inputs for one prompt of ``length`` tokens: the image token is the first or among the first."""
+    """A processor's inputs for one prompt of ``length`` tokens, where the model is; its image is among the first."""
     generator = torch.Generator().manual_seed(seed)
     vision, vocab = model.config.vision_config, model.config.text_config.vocab_size
     tiles, size = TILES_OF_RATIO[ratio_id - 1], vision.image_size
@@ -82,11 +87,12 @@ def random_inputs(model, *, length, ratio_id, seed):
     pixels[:, :, :tiles] = torch.randn(1, 1, tiles, 3, size, size, generator=generator)
     aspect_mask = torch.zeros(1, 1, 4, dtype=torch.int64)
     aspect_mask[..., :tiles] = 1
-    return {
+    inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "pixel_values": pixels,
+        "pixel_values": pixels.to(model.dtype),
         "aspect_ratio_ids": torch.tensor([[ratio_id]]),
         "aspect_ratio_mask": aspect_mask,
         "cross_attention_mask": cross_mask,
     }
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
