@@ -14,7 +14,7 @@ demo: $(VENV)/.ready
 	$(VENV)/bin/llava-cot demo
 
 test: $(VENV)/.ready
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

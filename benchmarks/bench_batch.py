@@ -67,9 +67,9 @@ def counted_steps(generator: SwiresGenerator):
     view, steps = generator.engine.view, list[int]()
     decode = view.decode
 
-    def counting(token_ids, *args):
+    def counting(token_ids, *args, **kwargs):
         steps.append(len(token_ids))
-        return decode(token_ids, *args)
+        return decode(token_ids, *args, **kwargs)
 
     view.decode = counting  # type: ignore[method-assign]
     try:

@@ -28,7 +28,7 @@ from llava_cot.small_world.processor import build_processor
 
 def run_engine(generator: SwiresGenerator, inputs: dict, num_beams: int, new_tokens: int) -> tuple[dict, list[int]]:
     engine = generator.engine
-    engine.peak_pages = 0
+    engine.runner.peak_pages = 0
     settings = {"num_beams": num_beams, "max_new_tokens": new_tokens}
     with PeakMemory() as memory:
         start = time.perf_counter()
@@ -36,7 +36,7 @@ def run_engine(generator: SwiresGenerator, inputs: dict, num_beams: int, new_tok
         seconds = time.perf_counter() - start
     assert engine.pages_in_use == 0
     cache = engine.view.kv_cache  # [2, layers, pages, ...]
-    text = engine.peak_pages * cache[:, :, 0].numel() * cache.element_size()
+    text = engine.runner.peak_pages * cache[:, :, 0].numel() * cache.element_size()
     steps = out.answers[0].usage.steps
     return figures(seconds, steps, text + image_bytes(generator.model), memory.mib, new_tokens), out.answers[0].tokens
 

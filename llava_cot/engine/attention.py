@@ -30,19 +30,26 @@ def paged_attention_forward(
     paged_layers: list,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of T flattened tokens: ``query`` [1, Hq, T, D] to [1, T, Hq, D].
+    """Attention of T flattened tokens: ``query`` [1, Hq, T, D] to [1, T, Hq, D]; in prefill B rows of them.
 
-    Self-attention reads the pages; the prefill, where all keys are at hand, is flash-attn's if it is installed.
-    Cross-attention reads the image store in decoding; in prefill it is transformers' own, over all tiles with the
-    model's mask (the tokens before the image attend to padding tiles too).
+    Self-attention reads the pages; the prefill, where all keys are at hand, is flash-attn's if it is installed, else
+    transformers' own: behind causal attention no token sees the padding on its right. Cross-attention reads the image
+    store in decoding; in prefill it is transformers' own, over all tiles with the model's mask (the tokens before the
+    image attend to padding tiles too).
     """
     layer = paged_layers[module.layer_idx]
-    rows = query[0].transpose(0, 1)  # [T, Hq, D]
-    if isinstance(layer, PagedLayer) and paged_batch.is_prefill and flash_attn_func and _flash_attn_takes(query):
-        packed = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))  # [1, T, H, D]
+    if paged_batch.is_prefill and not isinstance(layer, PagedLayer):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+    if paged_batch.is_prefill and flash_attn_func and _flash_attn_takes(query):
+        packed = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))  # [B, T, H, D]
         return flash_attn_func(*packed, softmax_scale=scaling, causal=True), None
+    if paged_batch.is_prefill:
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
+    rows = query[0].transpose(0, 1)  # [T, Hq, D]
+    out: Any
     if isinstance(layer, PagedLayer):
-        out: Any = paged_attention(
+        assert paged_batch.page_table is not None and paged_batch.seq_lens is not None
+        out = paged_attention(
             rows,
             layer.key_cache,
             layer.value_cache,
@@ -53,8 +60,6 @@ def paged_attention_forward(
             prefix_group=paged_batch.prefix_group,
             prefix_lens=paged_batch.prefix_lens,
         )
-    elif paged_batch.is_prefill:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
     else:
         assert paged_batch.image_group is not None and paged_batch.image_cu_seqlens is not None
         out = shared_attention(

@@ -10,17 +10,24 @@ from llava_cot.engine.branch import Branch
 
 @dataclass(frozen=True)
 class Batch:
-    """T tokens of B sequences, flattened to one row; filled by the engine, read by the cache and the attention."""
+    """T tokens, filled by the runner and read by the cache and the attention.
 
-    slot_mapping: torch.Tensor  # [T] int64, where each token's key and value go
-    page_table: torch.Tensor  # [B, max_pages] int32
-    seq_lens: torch.Tensor  # [B] int32, keys per sequence, this step's included
-    cu_seqlens_q: torch.Tensor | None  # [B + 1] int32; None in decoding, where T == B
-    is_prefill: bool  # one sequence from its first token on, with its image: all keys are at hand
-    prefix_group: torch.Tensor | None  # [B] int32, sequences that share their first tokens; None where none do
-    prefix_lens: torch.Tensor | None  # [P] int32, how many
-    image_group: torch.Tensor | None  # [T] int32, the image segment of each token; None where none is stored
-    image_cu_seqlens: torch.Tensor | None  # [G + 1] int32, the segments of the image store; None where none is stored
+    Decoding takes those of B sequences flattened to one row. A prefill has whole prompts with their images, padded on
+    the right to one length and flattened: all keys are at hand, and of these fields it has the first alone.
+    """
+
+    slot_mapping: torch.Tensor  # [T] int64, where each token's key and value go; -1: nowhere
+    page_table: torch.Tensor | None = None  # [B, max_pages] int32
+    seq_lens: torch.Tensor | None = None  # [B] int32, keys per sequence, this step's included
+    cu_seqlens_q: torch.Tensor | None = None  # [B + 1] int32; None where T == B
+    prefix_group: torch.Tensor | None = None  # [B] int32, sequences that share their first tokens; None where none do
+    prefix_lens: torch.Tensor | None = None  # [P] int32, how many
+    image_group: torch.Tensor | None = None  # [T] int32, the image segment of each token; None where none is stored
+    image_cu_seqlens: torch.Tensor | None = None  # [G + 1] int32, the segments of the store; None where none is stored
+
+    @property
+    def is_prefill(self) -> bool:
+        return self.page_table is None
 
 
 def shared_prefixes(branches: Sequence[Branch]) -> tuple[list[int], list[int]]:

@@ -43,7 +43,8 @@ class Branch:
 
     ``seq`` is its sequence in the page pool: the keys and values of every token up to here but the last, which is
     computed when the branch grows or is expanded. ``next_logits`` [V] is kept from the first expansion on, so that
-    expanding a branch again computes nothing.
+    expanding a branch again computes nothing. Where pages are scarce those may be taken back, of ``computed`` tokens
+    (``seq`` is -1 then): they are computed again when they are needed.
     """
 
     parent: "Branch | None"
@@ -62,6 +63,7 @@ class Branch:
     overhang: int = 0  # bytes of the last token behind that tag
     finish: Finish | None = None
     next_logits: torch.Tensor | None = None
+    computed: int = 0
 
     def __post_init__(self):
         if self.parent is not None:

@@ -37,8 +37,8 @@ class PagedLayer(_Layer):
         self.batch = batch
 
     def update(self, key_states, value_states, *args, **kwargs):
-        # [1, Hkv, T, D], a strided view of the projection
-        key, value = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
+        # [rows, Hkv, T, D], a strided view of the projection; of a single row it stays one
+        key, value = (states.transpose(1, 2).flatten(0, 1) for states in (key_states, value_states))
         store_kv(key, value, self.key_cache, self.value_cache, self.batch.slot_mapping)
         return key_states, value_states
 
@@ -55,7 +55,7 @@ class ImageLayer(_Layer):
         self.is_initialized = key is not None
 
     def update(self, key_states, value_states, *args, **kwargs):
-        self.keys, self.values = key_states, value_states  # [1, Hkv, tiles * patches, D]
+        self.keys, self.values = key_states, value_states  # [rows, Hkv, tiles * patches, D]
         self.is_initialized = True
         return key_states, value_states
 
@@ -77,3 +77,4 @@ class PagedCache(Cache):
             else:
                 layers.append(PagedLayer(kv_cache[0, index - num_cross], kv_cache[1, index - num_cross], batch))
         super().__init__(layers=layers)
+        self.batch = batch

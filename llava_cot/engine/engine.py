@@ -4,24 +4,23 @@ import time
 from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from itertools import accumulate
-from typing import Any, TypeVar
+from typing import TypeVar
 from weakref import WeakSet
 
 import torch
 from transformers import PreTrainedModel
 
-from llava_cot.engine.batch import Batch, shared_prefixes
 from llava_cot.engine.branch import Branch, Call, Expand, Extend, Rank, Ranked, Request
+from llava_cot.engine.call import call_together
 from llava_cot.engine.draw import Row, candidates, draw, grow, stop
 from llava_cot.engine.job import Job
-from llava_cot.engine.model import open_view
+from llava_cot.engine.runner import ModelRunner
 from llava_cot.engine.window import Window
 from llava_cot_kernels.logprob import token_logprobs
-from llava_cot_kernels.page_pool import OutOfPages, PagePool
-from llava_cot_kernels.paged_kv import copy_pages
+from llava_cot_kernels.page_pool import OutOfPages
 from llava_cot_kernels.stage_tags import StageTags
 
+PROMPTS_PER_PREFILL = 8
 CUDA_STEPS_PER_LOOK = 4
 
 _Request = TypeVar("_Request", Expand, Rank, Extend, Call)
@@ -53,21 +52,20 @@ class Engine:
             raise ValueError(f"page_size must be >= 1, got {page_size}")
         if num_pages is not None and num_pages < 1:
             raise ValueError(f"num_pages must be >= 1, got {num_pages}")
-        self.view = open_view(model, page_size, num_pages)
-        self.pool = PagePool(self.view.num_pages, page_size)
+        self.runner = ModelRunner(model, page_size, num_pages)
+        self.view, self.pool = self.runner.view, self.runner.pool
         self.tags = tags.to(self.view.device)
         eos = model.generation_config.eos_token_id
         self.eos_token_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
         if steps_per_look is None:
             steps_per_look = CUDA_STEPS_PER_LOOK if self.view.device.type == "cuda" else 1
         self.window = Window(self.view, self.tags, self.eos_token_ids, steps_per_look)
-        self.peak_pages = 0  # the most ever in use at once; may be reset
         # Weak, so that a job whose cleaning up was itself interrupted owns nothing once its caller has let go of it.
         self._live: WeakSet[Job] = WeakSet()
 
     @property
     def pages_in_use(self) -> int:
-        return self.pool.num_pages - self.pool.num_free
+        return self.runner.pages_in_use
 
     @property
     def images_in_use(self) -> int:
@@ -82,8 +80,9 @@ class Engine:
     def steps(self, jobs: Sequence[Job]) -> Generator[None, None, None]:
         """Run jobs, yielding after each step; closing the iterator frees everything they hold.
 
-        A job that alone needs more pages than there are ends with ``OutOfPages``. Several jobs that together need too
-        many take turns: the youngest starts again when another has ended, with the same seeds and so the same result.
+        Where pages run out, branches that do not grow lose theirs first; should that not do, the youngest job pauses
+        until another has ended. Nothing that was drawn or scored is lost: keys and values are computed again when they
+        are needed. A job that needs too many pages alone ends with ``OutOfPages``.
         """
         waiting, running, crowded = deque(jobs), list[Job](), False
         try:
@@ -92,7 +91,7 @@ class Engine:
                     (running if job in running else waiting).remove(job)
                     self._release(job)
                     crowded = False
-                if not crowded:
+                if not (crowded and running):
                     self._admit(waiting, running)
                 if not self._window(running):
                     crowded |= self._step(waiting, running)
@@ -108,23 +107,60 @@ class Engine:
             self._free_unowned()
 
     def _admit(self, waiting: deque[Job], running: list[Job]) -> None:
-        """Prefill waiting jobs while their prompt and a page for every growing branch fit."""
+        """Prefill waiting jobs while they and a page for every growing branch fit, several at once."""
         while waiting:
-            growing = sum(len(job.slots) + sum(r.width for r in job.requests) for job in running)
-            needed = -(-waiting[0].prompt_length // self.pool.page_size) + growing + 1
-            if running and needed > self.pool.num_free:
+            free = self.pool.num_free - sum(job.width for job in running)
+            admitted, image_tokens = list[Job](), 0
+            while waiting and len(admitted) < PROMPTS_PER_PREFILL:
+                job = waiting[0]
+                if not job.branches and not self._start(job):
+                    self._release(waiting.popleft())
+                    continue
+                free -= self._pages_to_go_on(job)
+                image_tokens += self.view.image_tokens(job.inputs)
+                has_room = self.view.images.has_room(image_tokens)
+                if (running or admitted) and (free < 0 or not has_room):
+                    break
+                if not has_room:
+                    job.error = OutOfPages(
+                        f"the store of {self.view.images.capacity} image tokens is too small for this image alone: "
+                        f"it has {image_tokens}"
+                    )
+                    self._release(waiting.popleft())
+                    break
+                admitted.append(waiting.popleft())
+            if not admitted:
                 return
-            job = waiting.popleft()
-            self._live.add(job)
-            now = time.perf_counter()
             try:
-                job.start(self._prefill(job), now)
-            except OutOfPages as error:
-                job.error = self._too_small(error)
-            if self._advance(job):
-                running.append(job)
-            else:
-                self._release(job)
+                self._prefill(admitted)
+                running += admitted
+            except OutOfPages:
+                admitted[0].error = self._too_small()
+                self._release(admitted[0])
+
+    def _start(self, job: Job) -> bool:
+        """Begin its program, whose prompt is computed next; False if there is nothing to be done."""
+        self._live.add(job)
+        root = Branch(None, -1, job.prompt_length, tag_state=self.tags.start_state)
+        job.usage.prompt_tokens += job.prompt_length
+        job.usage.image_encodings += 1
+        job.start(root, time.perf_counter())
+        return self._advance(job)
+
+    def _pages_to_go_on(self, job: Job) -> int:
+        """At most so many: for the prompt, what grows or is asked for, and a page for each new branch."""
+        size, root = self.pool.page_size, job.branches[0]
+        own = sum(-(-(branch.length - root.length) // size) + 1 for branch in job.active() if branch is not root)
+        return -(-root.length // size) + own + job.width + 1
+
+    def _prefill(self, jobs: list[Job]) -> None:
+        roots = [job.branches[0] for job in jobs]
+        self.runner.prefill(roots, [job.inputs for job in jobs])
+        now = time.perf_counter()
+        for job, root in zip(jobs, roots):
+            job.resume(now)
+            for branch in job.branches:
+                branch.image = root.image
 
     def _advance(self, job: Job) -> bool:
         """Let its program go on; False once it has ended, as it does by a request that would fail a whole step."""
@@ -151,16 +187,6 @@ class Engine:
                 if unknown:
                     raise ValueError(f"tokens must be in [0, vocab_size={size}), got {unknown[0]}")
 
-    def _prefill(self, job: Job) -> Branch:
-        root = Branch(None, self.pool.create(), job.prompt_length, tag_state=self.tags.start_state)
-        job.branches.append(root)
-        batch = self._batch([root], [job.prompt_length])
-        inputs = {name: tensor.to(self.view.device) for name, tensor in job.inputs.items()}
-        root.next_logits, root.image, root.position_offset = self.view.prefill(inputs, batch)
-        job.usage.prompt_tokens += job.prompt_length
-        job.usage.image_encodings += 1
-        return root
-
     def _step(self, waiting: deque[Job], running: list[Job]) -> bool:
         """Compute the last token of what grows, is opened or ranked and all tokens of an extension, then draw one token
         for everything that grows.
@@ -168,32 +194,29 @@ class Engine:
         Returns whether a job had to go back to ``waiting`` for want of pages.
         """
         preempted = False
-        answers: dict[Any, Any] = self._call([request for _, request in _requests(running, Call)])
-        ranked = {request: self._children(job, request) for job, request in _requests(running, Rank)}
-        extended = {request: self._extension(job, request) for job, request in _requests(running, Extend)}
+        self._call(running)
         while True:
             try:
-                logits, sources = self._compute(running, ranked, extended)
+                self._prepare(running)
+                logits, sources = self._compute(running)
                 break
-            except OutOfPages as error:
-                if len(running) == 1:
-                    running[0].error = self._too_small(error)
-                    return preempted
-                waiting.appendleft(running.pop())
-                self._release(waiting[0])
+            except OutOfPages:
+                if idle := [branch for job in running for branch in job.idle()]:
+                    self.runner.page_out(idle)
+                    continue
+                self._pause(waiting, running)
                 preempted = True
-        answers |= self._rank(logits, sources, {request: ranked[request] for _, request in _requests(running, Rank)})
-        answers |= {request: [extended[request]] for _, request in _requests(running, Extend)}
+        self._rank(logits, sources, running)
         for job in running:
             job.usage.steps += bool(job.slots or any(not isinstance(request, Call) for request in job.requests))
             for request in job.requests:
                 if isinstance(request, Expand):
                     job.open(request, self._fork(job, request))
-                elif isinstance(answers[request], Exception):
-                    job.fail(answers[request])
+                elif isinstance(answer := job.answers[request], Exception):
+                    job.fail(answer)
                 else:
-                    job.reply(answers[request])
-            job.requests = []
+                    job.reply(answer)
+            job.requests, job.answers = [], {}
         slots = [slot for job in running for slot in job.slots]
         if not slots:
             return preempted
@@ -215,7 +238,7 @@ class Engine:
     def _window(self, running: list[Job]) -> bool:
         """Let all branches grow by several tokens, if that is all there is to do; False if it takes a ``_step``."""
         slots = [slot for job in running for slot in job.slots]
-        if not slots or any(job.requests for job in running) or any(slot.request.stop for slot in slots):
+        if not slots or any(job.requests for job in running) or any(slot.branch.seq < 0 for slot in slots):
             return False
         left = [slot.request.max_new_tokens - len(slot.branch.tokens) for slot in slots]
         counts = [min(count, self.window.num_steps) for count in left]
@@ -223,7 +246,7 @@ class Engine:
         if max(counts) == 1:
             return False
         try:
-            slot_mapping = self._append(seqs, counts)
+            slot_mapping = self.runner.append(seqs, counts)
         except OutOfPages:
             return False
         for rows in self.window.run(slots, counts, slot_mapping, self.pool.page_table(seqs)):
@@ -236,34 +259,46 @@ class Engine:
                 self.pool.truncate(slot.branch.seq, slot.branch.length - 1)
         return True
 
-    def _call(self, calls: list[Call]) -> dict[Call, Sequence[Any] | Exception]:
-        """The results of every call, or what it raised; those of equal functions are made together."""
-        results: dict[Call, Sequence[Any] | Exception] = {}
-        for call in calls:
-            if call in results:
-                continue
-            same = [other for other in calls if other not in results and other.function == call.function]
-            try:
-                values = list(call.function([item for other in same for item in other.items]))
-                if len(values) != sum(len(other.items) for other in same):
-                    raise ValueError(f"{call.function} must return one result per item, got {len(values)}")
-                for other in same:
-                    results[other], values = values[: len(other.items)], values[len(other.items) :]
-            except Exception as error:
-                # Whose fault it was shows when each is alone.
-                results |= {call: error} if len(same) == 1 else {k: v for o in same for k, v in self._call([o]).items()}
-        return results
+    def _call(self, running: list[Job]) -> None:
+        calls = [(job, request) for job, request in _requests(running, Call) if request not in job.answers]
+        results = call_together([request for _, request in calls])
+        for job, request in calls:
+            job.answers[request] = results[request]
 
-    def _compute(
-        self, running: list[Job], ranked: dict[Rank, list[Branch]], extended: dict[Extend, Branch]
-    ) -> tuple[torch.Tensor, dict[Branch, int]]:
+    def _prepare(self, running: list[Job]) -> None:
+        """Give pages to what is computed next, and make the branches that are ranked and extended."""
+        for job in running:
+            job.usage.recomputed_tokens += self.runner.restore(job.active(), set(job.branches))
+            for request in job.requests:
+                if isinstance(request, Rank) and request not in job.answers:
+                    job.answers[request] = self._children(job, request)
+                elif isinstance(request, Extend) and request not in job.answers:
+                    job.answers[request] = [self._extension(job, request)]
+
+    def _pause(self, waiting: deque[Job], running: list[Job]) -> None:
+        """Take all pages of the youngest job. One that is alone ends, or starts again if it was paused before.
+
+        What is computed again shares fewer pages than before where a ``Rank`` has dropped what it came from.
+        """
+        job = running.pop()
+        if running:
+            self.runner.page_out([branch for branch in job.branches if branch.seq >= 0])
+            job.branches[0].image, job.was_paused = -1, True
+            self._free_unowned()
+        else:
+            job.error = None if job.was_paused else self._too_small()
+            self._release(job)
+        if not job.error:
+            waiting.appendleft(job)
+
+    def _compute(self, running: list[Job]) -> tuple[torch.Tensor, dict[Branch, int]]:
         """The logits to draw from or to rank, [R, V], and the row of each branch.
 
         Raises ``OutOfPages`` before anything has changed.
         """
         opened = [(job, request.parent) for job, request in _requests(running, Expand) if request.seeds]
-        looked_at = [(job, branch) for job, request in _requests(running, Rank) for branch in ranked[request]]
-        extensions = [(job, request, extended[request]) for job, request in _requests(running, Extend)]
+        looked_at = [(job, branch) for job, request in _requests(running, Rank) for branch in job.answers[request]]
+        extensions = [(job, request, job.answers[request][0]) for job, request in _requests(running, Extend)]
         rows = {slot.branch: job for job in running for slot in job.slots}
         rows |= {branch: job for job, branch in opened + looked_at if branch.next_logits is None}
         tokens = {branch: branch.tokens[-1:] for branch in rows}
@@ -274,12 +309,7 @@ class Engine:
         }
         parts, sources, at = [], {}, 0
         if tokens:
-            batch = self._batch([*tokens], [len(new) for new in tokens.values()])
-            ends = [(branch.length + branch.position_offset, len(new)) for branch, new in tokens.items()]
-            positions = [position for end, count in ends for position in range(end - count, end)]
-            ids = [token for new in tokens.values() for token in new]
-            read = torch.tensor([ids, positions], device=self.view.device)
-            parts.append(self.view.decode(read[0], read[1], batch))
+            parts.append(self.runner.decode(tokens))
         for branch, new in tokens.items():
             at += len(new)
             sources[branch] = at - 1
@@ -344,55 +374,19 @@ class Engine:
         return children
 
     @torch.inference_mode()
-    def _rank(
-        self, logits: torch.Tensor, sources: dict[Branch, int], ranked: dict[Rank, list[Branch]]
-    ) -> dict[Rank, list[Ranked]]:
-        if not ranked:
-            return {}
-        rows = [sources[branch] for branches in ranked.values() for branch in branches]
-        k = min(max(request.k for request in ranked), logits.shape[1])
+    def _rank(self, logits: torch.Tensor, sources: dict[Branch, int], running: list[Job]) -> None:
+        ranks = _requests(running, Rank)
+        if not ranks:
+            return
+        rows = [sources[branch] for job, request in ranks for branch in job.answers[request]]
+        k = min(max(request.k for _, request in ranks), logits.shape[1])
         best = torch.log_softmax(logits[rows].float(), -1).topk(k)
         values = iter(zip(best.indices.tolist(), best.values.tolist()))
-        return {
-            request: [
+        for job, request in ranks:
+            job.answers[request] = [
                 Ranked(branch, tokens[: request.k], logprobs[: request.k])
-                for branch, (tokens, logprobs) in zip(branches, values)
+                for branch, (tokens, logprobs) in zip(job.answers[request], values)
             ]
-            for request, branches in ranked.items()
-        }
-
-    def _batch(self, branches: list[Branch], counts: list[int]) -> Batch:
-        """Make room for ``counts`` new tokens of each branch, and describe the forward pass."""
-        device, seqs = self.view.device, [branch.seq for branch in branches]
-        slots = self._append(seqs, counts)
-        is_prefill = branches[0].next_logits is None and branches[0].parent is None
-        owners = [branch.image for branch, count in zip(branches, counts) for _ in range(count)]
-        group, cu_seqlens = (None, None) if is_prefill else self.view.images.segments(owners)
-        prefix_group, prefix_lens = shared_prefixes(branches)
-        is_ragged = is_prefill or any(count > 1 for count in counts)
-
-        def column(values: list[int]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=device)
-
-        return Batch(
-            slot_mapping=slots.to(device),
-            page_table=self.pool.page_table(seqs).to(device),
-            seq_lens=column([branch.length for branch in branches]),
-            cu_seqlens_q=column([0, *accumulate(counts)]) if is_ragged else None,
-            is_prefill=is_prefill,
-            prefix_group=column(prefix_group) if prefix_lens else None,
-            prefix_lens=column(prefix_lens) if prefix_lens else None,
-            image_group=group,
-            image_cu_seqlens=cu_seqlens,
-        )
-
-    def _append(self, seqs: list[int], counts: list[int]) -> torch.Tensor:
-        """Make room for ``counts`` new tokens of each sequence, copying what is shared: their slot mapping."""
-        slots, copies = self.pool.append(seqs, counts)
-        self.peak_pages = max(self.peak_pages, self.pages_in_use)
-        if len(copies):
-            copy_pages(self.view.kv_cache, copies.to(self.view.device))
-        return slots
 
     def _fork(self, job: Job, request: Expand) -> list[Branch]:
         parent = request.parent
@@ -422,9 +416,9 @@ class Engine:
             if image not in images:
                 self.view.images.free(image)
 
-    def _too_small(self, error: OutOfPages) -> OutOfPages:
+    def _too_small(self) -> OutOfPages:
         size = f"num_pages={self.pool.num_pages} of page_size={self.pool.page_size}"
-        return OutOfPages(f"the KV cache ({size}) is too small for this search alone: {error}; raise num_pages")
+        return OutOfPages(f"the KV cache ({size}) is too small for this search alone; raise num_pages")
 
 
 def _requests(jobs: list[Job], kind: type[_Request]) -> list[tuple[Job, _Request]]:

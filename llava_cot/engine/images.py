@@ -4,10 +4,13 @@ import torch
 
 
 class ImageStore:
-    """Segments of one growing buffer ``kv`` [2, num_cross_layers, capacity, num_kv_heads, head_dim]."""
+    """Segments of one buffer ``kv`` [2, num_cross_layers, capacity, num_kv_heads, head_dim]; it stays where it is."""
 
-    def __init__(self, num_layers: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
-        self.kv = torch.empty(2, num_layers, 0, num_kv_heads, head_dim, dtype=dtype, device=device)
+    def __init__(
+        self, num_layers: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ):
+        self.capacity = capacity  # tokens
+        self.kv = torch.empty(2, num_layers, capacity, num_kv_heads, head_dim, dtype=dtype, device=device)
         self._segments: dict[int, int] = {}  # start -> end
         self._cu_seqlens: torch.Tensor | None = None
 
@@ -15,14 +18,15 @@ class ImageStore:
         """The segments in use, by their start."""
         return list(self._segments)
 
+    def has_room(self, length: int) -> bool:
+        """Whether segments of ``length`` tokens together can be added."""
+        return self._first_fit(length) + length <= self.capacity
+
     def add(self, key_value: torch.Tensor) -> int:
         """Copy ``key_value`` [2, num_cross_layers, S, num_kv_heads, head_dim] in; returns the segment's start."""
         length = key_value.shape[2]
+        assert self.has_room(length)
         start = self._first_fit(length)
-        if start + length > self.kv.shape[2]:
-            grown = self.kv.new_empty(*self.kv.shape[:2], max(start + length, 2 * self.kv.shape[2]), *self.kv.shape[3:])
-            grown[:, :, : self.kv.shape[2]] = self.kv
-            self.kv = grown
         self.kv[:, :, start : start + length] = key_value
         self._segments[start] = start + length
         self._cu_seqlens = None

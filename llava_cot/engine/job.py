@@ -6,21 +6,22 @@ from typing import Any
 
 import torch
 
-from llava_cot.engine.branch import Branch, Expand, Program, Request
+from llava_cot.engine.branch import Branch, Call, Expand, Program, Request
 
 
 @dataclass
 class Usage:
-    """What a search cost. A search that was restarted for want of pages pays again."""
+    """What a search cost. What is computed again for want of pages counts as that alone."""
 
     prompt_tokens: int = 0  # tokens prefilled, those that a scorer gave to read included
+    recomputed_tokens: int = 0  # computed again, as their pages had been taken back
     decoded_tokens: int = 0  # tokens computed after the prefill
     generated_tokens: int = 0  # tokens drawn
     generations: int = 0  # candidates drawn
     image_encodings: int = 0
     scorer_calls: int = 0  # candidates given to a scorer
     steps: int = 0  # forward passes this search took part in
-    seconds: float = 0.0  # from its first prefill to its end
+    seconds: float = 0.0  # from its start to its end, pauses left out
 
     def __add__(self, other: "Usage") -> "Usage":
         return Usage(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
@@ -42,8 +43,8 @@ class Job:
     """``inputs`` are the processor's for one sample, without padding.
 
     ``result`` is what the program returned; if it failed, ``error`` is what it raised. The engine fills the rest:
-    every branch it made (they own pages until the job ends), the requests it has not opened yet, the growing branches,
-    and the reply that collects them.
+    every branch it made, the root first (they own pages until the job ends, or others need them more), the requests it
+    has not opened yet with what is known of their answers, the growing branches, and the reply that collects them.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -54,12 +55,13 @@ class Job:
     cancelled: bool = False
     branches: list[Branch] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
+    answers: dict[Request, Any] = field(default_factory=dict)
     slots: list[Slot] = field(default_factory=list)
     _reply: list[Any] | None = None
     _failure: Exception | None = None
     _coroutine: Program | None = None
-    _start: float = 0.0
-    _seconds: float = 0.0  # of runs before this one
+    was_paused: bool = False
+    _since: float = 0.0  # its seconds are counted up to here
 
     @property
     def prompt_length(self) -> int:
@@ -69,11 +71,40 @@ class Job:
         """End it without a result at the next step, with all that it holds given back."""
         self.cancelled = True
 
+    @property
+    def width(self) -> int:
+        """How many branches grow, or will once its requests are opened."""
+        return len(self.slots) + sum(request.width for request in self.requests)
+
     def start(self, root: Branch, now: float) -> None:
-        self._coroutine, self._start, self._seconds = self.program(root), now, self.usage.seconds
+        self.branches, self._coroutine = [root], self.program(root)
+        self.resume(now)
+
+    def resume(self, now: float) -> None:
+        """Count its seconds from here on."""
+        self._since = now
 
     def tick(self, now: float) -> None:
-        self.usage.seconds = self._seconds + now - self._start
+        self.usage.seconds += now - self._since
+        self._since = now
+
+    def active(self) -> list[Branch]:
+        """What is computed or forked next."""
+        found = [slot.branch for slot in self.slots]
+        for request in self.requests:
+            if not isinstance(request, Call):
+                found += self.answers.get(request, [request.parent])
+        return found
+
+    def idle(self) -> list[Branch]:
+        """What has pages, is not active, and no active branch hangs on it."""
+        needed = set[Branch]()
+        for branch in self.active():
+            above: Branch | None = branch
+            while above is not None and above not in needed:
+                needed.add(above)
+                above = above.parent
+        return [branch for branch in self.branches[1:] if branch.seq >= 0 and branch not in needed]
 
     def open(self, request: Expand, kids: list[Branch]) -> None:
         """Note that ``kids`` now grow to answer ``request``."""
@@ -114,7 +145,8 @@ class Job:
         for branch in self.branches:
             branch.next_logits = None
         coroutine, self._coroutine = self._coroutine, None
-        self.branches, self.requests, self.slots = [], [], []
+        self.branches, self.requests, self.answers, self.slots = [], [], {}, []
+        self.was_paused = False
         self._reply = self._failure = None
         try:
             if coroutine is not None:

@@ -1,10 +1,12 @@
 """The engine's view of a transformers model: the same weights behind our attention function."""
 
 import copy
-from abc import ABC, abstractmethod
+import inspect
+import logging
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from llava_cot.engine.attention import NAME
@@ -12,27 +14,35 @@ from llava_cot.engine.batch import Batch
 from llava_cot.engine.cache import PagedCache
 from llava_cot.engine.images import ImageStore
 
-CPU_KV_BYTES = 2 << 30  # address space: only pages that were written become resident
-CUDA_KV_SHARE = 0.5  # of the memory that is free once the weights are there
+CPU_BYTES = 2 << 30  # address space, for pages and for images: only what was written becomes resident
+CUDA_PAGES_SHARE, CUDA_IMAGES_SHARE = 0.5, 0.2  # of the memory that is free once the weights are there
+PER_TOKEN = ("input_ids", "cross_attention_mask", "mm_token_type_ids")  # inputs with an entry for each token
+
+Prompt = dict[str, torch.Tensor]  # the processor's inputs for one sample, without padding
+
+logger = logging.getLogger(__name__)
 
 
-def _kv_budget(device: torch.device) -> int:
-    """Bytes for the page pool when the caller names no number of pages."""
-    return int(torch.cuda.mem_get_info(device)[0] * CUDA_KV_SHARE) if device.type == "cuda" else CPU_KV_BYTES
+def _budget(device: torch.device) -> tuple[int, int]:
+    """Bytes for the pages, when the caller names no number of them, and for the images' keys and values."""
+    if device.type != "cuda":
+        return CPU_BYTES, CPU_BYTES
+    free = torch.cuda.mem_get_info(device)[0]
+    return int(free * CUDA_PAGES_SHARE), int(free * CUDA_IMAGES_SHARE)
 
 
 class Prefilled(NamedTuple):
     """What a prompt leaves behind, besides its keys and values in the pages."""
 
     logits: torch.Tensor  # [V], of the next token
-    image: int = -1  # the image's segment in the store, if the model has cross-attention
-    position_offset: int = 0  # from a later token's index to its rotary position
+    image: int  # the image's segment in the store; -1 if the model has no cross-attention
+    position_offset: int  # from a later token's index to its rotary position
 
 
-class ModelView(ABC):
+class ModelView:
     """Runs a model on flattened batches: a copy of the caller's model that shares every tensor with it.
 
-    The families differ in where a prompt's image goes, and so in ``prefill`` alone: decoding is the same for all.
+    The families differ in where a prompt's image goes, and so in parts of ``prefill``: decoding is the same for all.
     """
 
     cross_layers: tuple[int, ...] = ()  # indices of the layers that attend to the image store
@@ -41,37 +51,77 @@ class ModelView(ABC):
         tensors = [*model.parameters(), *model.buffers()]
         self._model = copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors}).eval()
         self._model.set_attn_implementation({"text_config": NAME})
+        parameters = inspect.signature(self._model.forward).parameters
+        self._cache_parameter = "cache" if "cache" in parameters else "past_key_values"  # before transformers 5.24
         text = model.config.text_config
         self.vocab_size = text.vocab_size
         self.dtype, self.device = model.dtype, model.device
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         heads = (text.num_key_value_heads, head_dim)
-        num_self_layers = text.num_hidden_layers - len(self.cross_layers)
-        if num_pages is None:
-            page_bytes = 2 * num_self_layers * page_size * heads[0] * heads[1] * self.dtype.itemsize
-            num_pages = max(1, _kv_budget(self.device) // page_bytes)
-        self.num_pages = num_pages
-        shape = (2, num_self_layers, num_pages, page_size, *heads)
+        num_cross = len(self.cross_layers)
+        num_self = text.num_hidden_layers - num_cross
+        for_pages, for_images = _budget(self.device)
+        token_bytes = 2 * heads[0] * heads[1] * self.dtype.itemsize  # of a layer
+        page_bytes = num_self * page_size * token_bytes
+        self.num_pages = max(1, for_pages // page_bytes) if num_pages is None else num_pages
+        shape = (2, num_self, self.num_pages, page_size, *heads)
         self.kv_cache = torch.empty(shape, dtype=self.dtype, device=self.device)
-        self.images = ImageStore(len(self.cross_layers), *heads, self.dtype, self.device)
+        capacity = for_images // (num_cross * token_bytes) if num_cross else 0
+        self.images = ImageStore(num_cross, *heads, capacity, self.dtype, self.device)
+        logger.info(
+            "room for %d tokens in %d pages (%.2f GiB) and for %d image tokens (%.2f GiB)",
+            *(self.num_pages * page_size, self.num_pages, self.num_pages * page_bytes / 2**30),
+            *(capacity, capacity * num_cross * token_bytes / 2**30),
+        )
 
-    @abstractmethod
-    def prefill(self, inputs: dict[str, torch.Tensor], batch: Batch) -> Prefilled:
-        """Run one prompt with its image; ``inputs`` are the processor's for one sample, without padding."""
+    def image_tokens(self, prompt: Prompt) -> int:
+        """How many tokens of the image store it takes."""
+        return 0
 
-    def decode(self, token_ids: torch.Tensor, positions: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """T tokens of B sequences at their rotary positions, int64 [T] each; their next-token logits [T, V]."""
+    def prefill(self, prompts: list[Prompt], slot_mappings: list[torch.Tensor]) -> list[Prefilled]:
+        """Run prompts with their images in one pass; of several the image inputs must have one shape.
+
+        ``slot_mappings`` are int64 [T] for each prompt: where the keys and values of its tokens go.
+        """
+        inputs = {name: self._stack(name, prompts) for name in prompts[0] if name != "attention_mask"}
+        lengths = torch.tensor([prompt["input_ids"].shape[1] for prompt in prompts], device=self.device)
+        slots = pad_sequence(slot_mappings, batch_first=True, padding_value=-1).flatten()
+        cache = PagedCache(self.kv_cache, self.images, self.cross_layers, Batch(slots.to(self.device)))
+        positions, offsets = self._positions(inputs, lengths)
+        logits = self._forward(cache, position_ids=positions, logits_to_keep=lengths - 1, **inputs)
+        kept = self._store_images(cache, prompts)
+        return [Prefilled(logits[row, row].clone(), *rest) for row, rest in enumerate(zip(kept, offsets))]
+
+    def decode(
+        self, token_ids: torch.Tensor, positions: torch.Tensor, batch: Batch, *, with_logits: bool = True
+    ) -> torch.Tensor:
+        """T tokens of B sequences, int64 [T], at their rotary positions, int64 [T]: their next-token logits [T, V]."""
+        cache = PagedCache(self.kv_cache, self.images, self.cross_layers, batch)
+        keep = 0 if with_logits else token_ids.new_empty(0)
         rows = {"input_ids": token_ids.unsqueeze(0), "position_ids": positions.unsqueeze(0)}
-        return self._forward(self._cache(batch), batch, **rows)[0]
-
-    def _cache(self, batch: Batch) -> PagedCache:
-        return PagedCache(self.kv_cache, self.images, self.cross_layers, batch)
+        return self._forward(cache, logits_to_keep=keep, **rows)[0]
 
     @torch.inference_mode()
-    def _forward(self, cache: PagedCache, batch: Batch, **inputs) -> torch.Tensor:
-        return self._model(
-            **inputs, past_key_values=cache, use_cache=True, paged_batch=batch, paged_layers=cache.layers
-        ).logits
+    def _forward(self, cache: PagedCache, **inputs) -> torch.Tensor:
+        inputs[self._cache_parameter] = cache
+        return self._model(**inputs, use_cache=True, paged_batch=cache.batch, paged_layers=cache.layers).logits
+
+    def _stack(self, name: str, prompts: list[Prompt]) -> torch.Tensor:
+        """Padding on the right is seen by nobody, but must not look like an image."""
+        values = [prompt[name].to(self.device) for prompt in prompts]
+        if name not in PER_TOKEN:
+            return torch.cat(values)
+        is_image = name == "input_ids" and getattr(self._model.config, "image_token_id", None) == 0
+        return pad_sequence([value[0] for value in values], batch_first=True, padding_value=int(is_image))
+
+    def _positions(self, inputs: Prompt, lengths: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+        """Rotary positions of the padded prompts, and the offset to them from the index of a later token of each."""
+        ids = inputs["input_ids"]
+        return torch.arange(ids.shape[1], device=self.device).expand_as(ids), [0] * len(ids)
+
+    def _store_images(self, cache: PagedCache, prompts: list[Prompt]) -> list[int]:
+        """The segment of each prompt's image in the store."""
+        return [-1] * len(prompts)
 
 
 class CrossAttentionView(ModelView):
@@ -81,20 +131,26 @@ class CrossAttentionView(ModelView):
         self.cross_layers = tuple(model.config.text_config.cross_attention_layers)
         super().__init__(model, page_size, num_pages)
 
-    def prefill(self, inputs: dict[str, torch.Tensor], batch: Batch) -> Prefilled:
-        cache = self._cache(batch)
-        positions = torch.arange(inputs["input_ids"].shape[1], device=self.device).unsqueeze(0)
-        logits = self._forward(cache, batch, position_ids=positions, logits_to_keep=1, **inputs)
-        key_value = torch.stack(
-            [
-                torch.stack([getattr(cache.layers[index], name)[0].transpose(0, 1) for index in self.cross_layers])
-                for name in ("keys", "values")
-            ]
-        )  # [2, num_cross_layers, images * tiles * patches, Hkv, D]
-        # What the last prompt token may see is what every later token sees; padding tiles leave here.
-        visible = inputs["cross_attention_mask"][0, -1].flatten().bool()
-        key_value = key_value.unflatten(2, (visible.numel(), -1))[:, :, visible].flatten(2, 3)
-        return Prefilled(logits[0, -1], self.images.add(key_value))
+    def image_tokens(self, prompt: Prompt) -> int:
+        vision = self._model.config.vision_config
+        return int(_visible_tiles(prompt).sum()) * ((vision.image_size // vision.patch_size) ** 2 + 1)
+
+    def _store_images(self, cache: PagedCache, prompts: list[Prompt]) -> list[int]:
+        layers = [cache.layers[index] for index in self.cross_layers]
+        segments = []
+        for row, prompt in enumerate(prompts):
+            key = torch.stack([layer.keys[row].transpose(0, 1) for layer in layers])
+            value = torch.stack([layer.values[row].transpose(0, 1) for layer in layers])
+            tiles = _visible_tiles(prompt).to(self.device)
+            # [2, num_cross_layers, images * tiles, patches, Hkv, D]
+            key_value = torch.stack([key, value]).unflatten(2, (len(tiles), -1))
+            segments.append(self.images.add(key_value[:, :, tiles].flatten(2, 3)))
+        return segments
+
+
+def _visible_tiles(prompt: Prompt) -> torch.Tensor:
+    """bool [images * tiles]: what the last token of a prompt may see is what every later token sees."""
+    return prompt["cross_attention_mask"][0, -1].flatten().bool()
 
 
 class TextPrefixView(ModelView):
@@ -108,15 +164,17 @@ class TextPrefixView(ModelView):
             raise ValueError(f"model must have full attention in every layer, got {text.model_type} with a window")
         super().__init__(model, page_size, num_pages)
 
-    def prefill(self, inputs: dict[str, torch.Tensor], batch: Batch) -> Prefilled:
-        ids, offset = inputs["input_ids"], 0
-        positions = torch.arange(ids.shape[1], device=self.device).unsqueeze(0)
-        if "image_grid_thw" in inputs:  # M-RoPE: positions [3, 1, T], in which an image counts as its longer side
-            is_image = (ids == self._model.config.image_token_id).int()
-            positions, deltas = self._model.model.get_rope_index(ids, is_image, image_grid_thw=inputs["image_grid_thw"])
-            offset = int(deltas)
-        logits = self._forward(self._cache(batch), batch, position_ids=positions, logits_to_keep=1, **inputs)
-        return Prefilled(logits[0, -1], position_offset=offset)
+    def _positions(self, inputs: Prompt, lengths: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+        if "image_grid_thw" not in inputs:
+            return super()._positions(inputs, lengths)
+        ids = inputs["input_ids"]
+        is_image = (ids == self._model.config.image_token_id).int()
+        is_token = torch.arange(ids.shape[1], device=self.device) < lengths.unsqueeze(1)
+        # M-RoPE: positions [3, B, T], in which an image counts as its longer side
+        positions, deltas = self._model.model.get_rope_index(
+            ids, is_image, image_grid_thw=inputs["image_grid_thw"], attention_mask=is_token.int()
+        )
+        return positions, deltas.flatten().tolist()
 
 
 VIEWS: dict[str, type[ModelView]] = {

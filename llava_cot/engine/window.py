@@ -1,32 +1,17 @@
-"""Several steps of all growing branches on the device; the host looks when they are done."""
+"""Several steps of all growing branches on the device, all of them asked for before the host looks at the first."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from llava_cot.engine.batch import Batch, shared_prefixes
+from llava_cot.engine.capture import Shape, capture
 from llava_cot.engine.draw import Candidates, Drawn, Row, candidates, draw
 from llava_cot.engine.job import Slot
 from llava_cot.engine.model import ModelView
 from llava_cot_kernels.stage_tags import StageTags
-
-ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
-MIN_PAGES, MIN_SEGMENTS = 16, 4
-
-
-class Shape(NamedTuple):
-    """Of the buffers: rounded up, so that few are captured."""
-
-    rows: int
-    pages: int  # of a row's page table
-    segments: int  # of the image store
-    prefixes: int  # that rows share
-
-
-def _power_of_two(least: int) -> int:
-    return 1 << (least - 1).bit_length()
 
 
 class Buffers:
@@ -53,6 +38,12 @@ class Buffers:
         self.prefix_lens = zeros(shape.prefixes, dtype=torch.int32)
         self.step = zeros(1, dtype=torch.int64)
         self.drawn = Drawn(zeros(num_steps, 4, rows, dtype=torch.int64), zeros(num_steps, 4, rows, dtype=torch.float32))
+        # Where the host looks; there is no pinned memory without a GPU, and no need of it.
+        is_cuda = device.type == "cuda"
+        self.seen = (
+            Drawn(*(torch.zeros_like(t, device="cpu").pin_memory() for t in self.drawn)) if is_cuda else self.drawn
+        )
+        self.marks = [torch.cuda.Event() for _ in range(num_steps)] if is_cuda else []
 
 
 class Window:
@@ -63,12 +54,10 @@ class Window:
         self.eos_token_ids = torch.tensor(sorted(eos_token_ids) or [-2], device=view.device)
         self.num_tags = len(tags.tags)
         self._stepping: dict[Shape, tuple[Buffers, Callable[[], None]]] = {}
-        self._image_kv: torch.Tensor | None = None  # which the graphs read
 
-    @torch.inference_mode()
     def run(
         self, slots: list[Slot], counts: list[int], slot_mapping: torch.Tensor, page_table: torch.Tensor
-    ) -> list[list[Row]]:
+    ) -> Iterator[list[Row]]:
         """Let each branch grow by up to ``counts[i]`` tokens, until it finishes.
 
         Args:
@@ -76,8 +65,19 @@ class Window:
             page_table: int32 [N, P], with room for them.
 
         Returns:
-            for each step the ``Row`` of each branch; those behind its end mean nothing.
+            for each step the ``Row`` of each branch; those behind its end mean nothing. While the host is busy with one
+            step the device goes on with the next ones. To be read before the next call.
         """
+        at = self._launch(slots, counts, slot_mapping, page_table)
+        for index in range(max(counts)):
+            for mark in at.marks[index : index + 1]:
+                mark.synchronize()
+            yield Drawn(*(part[index, :, : len(slots)] for part in at.seen)).rows()
+
+    @torch.inference_mode()
+    def _launch(
+        self, slots: list[Slot], counts: list[int], slot_mapping: torch.Tensor, page_table: torch.Tensor
+    ) -> Buffers:
         n, branches = len(slots), [slot.branch for slot in slots]
         with torch.cuda.device_of(self.view.kv_cache):
             image_group, image_cu_seqlens = self.view.images.segments([branch.image for branch in branches])
@@ -102,26 +102,20 @@ class Window:
                 to.image_cu_seqlens[: num_segments + 1] = image_cu_seqlens
                 to.image_cu_seqlens[num_segments + 1 :] = image_cu_seqlens[-1:]
             to.step.zero_()
-            for _ in range(max(counts)):
+            for index in range(max(counts)):
                 step()
-            seen = [part[: max(counts), :, :n].cpu() for part in to.drawn]
-            return [Drawn(*of_step).rows() for of_step in zip(*seen)]
+                for mark in to.marks[index : index + 1]:
+                    for host, drawn in zip(to.seen, to.drawn):
+                        host[index].copy_(drawn[index], non_blocking=True)
+                    mark.record()
+        return to
 
     def _open(self, n: int, pages: int, segments: int, prefixes: int) -> tuple[Buffers, Callable[[], None]]:
         """Buffers with room for ``n`` rows, all of them idle or stale, and what runs a step on them."""
-        if self._image_kv is not self.view.images.kv:
-            self._image_kv = self.view.images.kv
-            self._stepping.clear()
-        shape = Shape(
-            rows=next((rows for rows in ROWS if rows >= n), -(-n // ROWS[-1]) * ROWS[-1]),
-            pages=_power_of_two(max(MIN_PAGES, pages)),
-            segments=_power_of_two(max(MIN_SEGMENTS, segments)),
-            prefixes=_power_of_two(prefixes) if prefixes else 0,
-        )
+        shape = Shape.with_room(n, pages, segments, prefixes)
         if shape not in self._stepping:
             buffers = Buffers(shape, self.num_steps, self.num_tags, self.view.device)
-            step = partial(self.step, buffers)
-            self._stepping[shape] = buffers, _capture(step) if self.view.device.type == "cuda" else step
+            self._stepping[shape] = buffers, capture(partial(self.step, buffers), self.view.device)
         return self._stepping[shape]
 
     def _ends(self, slot: Slot) -> list[bool]:
@@ -136,8 +130,6 @@ class Window:
             slot_mapping=torch.where(alive, at.slot_mapping.index_select(0, at.step)[0], -1),
             page_table=at.page_table,
             seq_lens=torch.where(alive, length, 0).int(),
-            cu_seqlens_q=None,
-            is_prefill=False,
             prefix_group=torch.where(alive, at.prefix_group, -1) if len(at.prefix_lens) else None,
             prefix_lens=at.prefix_lens if len(at.prefix_lens) else None,
             image_group=torch.where(alive, at.image_group, -1) if self.view.cross_layers else None,
@@ -160,16 +152,3 @@ class Window:
 def _put(buffer: torch.Tensor, values: Any) -> None:
     host = torch.as_tensor(values, dtype=buffer.dtype)
     buffer.copy_(host.pin_memory() if buffer.is_cuda else host, non_blocking=True)
-
-
-def _capture(step: Callable[[], None]) -> Callable[[], None]:
-    """A CUDA graph of ``step``, run once before, as everything is compiled and allocated then."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        step()
-    return graph.replay

@@ -61,10 +61,9 @@ class Search:
     def __post_init__(self):
         self.root = Node(0, None, None, 0, 0, self.branch)
         self.nodes.append(self.root)
-        # A search that was restarted for want of pages has paid for what it lost, but its budget is that of one run.
-        prefill = Usage(prompt_tokens=self.branch.length, image_encodings=1)
-        is_restarted = self.usage.prompt_tokens > prefill.prompt_tokens
-        self._before = self.usage - prefill if is_restarted else Usage()
+        # A search that starts again has paid for what it lost, but its budget is that of one run.
+        prompt = Usage(prompt_tokens=self.branch.length, image_encodings=1)
+        self._before = self.usage - prompt
 
     def can_grow(self, node: Node) -> bool:
         """Whether another stage may come after ``node``."""

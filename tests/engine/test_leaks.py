@@ -7,7 +7,7 @@ import pytest
 
 from llava_cot import SwiresConfig, TokenBeamConfig
 from llava_cot.data import shapes
-from llava_cot.engine import draw, engine
+from llava_cot.engine import draw, runner
 from llava_cot_kernels import OutOfPages
 
 CONFIG = SwiresConfig.published(max_new_tokens=160)
@@ -24,7 +24,7 @@ def _assert_nothing_held(generator):
     assert generator.engine.images_in_use == 0
 
 
-@pytest.mark.parametrize("module, where", [(draw, "sample"), (engine, "copy_pages")], ids=["sample", "copy_pages"])
+@pytest.mark.parametrize("module, where", [(draw, "sample"), (runner, "copy_pages")], ids=["sample", "copy_pages"])
 def test_an_interrupt_at_any_call_of_an_op(tiny, monkeypatch, module, where):
     original, calls = getattr(module, where), 0
 

@@ -108,9 +108,9 @@ def test_forks_and_going_back(tiny, family):
     engine = Engine(model, StageTags.from_tokenizer(tiny.processor.tokenizer, ["</SUMMARY>"]), page_size=4)
     decode = engine.view.decode
 
-    def decoding(token_ids, positions, batch):
+    def decoding(token_ids, positions, batch, **kwargs):
         assert not batch.is_prefill  # flash-attn would take what it is given for all the keys there are
-        return decode(token_ids, positions, batch)
+        return decode(token_ids, positions, batch, **kwargs)
 
     engine.view.decode = decoding
 

@@ -4,16 +4,19 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.random_llava import FAMILIES
 from helpers.random_mllama import TINY_SHAPE, build_random_mllama, random_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from llava_cot.engine import replay
 from llava_cot.engine.branch import Branch, Expand, Finish, SamplingParams
+from llava_cot.engine.capture import Shape
 from llava_cot.engine.draw import Row, grow
 from llava_cot.engine.engine import Engine
 from llava_cot.engine.job import Job, Slot
 from llava_cot.engine.model import open_view
-from llava_cot.engine.window import Buffers, Shape, Window
+from llava_cot.engine.window import Buffers, Window
 from llava_cot.prompt import split_rows
 from llava_cot_kernels import backend
 from llava_cot_kernels.page_pool import PagePool
@@ -130,7 +133,7 @@ def test_too_few_pages_for_several_steps_are_enough_for_one(random_model, tags):
 
     roomy = Engine(random_model, tags, page_size=1, num_pages=400)
     roomy.run([expected := job_of(random_model, program)])
-    tight = Engine(random_model, tags, page_size=1, num_pages=roomy.peak_pages, steps_per_look=64)
+    tight = Engine(random_model, tags, page_size=1, num_pages=roomy.runner.peak_pages, steps_per_look=64)
     tight.run([found := job_of(random_model, program)])
     assert found.error is None
     assert_same(found.result, expected.result)
@@ -163,17 +166,18 @@ class _Watch(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("prefixes", [0, 2])
-def test_a_step_needs_no_host(monkeypatch, tags, prefixes):
+@pytest.mark.parametrize("family", ["mllama", *FAMILIES])
+def test_a_step_needs_no_host(monkeypatch, tags, family, prefixes):
     """On tensors without data a value cannot be looked at, and what comes from the host is seen: it can be captured."""
     monkeypatch.setattr(backend, "available", lambda op, device_type: ("native",))
-    model = build_random_mllama(**TINY_SHAPE, seed=0).to("meta")
-    view = open_view(model, 16, 32)
-    view.images.add(torch.empty(2, 2, 20, 2, 8, device="meta"))
+    model = build_random_mllama(**TINY_SHAPE, seed=0) if family == "mllama" else FAMILIES[family][0](seed=0)
+    view = open_view(model.to("meta"), 16, 32)
     window = Window(view, tags.to("meta"), frozenset({2}), 4)
     shape = Shape(rows=8, pages=16, segments=4, prefixes=prefixes)
-    buffers = Buffers(shape, 4, len(tags.tags), torch.device("meta"))
+    buffers, others = Buffers(shape, 4, len(tags.tags), view.device), replay.Buffers(shape, view)
     with torch.inference_mode(), _Watch() as watch:
         window.step(buffers)
+        replay.Replay(view).step(others)
     assert watch.with_host == [] and watch.count > 100
     with pytest.raises(RuntimeError), torch.inference_mode():
         buffers.token.tolist()  # or a look would have gone unnoticed

@@ -34,12 +34,12 @@ def record_logits(engine):
     prefill, decode = view.prefill, view.decode
 
     def recording_prefill(*args):
-        prefilled = prefill(*args)
+        (prefilled,) = prefill(*args)
         logits.append(prefilled.logits)
-        return prefilled
+        return [prefilled]
 
-    def recording_decode(*args):
-        rows = decode(*args)
+    def recording_decode(*args, **kwargs):
+        rows = decode(*args, **kwargs)
         logits.append(rows[0])
         return rows
 

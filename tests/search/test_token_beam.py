@@ -100,11 +100,11 @@ def test_questions_in_one_batch_and_with_few_pages(tiny, bare_generator):
 def test_dead_beams_give_their_pages_back(tiny):
     """Three beams hold about three answers' pages, however many were dropped on the way."""
     sample = shapes.sample(800_320)
-    tiny.engine.peak_pages = 0
+    tiny.engine.runner.peak_pages = 0
     answer = tiny.answer(sample.image, sample.question, TokenBeamConfig(num_beams=3, max_new_tokens=160))
     prompt = answer.trace.data["prompt_tokens"]
     per_beam = -(-(prompt + len(answer.tokens)) // tiny.engine.pool.page_size)
-    assert tiny.engine.peak_pages <= 4 * (per_beam + 1)
+    assert tiny.engine.runner.peak_pages <= 4 * (per_beam + 1)
 
 
 def test_the_trace_and_the_cost(tiny):

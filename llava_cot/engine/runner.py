@@ -1,0 +1,134 @@
+"""A model and the pages of its branches: every forward pass, also that of what has lost its pages."""
+
+from collections.abc import Collection, Iterable
+from itertools import accumulate
+
+import torch
+from transformers import PreTrainedModel
+
+from llava_cot.engine.batch import Batch, shared_prefixes
+from llava_cot.engine.branch import Branch
+from llava_cot.engine.model import Prompt, open_view
+from llava_cot.engine.replay import Replay
+from llava_cot_kernels.page_pool import OutOfPages, PagePool
+from llava_cot_kernels.paged_kv import copy_pages
+
+
+class ModelRunner:
+    """Computes tokens of branches; raises ``OutOfPages`` before anything has changed."""
+
+    def __init__(self, model: PreTrainedModel, page_size: int, num_pages: int | None):
+        self.view = open_view(model, page_size, num_pages)
+        self.pool = PagePool(self.view.num_pages, page_size)
+        self.replay = Replay(self.view)
+        self.replays = self.view.device.type == "cuda"  # elsewhere idle rows only cost
+        self.peak_pages = 0  # the most ever in use at once; may be reset
+
+    @property
+    def pages_in_use(self) -> int:
+        return self.pool.num_pages - self.pool.num_free
+
+    def append(self, seqs: list[int], counts: list[int]) -> torch.Tensor:
+        """Make room for ``counts`` new tokens of each sequence, copying what is shared: their slot mapping, int64."""
+        slots, copies = self.pool.append(seqs, counts)
+        self.peak_pages = max(self.peak_pages, self.pages_in_use)
+        if len(copies):
+            copy_pages(self.view.kv_cache, copies.to(self.view.device))
+        return slots
+
+    def prefill(self, roots: list[Branch], prompts: list[Prompt]) -> None:
+        """Compute prompts, in one pass those whose images have one shape."""
+        groups: dict[tuple[torch.Size, ...], list[int]] = {}
+        for index, prompt in enumerate(prompts):
+            shapes = tuple(value.shape[1:] for name, value in prompt.items() if name.startswith("pixel"))
+            groups.setdefault(shapes, []).append(index)
+        for rows in groups.values():
+            counts = [roots[row].length for row in rows]
+            for row in rows:
+                roots[row].seq = self.pool.create()
+            slots = self.append([roots[row].seq for row in rows], counts)
+            found = self.view.prefill([prompts[row] for row in rows], [*slots.split(counts)])
+            for row, prefilled in zip(rows, found):
+                root = roots[row]
+                root.next_logits, root.image, root.position_offset = prefilled
+
+    def decode(self, tokens: dict[Branch, list[int]], *, with_logits: bool = True) -> torch.Tensor:
+        """Compute the next tokens of branches: the logits [T, V] behind each, to be read before the next call."""
+        branches, counts = [*tokens], [len(new) for new in tokens.values()]
+        seqs, device = [branch.seq for branch in branches], self.view.device
+        starts = [self.pool.length(seq) for seq in seqs]
+        slots = self.append(seqs, counts)
+        group, cu_seqlens = self.view.images.segments(
+            [branch.image for branch, count in zip(branches, counts) for _ in range(count)]
+        )
+        prefix_group, prefix_lens = shared_prefixes(branches)
+
+        def column(values: list[int]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=device)
+
+        batch = Batch(
+            slot_mapping=slots.to(device),
+            page_table=self.pool.page_table(seqs).to(device),
+            seq_lens=column([start + count for start, count in zip(starts, counts)]),
+            cu_seqlens_q=column([0, *accumulate(counts)]) if any(count > 1 for count in counts) else None,
+            prefix_group=column(prefix_group) if prefix_lens else None,
+            prefix_lens=column(prefix_lens) if prefix_lens else None,
+            image_group=group,
+            image_cu_seqlens=cu_seqlens,
+        )
+        positions = [
+            start + branch.position_offset + index
+            for branch, start, count in zip(branches, starts, counts)
+            for index in range(count)
+        ]
+        read = torch.tensor([[token for new in tokens.values() for token in new], positions], device=device)
+        if self.replays and batch.cu_seqlens_q is None:
+            return self.replay.decode(read[0], read[1], batch)
+        return self.view.decode(read[0], read[1], batch, with_logits=with_logits)
+
+    def page_out(self, branches: Iterable[Branch]) -> None:
+        """Take back the pages of branches that are not computed next."""
+        for branch in branches:
+            branch.computed = self.pool.length(branch.seq)
+            self.pool.free(branch.seq)
+            branch.seq = -1
+
+    def restore(self, branches: Iterable[Branch], held: Collection[Branch]) -> int:
+        """Compute ``branches`` again where they have no pages, and what they hang on; the root has some.
+
+        ``held`` are all branches of their search that are not dropped. Returns how many tokens that took.
+        """
+        missing: dict[Branch, Branch] = {}  # and what each is forked from
+        for branch in branches:
+            while branch.seq < 0 and branch not in missing:
+                missing[branch] = _nearest(branch.parent, held)
+                branch = missing[branch]
+        count = 0
+        while missing:
+            level = [branch for branch, origin in missing.items() if origin.seq >= 0]
+            tokens = {}
+            for branch in level:
+                path, (branch.seq,) = branch.path(), self.pool.fork(missing.pop(branch).seq, 1)
+                prompt_length = branch.length - len(path)
+                lost = path[self.pool.length(branch.seq) - prompt_length : branch.computed - prompt_length]
+                if lost:
+                    tokens[branch] = lost
+            if not tokens:
+                continue
+            try:
+                self.decode(tokens, with_logits=False)
+            except OutOfPages:
+                for branch in level:
+                    self.pool.free(branch.seq)
+                    branch.seq = -1
+                raise
+            count += sum(map(len, tokens.values()))
+        return count
+
+
+def _nearest(branch: Branch | None, held: Collection[Branch]) -> Branch:
+    """Itself or what it comes from: the ``Rank`` of a branch drops it, and its children take over its pages."""
+    while branch is not None and branch not in held:
+        branch = branch.parent
+    assert branch is not None  # the root is never dropped
+    return branch

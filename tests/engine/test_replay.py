@@ -1,0 +1,64 @@
+"""A forward pass on buffers that stay where they are is the pass it stands for."""
+
+import pytest
+import torch
+from helpers.random_llava import FAMILIES
+from helpers.random_mllama import TINY_SHAPE, build_random_mllama, random_inputs
+
+from llava_cot.engine.branch import Expand, Extend, Rank, SamplingParams
+from llava_cot.engine.engine import Engine
+from llava_cot.engine.job import Job
+from llava_cot.prompt import split_rows
+from llava_cot_kernels.stage_tags import StageTags
+
+WILD = SamplingParams(temperature=1.2)
+TAGS = StageTags([b"a", b"</x>"], ["</x>"])
+
+
+def mixed(seed):
+    """Growing, ranked and extended branches, of widths that are no bucket's."""
+
+    def program(root):
+        (first,) = yield [Expand(root, tuple(range(seed, seed + 3 + seed)), WILD, 5, frozenset())]
+        second, (given,), ranked = yield [
+            Expand(first[0], (seed + 9, seed + 10), WILD, 6, frozenset()),
+            Extend(first[1], (5, 6, 7)),
+            Rank(root, 3),
+        ]
+        for _ in range(3):
+            (ranked,) = yield [Rank(ranked[0].branch, 3, tuple(zip(ranked[0].tokens, ranked[0].logprobs)))]
+        return [(b.tokens, b.logprobs) for b in (*first, *second, given, *(r.branch for r in ranked))]
+
+    return program
+
+
+def run(model, inputs, replays):
+    engine = Engine(model, TAGS, page_size=4, num_pages=400, steps_per_look=1)
+    engine.runner.replays = replays
+    jobs = [Job(split_rows(each, model.config)[0], mixed(seed)) for seed, each in enumerate(inputs)]
+    engine.run(jobs)
+    assert [job.error for job in jobs] == [None] * len(jobs)
+    assert bool(engine.runner.replay._passes) == replays
+    assert (engine.pages_in_use, engine.images_in_use) == (0, 0)
+    return [pair for job in jobs for pair in job.result]
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("family", ["mllama", *FAMILIES])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_replayed_pass_is_the_pass(family, count, device):
+    if family == "mllama":
+        model = build_random_mllama(**TINY_SHAPE, seed=0).to(device)
+        inputs = [
+            random_inputs(model, length=9 + seed, ratio_id=1 + 5 * (seed % 2), seed=seed) for seed in range(count)
+        ]
+    else:
+        build, make_inputs = FAMILIES[family]
+        model = build(seed=3).to(device)
+        inputs = [make_inputs(model, length=21 + seed, seed=seed) for seed in range(count)]
+    expected, found = run(model, inputs, False), run(model, inputs, True)
+    for (tokens, logprobs), (other, others) in zip(found, expected, strict=True):
+        assert tokens == other and logprobs == pytest.approx(others, abs=1e-4)
