@@ -48,7 +48,7 @@ class SwiresGenerator:
 
     ``model`` and ``processor`` stay plain transformers objects; the weights are shared, nothing is patched. One
     generator runs one call at a time, except that calls may be made while a ``stream`` is open. ``grammar`` is that of
-    the stages that the model writes.
+    the stages that the model writes; ``page_size`` and what follows it go to ``Engine``.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class SwiresGenerator:
         page_size: int = 16,
         num_pages: int | None = None,
         steps_per_look: int | None = None,
+        compile: bool = False,
     ):
         if bos not in ("one", "released"):
             raise ValueError(f"bos must be 'one' or 'released', got {bos!r}")
@@ -69,7 +70,9 @@ class SwiresGenerator:
         self.calibrations = {calibration.scorer: calibration for calibration in calibrations}
         self.grammar = grammar
         tags = StageTags.from_tokenizer(processor.tokenizer, [*grammar.close_tags, *SENTENCE_ENDS])
-        self.engine = Engine(model, tags, page_size=page_size, num_pages=num_pages, steps_per_look=steps_per_look)
+        self.engine = Engine(
+            model, tags, page_size=page_size, num_pages=num_pages, steps_per_look=steps_per_look, compile=compile
+        )
 
     @classmethod
     def from_pretrained(
@@ -83,6 +86,7 @@ class SwiresGenerator:
         page_size: int = 16,
         num_pages: int | None = None,
         steps_per_look: int | None = None,
+        compile: bool = False,
         **kwargs,
     ) -> "SwiresGenerator":
         """Load a model folder or hub name; ``"tiny"`` is the bundled scale model. ``kwargs`` go to transformers.
@@ -109,6 +113,7 @@ class SwiresGenerator:
             page_size=page_size,
             num_pages=num_pages,
             steps_per_look=steps_per_look,
+            compile=compile,
         )
 
     def answer(self, image: ImageLike, question: str, search: Any = "swires", *, seed: int = 0, **settings) -> Answer:

@@ -31,15 +31,15 @@ class _Layer(CacheLayerMixin):
 class PagedLayer(_Layer):
     """Self-attention: new keys and values go to their slots, the attention function reads the pages."""
 
-    def __init__(self, key_cache: torch.Tensor, value_cache: torch.Tensor, batch: Batch):
+    def __init__(self, kv_cache: torch.Tensor, batch: Batch):
         super().__init__()
-        self.key_cache, self.value_cache = key_cache, value_cache  # [num_pages, page_size, Hkv, D]
+        self.kv_cache = kv_cache  # [2, num_pages, page_size, Hkv, D]
         self.batch = batch
 
     def update(self, key_states, value_states, *args, **kwargs):
         # [rows, Hkv, T, D], a strided view of the projection; of a single row it stays one
         key, value = (states.transpose(1, 2).flatten(0, 1) for states in (key_states, value_states))
-        store_kv(key, value, self.key_cache, self.value_cache, self.batch.slot_mapping)
+        store_kv(key, value, self.kv_cache[0], self.kv_cache[1], self.batch.slot_mapping)
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -75,6 +75,6 @@ class PagedCache(Cache):
                 layers.append(ImageLayer() if batch.is_prefill else ImageLayer(key, value))
                 num_cross += 1
             else:
-                layers.append(PagedLayer(kv_cache[0, index - num_cross], kv_cache[1, index - num_cross], batch))
+                layers.append(PagedLayer(kv_cache[:, index - num_cross], batch))
         super().__init__(layers=layers)
         self.batch = batch

@@ -34,7 +34,7 @@ class Engine:
 
     Where nothing but growing is to be done, the host looks at what was drawn every ``steps_per_look`` steps only. What
     a branch draws does not depend on it, but up to so many steps run in vain once all branches have finished: None is
-    4 on CUDA, where a look costs more, and 1 on the CPU.
+    4 on CUDA, where a look costs more, and 1 on the CPU. ``compile`` has torch compile the decoder layers.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class Engine:
         page_size: int = 16,
         num_pages: int | None = None,
         steps_per_look: int | None = None,
+        compile: bool = False,
     ):
         if steps_per_look is not None and steps_per_look < 1:
             raise ValueError(f"steps_per_look must be >= 1, got {steps_per_look}")
@@ -52,7 +53,7 @@ class Engine:
             raise ValueError(f"page_size must be >= 1, got {page_size}")
         if num_pages is not None and num_pages < 1:
             raise ValueError(f"num_pages must be >= 1, got {num_pages}")
-        self.runner = ModelRunner(model, page_size, num_pages)
+        self.runner = ModelRunner(model, page_size, num_pages, compile=compile)
         self.view, self.pool = self.runner.view, self.runner.pool
         self.tags = tags.to(self.view.device)
         eos = model.generation_config.eos_token_id

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from llava_cot.engine.attention import NAME
 from llava_cot.engine.batch import Batch
 from llava_cot.engine.cache import PagedCache
+from llava_cot.engine.compile import compile_layers
 from llava_cot.engine.images import ImageStore
 
 CPU_BYTES = 2 << 30  # address space, for pages and for images: only what was written becomes resident
@@ -47,12 +48,14 @@ class ModelView:
 
     cross_layers: tuple[int, ...] = ()  # indices of the layers that attend to the image store
 
-    def __init__(self, model: PreTrainedModel, page_size: int, num_pages: int | None):
+    def __init__(self, model: PreTrainedModel, page_size: int, num_pages: int | None, compile: bool):
         tensors = [*model.parameters(), *model.buffers()]
         self._model = copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors}).eval()
         self._model.set_attn_implementation({"text_config": NAME})
         parameters = inspect.signature(self._model.forward).parameters
         self._cache_parameter = "cache" if "cache" in parameters else "past_key_values"  # before transformers 5.24
+        if compile:
+            compile_layers(self._model, self._cache_parameter)
         text = model.config.text_config
         self.vocab_size = text.vocab_size
         self.dtype, self.device = model.dtype, model.device
@@ -127,9 +130,9 @@ class ModelView:
 class CrossAttentionView(ModelView):
     """Mllama: text tokens attend to the image in layers of their own; its keys and values go to the image store."""
 
-    def __init__(self, model: PreTrainedModel, page_size: int, num_pages: int | None):
+    def __init__(self, model: PreTrainedModel, page_size: int, num_pages: int | None, compile: bool):
         self.cross_layers = tuple(model.config.text_config.cross_attention_layers)
-        super().__init__(model, page_size, num_pages)
+        super().__init__(model, page_size, num_pages, compile)
 
     def image_tokens(self, prompt: Prompt) -> int:
         vision = self._model.config.vision_config
@@ -156,13 +159,13 @@ def _visible_tiles(prompt: Prompt) -> torch.Tensor:
 class TextPrefixView(ModelView):
     """LLaVA, Qwen2.5-VL: the image is tokens of the prompt, and so pages that every branch shares."""
 
-    def __init__(self, model: PreTrainedModel, page_size: int, num_pages: int | None):
+    def __init__(self, model: PreTrainedModel, page_size: int, num_pages: int | None, compile: bool):
         text = model.config.text_config
         kinds = getattr(text, "layer_types", None) or ["full_attention"]
         if getattr(text, "sliding_window", None) or set(kinds) != {"full_attention"}:
             # The pages would be read from the first token on all the same: an answer, but another one.
             raise ValueError(f"model must have full attention in every layer, got {text.model_type} with a window")
-        super().__init__(model, page_size, num_pages)
+        super().__init__(model, page_size, num_pages, compile)
 
     def _positions(self, inputs: Prompt, lengths: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
         if "image_grid_thw" not in inputs:
@@ -184,9 +187,11 @@ VIEWS: dict[str, type[ModelView]] = {
 }
 
 
-def open_view(model: PreTrainedModel, page_size: int, num_pages: int | None) -> ModelView:
+def open_view(
+    model: PreTrainedModel, page_size: int, num_pages: int | None = None, *, compile: bool = False
+) -> ModelView:
     """The view that fits the model's family."""
     model_type = model.config.model_type
     if model_type not in VIEWS:
         raise ValueError(f"model must be one of {sorted(VIEWS)}, got model_type {model_type!r}")
-    return VIEWS[model_type](model, page_size, num_pages)
+    return VIEWS[model_type](model, page_size, num_pages, compile)

@@ -17,8 +17,8 @@ from llava_cot_kernels.paged_kv import copy_pages
 class ModelRunner:
     """Computes tokens of branches; raises ``OutOfPages`` before anything has changed."""
 
-    def __init__(self, model: PreTrainedModel, page_size: int, num_pages: int | None):
-        self.view = open_view(model, page_size, num_pages)
+    def __init__(self, model: PreTrainedModel, page_size: int, num_pages: int | None = None, *, compile: bool = False):
+        self.view = open_view(model, page_size, num_pages, compile=compile)
         self.pool = PagePool(self.view.num_pages, page_size)
         self.replay = Replay(self.view)
         self.replays = self.view.device.type == "cuda"  # elsewhere idle rows only cost
