@@ -20,8 +20,7 @@ def compile_layers(model: PreTrainedModel, cache_parameter: str) -> None:
         layer.forward = partial(_forward, layer.forward, compiled, index, cache_parameter)
 
 
-# Kinds of layers, times a row or many, times no, one or many shared prefixes. That there are as many rows as heads means
-# nothing.
+# Kinds of layers, times a row or many, times no, one or many shared prefixes; as many rows as heads means nothing.
 @torch._dynamo.config.patch(recompile_limit=64)
 @torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
 def _forward(plain, compiled, index: int, cache_parameter: str, *args, paged_batch, paged_layers, **kwargs) -> Any:
