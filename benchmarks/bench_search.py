@@ -80,8 +80,27 @@ class PeakMemory:
         return self.peak - self.start
 
 
+def build_model(device):
+    """Of the 11B model's shape on a GPU, of about 100M parameters elsewhere; it never ends by itself."""
+    if device == "cuda":
+        return random_mllama(str(ROOT / "configs/llama_3_2_11b_vision"), device, torch.bfloat16)
+    model = build_random_mllama(**MODEL, seed=0)
+    model.generation_config.eos_token_id = None
+    return model
+
+
 def peak_memory(model):
     return PeakCudaMemory() if model.device.type == "cuda" else PeakMemory()
+
+
+def used_mib(generator, questions):
+    """Of the keys and values that the engine has reserved before anything is measured, as it does on a GPU."""
+    engine, view = generator.engine, generator.engine.view
+    if view.device.type != "cuda":
+        return 0.0
+    pages = view.kv_cache[:, :, : engine.runner.peak_pages]
+    tokens = sum(view.image_tokens(question) for question in questions)
+    return (pages.nbytes + view.images.kv[:, :, :tokens].nbytes) / 2**20
 
 
 def _resident_mib():
@@ -90,9 +109,10 @@ def _resident_mib():
 
 @dataclass
 class Figures:
-    """Of all questions together."""
+    """Of all of its questions together."""
 
     way: str
+    questions: int
     seconds: float
     decoded_tokens: int
     prefilled_tokens: int
@@ -105,13 +125,15 @@ class Figures:
 def run_engine(generator, questions, config, seed):
     """All questions as one continuous batch."""
     batch = {name: torch.cat([question[name] for question in questions]) for name in questions[0]}
+    generator.engine.runner.peak_pages = 0
     with peak_memory(generator.model) as memory:
         start = time.perf_counter()
         out = generator.generate(**batch, search=config, seed=seed, return_dict_in_generate=True)
         seconds = time.perf_counter() - start
     usages = [answer.usage for answer in out.answers]
     counts = [sum(getattr(u, key) for u in usages) for key in ("decoded_tokens", "prompt_tokens", "image_encodings")]
-    return Figures("engine", seconds, *counts, memory.mib, [answer.tokens for answer in out.answers])
+    peak = memory.mib + used_mib(generator, questions)
+    return Figures("engine", len(questions), seconds, *counts, peak, [answer.tokens for answer in out.answers])
 
 
 def run_loop(name, way_type, model, tokenizer, questions, config, seed):
@@ -125,24 +147,19 @@ def run_loop(name, way_type, model, tokenizer, questions, config, seed):
             tokens.append(result.answer.tokens())
             counts.append((way.counts.decoded, way.counts.prefilled, way.counts.image_encodings))
         seconds = time.perf_counter() - start
-    return Figures(name, seconds, *map(sum, zip(*counts)), memory.mib, tokens)
+    return Figures(name, len(questions), seconds, *map(sum, zip(*counts)), memory.mib, tokens)
 
 
 def agreement(found, expected):
     """The share of tokens up to the first that differs."""
     same = [takewhile(lambda pair: pair[0] == pair[1], zip(*answers)) for answers in zip(found, expected)]
-    return sum(len(list(tokens)) for tokens in same) / sum(map(len, expected))
+    return sum(len(list(tokens)) for tokens in same) / sum(map(len, found))
 
 
-def bench(num_questions, rounds, threads, device, log=print):
+def bench(num_questions, num_looped, rounds, threads, device, compiled=False, log=print):
     torch.set_num_threads(threads)
-    if device == "cuda":
-        model = random_mllama(str(ROOT / "configs/llama_3_2_11b_vision"), device, torch.bfloat16)
-    else:
-        model = build_random_mllama(**MODEL, seed=0)
-    model.generation_config.eos_token_id = None  # every stage runs to its length
-    processor = build_processor()
-    generator = SwiresGenerator(model, processor)
+    model, processor = build_model(device), build_processor()
+    generator = SwiresGenerator(model, processor, compile=compiled)
     config = SwiresConfig.published(
         max_new_tokens=sum(STAGE_TOKENS.values()), max_stage_tokens=STAGE_TOKENS, cutoff=0.0, max_rounds=rounds
     )
@@ -164,10 +181,11 @@ def bench(num_questions, rounds, threads, device, log=print):
     assert held == 0
     ways = [engine]
     for name, way in (("cached", CachedWay), ("published", PublishedWay)):
-        ways.append(run_loop(name, way, model, processor.tokenizer, questions, config, seed=0))
+        looped = questions[:num_looped]
+        ways.append(run_loop(name, way, model, processor.tokenizer, looped, config, seed=0))
         ways[-1].agreement = agreement(ways[-1].tokens, engine.tokens)
         log(f"{name} {ways[-1].seconds:.1f} s, {ways[-1].agreement:.1%} of the tokens are the same", flush=True)
-        if device == "cpu" and ways[-1].tokens != engine.tokens:
+        if device == "cpu" and ways[-1].tokens != engine.tokens[:num_looped]:
             raise SystemExit("a ratio between different searches means nothing")
     return size, ways
 
@@ -176,16 +194,17 @@ KEYS = ("seconds", "decoded_tokens", "prefilled_tokens", "image_encodings", "pea
 
 
 def report(ways):
-    """The figures as a table, with their ratios to the engine's."""
-    print("| way | wall time | tokens decoded | tokens prefilled | image encodings | peak memory |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    """The figures as a table, with their ratios to the engine's: those of a question, and of memory."""
+    print("| way | questions | wall time | tokens decoded | tokens prefilled | image encodings | peak memory |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     engine = ways[0]
     for figures in ways:
         cells = []
         for key, unit, digits in zip(KEYS, (" s", "", "", "", " MiB"), (1, 0, 0, 0, 0)):
             value, base = getattr(figures, key), getattr(engine, key)
-            cells.append(f"{value:.{digits}f}{unit}" + ("" if figures is engine else f" ({value / base:.1f}x)"))
-        print(f"| {figures.way} | " + " | ".join(cells) + " |")
+            ratio = value / base * (1 if key == "peak_mib" else engine.questions / figures.questions)
+            cells.append(f"{value:.{digits}f}{unit}" + ("" if figures is engine else f" ({ratio:.1f}x)"))
+        print(f"| {figures.way} | {figures.questions} | " + " | ".join(cells) + " |")
 
 
 def environment(threads, device):
@@ -201,12 +220,16 @@ def environment(threads, device):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=2)
+    parser.add_argument("--looped", type=int, help="of them for the loops, which take one after another; all of them")
     parser.add_argument("--rounds", type=int, default=1, help="rounds of SWIRES: without a closed stage none passes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--compile", action="store_true", help="the engine's decoder layers")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
-    size, ways = bench(args.questions, args.rounds, args.threads, args.device)
+    size, ways = bench(
+        args.questions, args.looped or args.questions, args.rounds, args.threads, args.device, args.compile
+    )
     report(ways)
     if args.out:
         figures = {
@@ -215,8 +238,12 @@ def main():
             "parameters_million": round(size, 1),
             "questions": args.questions,
             "rounds": args.rounds,
+            "compile": args.compile,
             "stage_tokens": STAGE_TOKENS,
-            "totals": {figures.way: {key: getattr(figures, key) for key in (*KEYS, "agreement")} for figures in ways},
+            "totals": {
+                figures.way: {key: getattr(figures, key) for key in ("questions", *KEYS, "agreement")}
+                for figures in ways
+            },
         }
         args.out.write_text(json.dumps(figures, indent=1) + "\n")
 

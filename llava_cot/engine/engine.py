@@ -20,7 +20,7 @@ from llava_cot_kernels.logprob import token_logprobs
 from llava_cot_kernels.page_pool import OutOfPages
 from llava_cot_kernels.stage_tags import StageTags
 
-PROMPTS_PER_PREFILL = 8
+PROMPTS_PER_PREFILL = 16
 CUDA_STEPS_PER_LOOK = 4
 
 _Request = TypeVar("_Request", Expand, Rank, Extend, Call)

@@ -13,6 +13,8 @@ from llava_cot.engine.replay import Replay
 from llava_cot_kernels.page_pool import OutOfPages, PagePool
 from llava_cot_kernels.paged_kv import copy_pages
 
+PIXEL_VALUES_PER_PASS = {"cpu": 4 << 20, "cuda": 40 << 20}  # an image of 4 tiles has 3.8 million
+
 
 class ModelRunner:
     """Computes tokens of branches; raises ``OutOfPages`` before anything has changed."""
@@ -37,12 +39,15 @@ class ModelRunner:
         return slots
 
     def prefill(self, roots: list[Branch], prompts: list[Prompt]) -> None:
-        """Compute prompts, in one pass those whose images have one shape."""
-        groups: dict[tuple[torch.Size, ...], list[int]] = {}
-        for index, prompt in enumerate(prompts):
-            shapes = tuple(value.shape[1:] for name, value in prompt.items() if name.startswith("pixel"))
-            groups.setdefault(shapes, []).append(index)
-        for rows in groups.values():
+        """Compute prompts, in one pass those whose images have one shape, if that is not too much at once."""
+        most = PIXEL_VALUES_PER_PASS[self.view.device.type]
+        passes: dict[tuple[int, ...], list[list[int]]] = {}
+        for row, prompt in enumerate(prompts):
+            alike = passes.setdefault(prompt["pixel_values"].shape[1:], [[]])
+            if sum(prompts[other]["pixel_values"].numel() for other in (*alike[-1], row)) > most and alike[-1]:
+                alike.append([])
+            alike[-1].append(row)
+        for rows in (rows for alike in passes.values() for rows in alike):
             counts = [roots[row].length for row in rows]
             for row in rows:
                 roots[row].seq = self.pool.create()

@@ -9,6 +9,7 @@ from helpers.random_llava import FAMILIES
 from helpers.random_mllama import TINY_SHAPE, build_random_mllama, random_inputs
 
 from llava_cot.engine import model as model_module
+from llava_cot.engine import runner
 from llava_cot.engine.branch import Branch, Expand, SamplingParams
 from llava_cot.engine.engine import PROMPTS_PER_PREFILL, Engine
 from llava_cot.engine.job import Job
@@ -104,6 +105,22 @@ def test_one_pass_for_many(exact, monkeypatch):
         expected = build_random_mllama(**TINY_SHAPE, seed=0).generate(**each, do_sample=False, max_new_tokens=6)
         assert job.error is None and job.result == expected[0, each["input_ids"].shape[1] :].tolist()
         assert (job.usage.image_encodings, job.usage.prompt_tokens) == (1, job.prompt_length)
+
+
+def test_no_pass_is_too_large(exact, monkeypatch):
+    """Two images of four tiles are as much as may be at once."""
+    inputs = [random_inputs(exact, length=9, ratio_id=6, seed=seed) for seed in range(5)]
+    monkeypatch.setitem(runner.PIXEL_VALUES_PER_PASS, "cpu", 2 * inputs[0]["pixel_values"].numel())
+    engine, passes = Engine(exact, TAGS, page_size=4, num_pages=400), []
+    prefill = engine.view.prefill
+    monkeypatch.setattr(
+        engine.view, "prefill", lambda prompts, *args: passes.append(len(prompts)) or prefill(prompts, *args)
+    )
+    engine.run([Job(split_rows(each, exact.config)[0], growing) for each in inputs])
+    assert passes == [2, 2, 1]
+    monkeypatch.setitem(runner.PIXEL_VALUES_PER_PASS, "cpu", 1)
+    engine.run([Job(split_rows(each, exact.config)[0], growing) for each in inputs[:2]])
+    assert passes == [2, 2, 1, 1, 1]
 
 
 def test_images_wait_for_room(exact, monkeypatch, caplog):
