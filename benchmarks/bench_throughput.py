@@ -89,7 +89,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = build_model(args.device)
-    generator = SwiresGenerator(model, build_processor(), compile=args.compile)
+    # Pages for what is asked, so that the peer has the rest of a GPU's memory.
+    per_question = PROMPT_TOKENS // 16 + 1 + args.candidates * (args.tokens // 16 + 2)
+    num_pages = max(args.questions) * per_question
+    generator = SwiresGenerator(model, build_processor(), num_pages=num_pages, compile=args.compile)
     warm, *questions = (
         random_inputs(model, length=PROMPT_TOKENS, ratio_id=TWO_BY_ONE_TILES, seed=seed)
         for seed in range(1 + max(args.questions))

@@ -1,7 +1,8 @@
 """CUDA graphs of steps, each for a rounded shape."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,6 +32,12 @@ def _power_of_two(least: int) -> int:
     return 1 << (least - 1).bit_length()
 
 
+@cache
+def _memory(device: torch.device) -> Any:
+    """For the intermediate results of all graphs: one runs at a time, and what they leave is in buffers of their own."""
+    return torch.cuda.graph_pool_handle()
+
+
 def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """What runs ``step`` again on the same tensors: elsewhere than on CUDA, itself."""
     if device.type != "cuda":
@@ -42,6 +49,6 @@ def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None
             step()  # everything is compiled and allocated here
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=_memory(device), capture_error_mode="thread_local"):
             step()
         return graph.replay

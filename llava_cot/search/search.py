@@ -162,7 +162,7 @@ class Search:
         return self.max_new_tokens - (node.branch.length - self.branch.length)
 
     def run_usage(self) -> Usage:
-        """What it has cost so far: of this run, should it have been restarted for want of pages."""
+        """What it has cost so far: of this run, should it have started again for want of pages."""
         return self.usage - self._before
 
     def spent(self) -> str | None:
