@@ -34,7 +34,7 @@ def _power_of_two(least: int) -> int:
 
 @cache
 def _memory(device: torch.device) -> Any:
-    """For the intermediate results of all graphs: one runs at a time, and what they leave is in buffers of their own."""
+    """For the intermediate results of all graphs: one runs at a time, and its results are in buffers of their own."""
     return torch.cuda.graph_pool_handle()
 
 
