@@ -15,13 +15,14 @@ class Buffers:
 
     def __init__(self, shape: Shape, view: ModelView):
         rows, device = shape.rows, view.device
-        self.token, self.position, slot_mapping = torch.zeros(3, rows, dtype=torch.int64, device=device)
-        seq_lens, image_group, prefix_group = torch.zeros(3, rows, dtype=torch.int32, device=device)
+        self.token, self.position = torch.zeros(2, rows, dtype=torch.int64, device=device)
+        slot_mapping = torch.full((rows,), -1, device=device)
+        image_group, prefix_group = torch.full((2, rows), -1, dtype=torch.int32, device=device)
         self.page_table = torch.zeros(rows, shape.pages, dtype=torch.int32, device=device)
         self.batch = Batch(
             slot_mapping=slot_mapping,
             page_table=self.page_table,
-            seq_lens=seq_lens,
+            seq_lens=torch.zeros(rows, dtype=torch.int32, device=device),
             prefix_group=prefix_group if shape.prefixes else None,
             prefix_lens=torch.zeros(shape.prefixes, dtype=torch.int32, device=device) if shape.prefixes else None,
             image_group=image_group if view.cross_layers else None,

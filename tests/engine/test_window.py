@@ -6,10 +6,12 @@ import pytest
 import torch
 from helpers.random_llava import FAMILIES
 from helpers.random_mllama import TINY_SHAPE, build_random_mllama, random_inputs
+from helpers.recording import record
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llava_cot.engine import replay
+from llava_cot.engine import window as window_module
 from llava_cot.engine.branch import Branch, Expand, Finish, SamplingParams
 from llava_cot.engine.capture import Shape
 from llava_cot.engine.draw import Row, grow
@@ -107,6 +109,34 @@ def test_captured_graphs_draw_the_same(tags, chosen, backend):
         assert engine.window._stepping
         for one, other in zip(expected, found):
             assert_same(other.result, one.result)
+
+
+@pytest.mark.parametrize("family", ["mllama", *FAMILIES])
+def test_noted_steps_done_again_are_the_steps(monkeypatch, tags, family):
+    """As graphs: nothing of the values that a step was noted with is in it, whichever rows are alive later."""
+    if family == "mllama":
+        model = build_random_mllama(**TINY_SHAPE, seed=0)
+        inputs = [random_inputs(model, length=9 + seed, ratio_id=6, seed=seed) for seed in range(3)]
+    else:
+        build, make_inputs = FAMILIES[family]
+        model = build(seed=0)
+        inputs = [make_inputs(model, length=21 + seed, seed=seed) for seed in range(3)]
+
+    def run(steps_per_look: int, replays: bool) -> tuple[list[Job], Engine]:
+        engine = Engine(model, tags, page_size=4, num_pages=400, steps_per_look=steps_per_look)
+        engine.runner.replays = replays
+        jobs = [Job(split_rows(each, model.config)[0], program) for each, program in zip(inputs, searches())]
+        engine.run(jobs)
+        assert [job.error for job in jobs] == [None] * len(jobs)
+        return jobs, engine
+
+    expected, _ = run(1, False)
+    monkeypatch.setattr(window_module, "capture", record)
+    monkeypatch.setattr(replay, "capture", record)
+    found, engine = run(4, True)
+    assert engine.window._stepping and engine.runner.replay._passes
+    for one, other in zip(expected, found):
+        assert_same(other.result, one.result)
 
 
 def test_what_was_taken_for_later_steps_is_given_back(random_model, tags):
