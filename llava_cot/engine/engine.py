@@ -1,7 +1,6 @@
 """Continuous batching of search programs over one paged KV pool."""
 
 import time
-from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from typing import TypeVar
@@ -10,17 +9,17 @@ from weakref import WeakSet
 import torch
 from transformers import PreTrainedModel
 
-from llava_cot.engine.branch import Branch, Call, Expand, Extend, Rank, Ranked, Request
+from llava_cot.engine.branch import Branch, Call, Expand, Extend, Rank, Ranked
 from llava_cot.engine.call import call_together
 from llava_cot.engine.draw import Row, candidates, draw, grow, stop
 from llava_cot.engine.job import Job
 from llava_cot.engine.runner import ModelRunner
+from llava_cot.engine.schedule import Schedule
 from llava_cot.engine.window import Window
 from llava_cot_kernels.logprob import token_logprobs
 from llava_cot_kernels.page_pool import OutOfPages
 from llava_cot_kernels.stage_tags import StageTags
 
-PROMPTS_PER_PREFILL = 16
 CUDA_STEPS_PER_LOOK = 4
 
 _Request = TypeVar("_Request", Expand, Rank, Extend, Call)
@@ -85,116 +84,22 @@ class Engine:
         until another has ended. Nothing that was drawn or scored is lost: keys and values are computed again when they
         are needed. A job that needs too many pages alone ends with ``OutOfPages``.
         """
-        waiting, running, crowded = deque(jobs), list[Job](), False
+        schedule = Schedule(self.runner, self._live, self.tags.start_state, jobs)
         try:
-            while waiting or running:
-                for job in [job for job in (*waiting, *running) if job.cancelled]:
-                    (running if job in running else waiting).remove(job)
-                    self._release(job)
-                    crowded = False
-                if not (crowded and running):
-                    self._admit(waiting, running)
-                if not self._window(running):
-                    crowded |= self._step(waiting, running)
-                for job in [*running]:
-                    if not self._advance(job):
-                        running.remove(job)
-                        self._release(job)
-                        crowded = False
+            while schedule:
+                schedule.admit()
+                if not self._window(schedule.running):
+                    self._step(schedule)
+                schedule.advance()
                 yield
         finally:
-            for job in jobs:
-                self._release(job)
-            self._free_unowned()
+            schedule.close()
 
-    def _admit(self, waiting: deque[Job], running: list[Job]) -> None:
-        """Prefill waiting jobs while they and a page for every growing branch fit, several at once."""
-        while waiting:
-            free = self.pool.num_free - sum(job.width for job in running)
-            admitted, image_tokens = list[Job](), 0
-            while waiting and len(admitted) < PROMPTS_PER_PREFILL:
-                job = waiting[0]
-                if not job.branches and not self._start(job):
-                    self._release(waiting.popleft())
-                    continue
-                free -= self._pages_to_go_on(job)
-                image_tokens += self.view.image_tokens(job.inputs)
-                has_room = self.view.images.has_room(image_tokens)
-                if (running or admitted) and (free < 0 or not has_room):
-                    break
-                if not has_room:
-                    job.error = OutOfPages(
-                        f"the store of {self.view.images.capacity} image tokens is too small for this image alone: "
-                        f"it has {image_tokens}"
-                    )
-                    self._release(waiting.popleft())
-                    break
-                admitted.append(waiting.popleft())
-            if not admitted:
-                return
-            try:
-                self._prefill(admitted)
-                running += admitted
-            except OutOfPages:
-                admitted[0].error = self._too_small()
-                self._release(admitted[0])
-
-    def _start(self, job: Job) -> bool:
-        """Begin its program, whose prompt is computed next; False if there is nothing to be done."""
-        self._live.add(job)
-        root = Branch(None, -1, job.prompt_length, tag_state=self.tags.start_state)
-        job.usage.prompt_tokens += job.prompt_length
-        job.usage.image_encodings += 1
-        job.start(root, time.perf_counter())
-        return self._advance(job)
-
-    def _pages_to_go_on(self, job: Job) -> int:
-        """At most so many: for the prompt, what grows or is asked for, and a page for each new branch."""
-        size, root = self.pool.page_size, job.branches[0]
-        own = sum(-(-(branch.length - root.length) // size) + 1 for branch in job.active() if branch is not root)
-        return -(-root.length // size) + own + job.width + 1
-
-    def _prefill(self, jobs: list[Job]) -> None:
-        roots = [job.branches[0] for job in jobs]
-        self.runner.prefill(roots, [job.inputs for job in jobs])
-        now = time.perf_counter()
-        for job, root in zip(jobs, roots):
-            job.resume(now)
-            for branch in job.branches:
-                branch.image = root.image
-
-    def _advance(self, job: Job) -> bool:
-        """Let its program go on; False once it has ended, as it does by a request that would fail a whole step."""
-        if job.error or not job.advance(time.perf_counter()):
-            return False
-        try:
-            self._check(job)
-        except (TypeError, ValueError) as error:
-            job.error = error
-        return job.error is None
-
-    def _check(self, job: Job) -> None:
-        """Raise for what would fail a whole step, and so other jobs."""
-        if not job.requests:  # it grows still
-            return
-        held, size = set(job.branches), self.view.vocab_size
-        for request in job.requests:
-            if not isinstance(request, Request):
-                raise TypeError(f"a program must yield requests, got {request!r}")
-            if not isinstance(request, Call) and request.parent not in held:
-                raise ValueError("parent must be a branch of this search that has not been dropped")
-            if isinstance(request, Extend):
-                unknown = [token for token in request.tokens if not 0 <= token < size]
-                if unknown:
-                    raise ValueError(f"tokens must be in [0, vocab_size={size}), got {unknown[0]}")
-
-    def _step(self, waiting: deque[Job], running: list[Job]) -> bool:
+    def _step(self, schedule: Schedule) -> None:
         """Compute the last token of what grows, is opened or ranked and all tokens of an extension, then draw one token
         for everything that grows.
-
-        Returns whether a job had to go back to ``waiting`` for want of pages.
         """
-        preempted = False
+        running = schedule.running
         self._call(running)
         while True:
             try:
@@ -202,11 +107,7 @@ class Engine:
                 logits, sources = self._compute(running)
                 break
             except OutOfPages:
-                if idle := [branch for job in running for branch in job.idle()]:
-                    self.runner.page_out(idle)
-                    continue
-                self._pause(waiting, running)
-                preempted = True
+                schedule.relieve()
         self._rank(logits, sources, running)
         for job in running:
             job.usage.steps += bool(job.slots or any(not isinstance(request, Call) for request in job.requests))
@@ -220,10 +121,9 @@ class Engine:
             job.requests, job.answers = [], {}
         slots = [slot for job in running for slot in job.slots]
         if not slots:
-            return preempted
+            return
         rows = [sources[slot.branch if slot.branch.tokens else slot.request.parent] for slot in slots]
         self._grow(running, draw(logits, candidates(rows, slots, logits.device), self.tags).rows())
-        return preempted
 
     def _grow(self, running: list[Job], drawn: list[Row]) -> None:
         """Note what all growing branches of ``running`` drew; those that end with it grow no more."""
@@ -275,22 +175,6 @@ class Engine:
                     job.answers[request] = self._children(job, request)
                 elif isinstance(request, Extend) and request not in job.answers:
                     job.answers[request] = [self._extension(job, request)]
-
-    def _pause(self, waiting: deque[Job], running: list[Job]) -> None:
-        """Take all pages of the youngest job. One that is alone ends, or starts again if it was paused before.
-
-        What is computed again shares fewer pages than before where a ``Rank`` has dropped what it came from.
-        """
-        job = running.pop()
-        if running:
-            self.runner.page_out([branch for branch in job.branches if branch.seq >= 0])
-            job.branches[0].image, job.was_paused = -1, True
-            self._free_unowned()
-        else:
-            job.error = None if job.was_paused else self._too_small()
-            self._release(job)
-        if not job.error:
-            waiting.appendleft(job)
 
     def _compute(self, running: list[Job]) -> tuple[torch.Tensor, dict[Branch, int]]:
         """The logits to draw from or to rank, [R, V], and the row of each branch.
@@ -399,27 +283,6 @@ class Engine:
         job.branches += kids
         job.usage.generations += len(kids)
         return kids
-
-    def _release(self, job: Job) -> None:
-        """Take back everything ``job`` holds."""
-        self._live.discard(job)
-        job.reset()
-        self._free_unowned()
-
-    def _free_unowned(self) -> None:
-        """Free what no live job owns: also what an interrupt left between its making and its noting."""
-        owned = {branch.seq for job in self._live for branch in job.branches}
-        for seq in self.pool.sequences():
-            if seq not in owned:
-                self.pool.free(seq)
-        images = {job.branches[0].image for job in self._live if job.branches}
-        for image in self.view.images.starts():
-            if image not in images:
-                self.view.images.free(image)
-
-    def _too_small(self) -> OutOfPages:
-        size = f"num_pages={self.pool.num_pages} of page_size={self.pool.page_size}"
-        return OutOfPages(f"the KV cache ({size}) is too small for this search alone; raise num_pages")
 
 
 def _requests(jobs: list[Job], kind: type[_Request]) -> list[tuple[Job, _Request]]:

@@ -11,9 +11,10 @@ from helpers.random_mllama import TINY_SHAPE, build_random_mllama, random_inputs
 from llava_cot.engine import model as model_module
 from llava_cot.engine import runner
 from llava_cot.engine.branch import Branch, Expand, SamplingParams
-from llava_cot.engine.engine import PROMPTS_PER_PREFILL, Engine
+from llava_cot.engine.engine import Engine
 from llava_cot.engine.job import Job
 from llava_cot.engine.runner import ModelRunner
+from llava_cot.engine.schedule import PROMPTS_PER_PREFILL
 from llava_cot.prompt import split_rows
 from llava_cot_kernels import OutOfPages
 from llava_cot_kernels.stage_tags import StageTags
