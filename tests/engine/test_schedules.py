@@ -192,6 +192,7 @@ def schedule(make_generator, searches, rng: random.Random, tally: Counter) -> No
     num_pages, steps_per_look = max(1, int(tokens / page_size)), rng.choice([1, 1, 2, 3, 8])
     generator = make_generator(page_size=page_size, num_pages=num_pages, steps_per_look=steps_per_look)
     engine = generator.engine
+    engine.runner.replays = rng.random() < 0.3  # as on CUDA
     jobs = [job_of(generator, asked) for asked, *_ in chosen]
     is_whole = run(engine, jobs, rng, tally)
     assert engine.pool.num_free == engine.pool.num_pages
