@@ -7,6 +7,9 @@ A forward step is one pass of the model over whatever grows; prefills, one for e
 The shares are of the time of a step: within matrix products (by torch's profiler), our attention, our sampler and the
 other ops; the rest is the host's, transformers' modules and the engine. Ops so small seem longer while profiled, so the
 host's share is rather more.
+
+Last, SWIRES on all questions at once in a part of the pages that it would use: the same answers, what is computed again
+for want of pages, and the time over that with pages enough.
 """
 
 import argparse
@@ -131,6 +134,30 @@ def bench(generator: SwiresGenerator, name: str, samples: Sequence[Any]) -> list
     return rows
 
 
+def bench_pressure(generator: SwiresGenerator, samples: Sequence[Any]) -> list[dict[str, Any]]:
+    search, rows, expected = SEARCHES["swires (published)"], list[dict[str, Any]](), list[Answer]()
+    for share in (1.0, 0.5, 0.25, 0.1):
+        pages = int(share * rows[0]["pages"]) if rows else None
+        calibrations = [*generator.calibrations.values()]
+        tight = SwiresGenerator(generator.model, generator.processor, calibrations=calibrations, num_pages=pages)
+        ask(tight, samples[:2], "greedy")  # warm
+        tight.engine.runner.peak_pages = 0
+        start = time.perf_counter()
+        answers = ask(tight, samples, search)
+        seconds = time.perf_counter() - start
+        expected = expected or answers
+        if [answer.tokens for answer in answers] != [answer.tokens for answer in expected]:
+            raise SystemExit(f"{pages} pages give other answers")
+        drawn, again = (
+            sum(getattr(answer.usage, name) for answer in answers) for name in ("generated_tokens", "recomputed_tokens")
+        )
+        row = {"share": share, "pages": tight.engine.runner.peak_pages, "seconds": seconds}
+        rows.append({**row, "generated_tokens": drawn, "recomputed_tokens": again})
+        ratio = seconds / rows[0]["seconds"]
+        print(f"| {row['pages']} ({share:.0%}) | {seconds:.2f} s ({ratio:.2f}x) | {drawn} | {again} |", flush=True)
+    return rows
+
+
 def _drawn(answer: Answer) -> list[list[int]]:
     return [node["tokens"] for node in answer.trace.data["nodes"]]
 
@@ -157,6 +184,8 @@ def main() -> None:
     columns += ["matrix work", "attention", "drawing", "other ops", "host"]
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     rows = [row for name in SEARCHES for row in bench(generator, name, samples)]
+    print("\n| pages | wall time | tokens drawn | tokens computed again |\n| --- | --- | --- | --- |")
+    pressure = bench_pressure(generator, samples)
     largest = max(row.group for row in rows)
     missed = [row for row in rows if row.group == largest and not _is_enough(row)]
     for row in missed:
@@ -168,6 +197,7 @@ def main() -> None:
             "questions": args.questions,
             "max_new_tokens": MAX_NEW_TOKENS,
             "rows": [{**asdict(row), "steps_ratio": row.steps_ratio} for row in rows],
+            "pressure": pressure,
         }
         args.out.write_text(json.dumps(found, indent=1) + "\n")
     if missed:
