@@ -13,7 +13,9 @@ from llava_cot.engine.replay import Replay
 from llava_cot_kernels.page_pool import OutOfPages, PagePool
 from llava_cot_kernels.paged_kv import copy_pages
 
+# Of several prompts or branches together: what a pass holds besides keys and values is bounded by them.
 PIXEL_VALUES_PER_PASS = {"cpu": 4 << 20, "cuda": 40 << 20}  # an image of 4 tiles has 3.8 million
+TOKENS_PER_PASS = 8192
 
 
 class ModelRunner:
@@ -40,11 +42,10 @@ class ModelRunner:
 
     def prefill(self, roots: list[Branch], prompts: list[Prompt]) -> None:
         """Compute prompts, in one pass those whose images have one shape, if that is not too much at once."""
-        most = PIXEL_VALUES_PER_PASS[self.view.device.type]
         passes: dict[tuple[int, ...], list[list[int]]] = {}
         for row, prompt in enumerate(prompts):
             alike = passes.setdefault(prompt["pixel_values"].shape[1:], [[]])
-            if sum(prompts[other]["pixel_values"].numel() for other in (*alike[-1], row)) > most and alike[-1]:
+            if alike[-1] and self._is_too_much([prompts[other] for other in (*alike[-1], row)]):
                 alike.append([])
             alike[-1].append(row)
         for rows in (rows for alike in passes.values() for rows in alike):
@@ -91,6 +92,11 @@ class ModelRunner:
             return self.replay.decode(read[0], read[1], batch)
         return self.view.decode(read[0], read[1], batch, with_logits=with_logits)
 
+    def _is_too_much(self, prompts: list[Prompt]) -> bool:
+        pixel_values = sum(prompt["pixel_values"].numel() for prompt in prompts)
+        padded = len(prompts) * max(prompt["input_ids"].shape[1] for prompt in prompts)
+        return pixel_values > PIXEL_VALUES_PER_PASS[self.view.device.type] or padded > TOKENS_PER_PASS
+
     def page_out(self, branches: Iterable[Branch]) -> None:
         """Take back the pages of branches that are not computed next."""
         for branch in branches:
@@ -110,14 +116,19 @@ class ModelRunner:
                 branch = missing[branch]
         count = 0
         while missing:
-            level = [branch for branch, origin in missing.items() if origin.seq >= 0]
+            level, size = list[Branch](), 0
+            for branch, origin in missing.items():
+                lost = branch.computed - self.pool.length(origin.seq) if origin.seq >= 0 else 0
+                if origin.seq >= 0 and (not level or size + lost <= TOKENS_PER_PASS):
+                    level.append(branch)
+                    size += lost
             tokens = {}
             for branch in level:
                 path, (branch.seq,) = branch.path(), self.pool.fork(missing.pop(branch).seq, 1)
                 prompt_length = branch.length - len(path)
-                lost = path[self.pool.length(branch.seq) - prompt_length : branch.computed - prompt_length]
-                if lost:
-                    tokens[branch] = lost
+                again = path[self.pool.length(branch.seq) - prompt_length : branch.computed - prompt_length]
+                if again:
+                    tokens[branch] = again
             if not tokens:
                 continue
             try:
@@ -127,7 +138,7 @@ class ModelRunner:
                     self.pool.free(branch.seq)
                     branch.seq = -1
                 raise
-            count += sum(map(len, tokens.values()))
+            count += size
         return count
 
 

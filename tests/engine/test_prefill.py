@@ -122,6 +122,10 @@ def test_no_pass_is_too_large(exact, monkeypatch):
     monkeypatch.setitem(runner.PIXEL_VALUES_PER_PASS, "cpu", 1)
     engine.run([Job(split_rows(each, exact.config)[0], growing) for each in inputs[:2]])
     assert passes == [2, 2, 1, 1, 1]
+    monkeypatch.setitem(runner.PIXEL_VALUES_PER_PASS, "cpu", 1 << 30)
+    monkeypatch.setattr(runner, "TOKENS_PER_PASS", 3 * 9)
+    engine.run([Job(split_rows(each, exact.config)[0], growing) for each in inputs])
+    assert passes[5:] == [3, 2]
 
 
 def test_images_wait_for_room(exact, monkeypatch, caplog):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.random_mllama import random_inputs
 
+from llava_cot.engine import runner
 from llava_cot.engine.branch import Call, Expand, Extend, Finish, Rank, SamplingParams
 from llava_cot.engine.engine import Engine
 from llava_cot.engine.job import Job
@@ -169,8 +170,10 @@ def test_beams_that_share_less_when_they_are_back_start_again(make_engine, ask):
     assert_nothing_held(engine)
 
 
-def test_every_key_is_the_one_that_was(make_engine, ask):
+@pytest.mark.parametrize("tokens_per_pass", [1, 12, 8192])
+def test_every_key_is_the_one_that_was(make_engine, ask, monkeypatch, tokens_per_pass):
     """Keys and values of a tree that is given up and computed again, by token."""
+    monkeypatch.setattr(runner, "TOKENS_PER_PASS", tokens_per_pass)
     engine = make_engine(page_size=4)
 
     def content(branch):
@@ -185,7 +188,8 @@ def test_every_key_is_the_one_that_was(make_engine, ask):
         before = [content(branch) for branch in branches]
         engine.runner.page_out(branches)
         engine.view.kv_cache[:, :, [page for page in range(9, 2000)]] = torch.nan
-        counts = [engine.runner.restore([branch], set(job.branches)) for branch in reversed(branches)]
+        held = set(job.branches)
+        counts = [engine.runner.restore([third[0]], held), engine.runner.restore(branches, held)]
         assert sum(counts) == 2 * 7 + 6 + 9 + 8 + 2 and all(branch.seq >= 0 for branch in branches)
         for branch, kv in zip(branches, before):
             torch.testing.assert_close(content(branch), kv, atol=1e-4, rtol=1e-4)
