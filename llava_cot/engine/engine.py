@@ -169,7 +169,7 @@ class Engine:
     def _prepare(self, running: list[Job]) -> None:
         """Give pages to what is computed next, and make the branches that are ranked and extended."""
         for job in running:
-            job.usage.recomputed_tokens += self.runner.restore(job.active(), set(job.branches))
+            job.usage.recomputed_tokens += self.runner.restore(job.active(), job.branches)
             for request in job.requests:
                 if isinstance(request, Rank) and request not in job.answers:
                     job.answers[request] = self._children(job, request)

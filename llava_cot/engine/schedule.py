@@ -84,9 +84,12 @@ class Schedule:
             job = self.waiting[0]
             if job.branches or self._start(job):
                 free -= self._pages_to_go_on(job)
+                is_alone = not (self.running or found)
+                if free < 0 and not is_alone:
+                    break
                 image_tokens += self.view.image_tokens(job.inputs)
                 has_room = self.view.images.has_room(image_tokens)
-                if (self.running or found) and (free < 0 or not has_room):
+                if not has_room and not is_alone:
                     break
                 if has_room:
                     found.append(self.waiting.popleft())
