@@ -59,7 +59,7 @@ class Engine:
         self.eos_token_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
         if steps_per_look is None:
             steps_per_look = CUDA_STEPS_PER_LOOK if self.view.device.type == "cuda" else 1
-        self.window = Window(self.view, self.tags, self.eos_token_ids, steps_per_look)
+        self.window = Window(self.view, self.runner.recorder, self.tags, self.eos_token_ids, steps_per_look)
         # Weak, so that a job whose cleaning up was itself interrupted owns nothing once its caller has let go of it.
         self._live: WeakSet[Job] = WeakSet()
 

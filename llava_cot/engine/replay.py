@@ -1,12 +1,9 @@
 """One token of each of many sequences, through the model alone, at addresses that stay: a captured graph on CUDA."""
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 
 from llava_cot.engine.batch import Batch
-from llava_cot.engine.capture import Shape, capture
+from llava_cot.engine.capture import CapturedSteps, Recorder, Shape
 from llava_cot.engine.model import ModelView
 
 
@@ -36,9 +33,9 @@ class Buffers:
 class Replay:
     """``view.decode`` where every sequence has one token."""
 
-    def __init__(self, view: ModelView):
+    def __init__(self, view: ModelView, recorder: Recorder):
         self.view = view
-        self._passes: dict[Shape, tuple[Buffers, Callable[[], None]]] = {}
+        self.captured = CapturedSteps[Buffers](view.device, recorder)
 
     @torch.inference_mode()
     def decode(self, token_ids: torch.Tensor, positions: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -47,10 +44,7 @@ class Replay:
         n, pages = batch.page_table.shape
         segments = 0 if batch.image_cu_seqlens is None else len(batch.image_cu_seqlens) - 1
         shape = Shape.with_room(n, pages, segments, 0 if batch.prefix_lens is None else len(batch.prefix_lens))
-        if shape not in self._passes:
-            buffers = Buffers(shape, self.view)
-            self._passes[shape] = buffers, capture(partial(self.step, buffers), self.view.device)
-        to, run = self._passes[shape]
+        to, run = self.captured.get(shape, lambda: Buffers(shape, self.view), self.step)
         to.token[:n], to.position[:n] = token_ids, positions
         for name, idle in (("slot_mapping", -1), ("seq_lens", 0), ("image_group", -1), ("prefix_group", -1)):
             _put(getattr(to.batch, name), getattr(batch, name), idle)

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from llava_cot.engine.batch import Batch, shared_prefixes
 from llava_cot.engine.branch import Branch
+from llava_cot.engine.capture import open_recorder
 from llava_cot.engine.model import Prompt, open_view
 from llava_cot.engine.replay import Replay
 from llava_cot_kernels.page_pool import OutOfPages, PagePool
@@ -24,7 +25,8 @@ class ModelRunner:
     def __init__(self, model: PreTrainedModel, page_size: int, num_pages: int | None = None, *, compile: bool = False):
         self.view = open_view(model, page_size, num_pages, compile=compile)
         self.pool = PagePool(self.view.num_pages, page_size)
-        self.replay = Replay(self.view)
+        self.recorder = open_recorder(self.view.device)
+        self.replay = Replay(self.view, self.recorder)
         self.replays = self.view.device.type == "cuda"  # elsewhere idle rows only cost
         self.peak_pages = 0  # the most ever in use at once; may be reset
 

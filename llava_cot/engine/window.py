@@ -1,13 +1,12 @@
 """Several steps of all growing branches on the device, all of them asked for before the host looks at the first."""
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from llava_cot.engine.batch import Batch, shared_prefixes
-from llava_cot.engine.capture import Shape, capture
+from llava_cot.engine.capture import CapturedSteps, Recorder, Shape, Step
 from llava_cot.engine.draw import Candidates, Drawn, Row, candidates, draw
 from llava_cot.engine.job import Slot
 from llava_cot.engine.model import ModelView
@@ -49,11 +48,13 @@ class Buffers:
 class Window:
     """Up to ``num_steps`` steps in a row, each a forward pass and a draw; on CUDA a captured graph that is replayed."""
 
-    def __init__(self, view: ModelView, tags: StageTags, eos_token_ids: frozenset[int], num_steps: int):
+    def __init__(
+        self, view: ModelView, recorder: Recorder, tags: StageTags, eos_token_ids: frozenset[int], num_steps: int
+    ):
         self.view, self.tags, self.num_steps = view, tags, num_steps
         self.eos_token_ids = torch.tensor(sorted(eos_token_ids) or [-2], device=view.device)
         self.num_tags = len(tags.tags)
-        self._stepping: dict[Shape, tuple[Buffers, Callable[[], None]]] = {}
+        self.captured = CapturedSteps[Buffers](view.device, recorder)
 
     def run(
         self, slots: list[Slot], counts: list[int], slot_mapping: torch.Tensor, page_table: torch.Tensor
@@ -110,13 +111,12 @@ class Window:
                     mark.record()
         return to
 
-    def _open(self, n: int, pages: int, segments: int, prefixes: int) -> tuple[Buffers, Callable[[], None]]:
+    def _open(self, n: int, pages: int, segments: int, prefixes: int) -> tuple[Buffers, Step]:
         """Buffers with room for ``n`` rows, all of them idle or stale, and what runs a step on them."""
         shape = Shape.with_room(n, pages, segments, prefixes)
-        if shape not in self._stepping:
-            buffers = Buffers(shape, self.num_steps, self.num_tags, self.view.device)
-            self._stepping[shape] = buffers, capture(partial(self.step, buffers), self.view.device)
-        return self._stepping[shape]
+        return self.captured.get(
+            shape, lambda: Buffers(shape, self.num_steps, self.num_tags, self.view.device), self.step
+        )
 
     def _ends(self, slot: Slot) -> list[bool]:
         """Which tags finish it."""

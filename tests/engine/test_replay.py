@@ -4,9 +4,9 @@ import pytest
 import torch
 from helpers.random_llava import FAMILIES
 from helpers.random_mllama import TINY_SHAPE, build_random_mllama, random_inputs
-from helpers.recording import record
+from helpers.recording import Noting
 
-from llava_cot.engine import replay
+from llava_cot.engine import runner
 from llava_cot.engine.branch import Expand, Extend, Rank, SamplingParams
 from llava_cot.engine.engine import Engine
 from llava_cot.engine.job import Job
@@ -40,7 +40,7 @@ def run(model, inputs, replays):
     jobs = [Job(split_rows(each, model.config)[0], mixed(seed)) for seed, each in enumerate(inputs)]
     engine.run(jobs)
     assert [job.error for job in jobs] == [None] * len(jobs)
-    assert bool(engine.runner.replay._passes) == replays
+    assert bool(engine.runner.replay.captured) == replays
     assert (engine.pages_in_use, engine.images_in_use) == (0, 0)
     return [pair for job in jobs for pair in job.result]
 
@@ -53,7 +53,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_replayed_pass_is_the_pass(monkeypatch, family, count, device):
     if device == "noted":
-        monkeypatch.setattr(replay, "capture", record)
+        monkeypatch.setattr(runner, "open_recorder", Noting)
         device = "cpu"
     if family == "mllama":
         model = build_random_mllama(**TINY_SHAPE, seed=0).to(device)

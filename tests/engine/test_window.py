@@ -6,14 +6,13 @@ import pytest
 import torch
 from helpers.random_llava import FAMILIES
 from helpers.random_mllama import TINY_SHAPE, build_random_mllama, random_inputs
-from helpers.recording import record
+from helpers.recording import Noting
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llava_cot.engine import replay
-from llava_cot.engine import window as window_module
+from llava_cot.engine import replay, runner
 from llava_cot.engine.branch import Branch, Expand, Finish, SamplingParams
-from llava_cot.engine.capture import Shape
+from llava_cot.engine.capture import Recorder, Shape
 from llava_cot.engine.draw import Row, grow
 from llava_cot.engine.engine import Engine
 from llava_cot.engine.job import Job, Slot
@@ -87,7 +86,7 @@ def test_how_often_the_host_looks_changes_nothing(random_model, tags, chosen, st
     programs = [searches()[index] for index in chosen]
     expected, _ = run(random_model, tags, programs, 1)
     found, engine = run(random_model, tags, [searches()[index] for index in chosen], steps_per_look)
-    assert engine.window._stepping  # it was not by single steps
+    assert engine.window.captured  # it was not by single steps
     for one, other in zip(expected, found):
         assert_same(other.result, one.result)
         used, would_use = vars(other.usage), vars(one.usage)
@@ -106,7 +105,7 @@ def test_captured_graphs_draw_the_same(tags, chosen, backend):
     expected, _ = run(model, tags, [searches()[index] for index in chosen], 1)
     for steps_per_look in (4, 5):  # the second engine captures on top of what the first has left
         found, engine = run(model, tags, [searches()[index] for index in chosen], steps_per_look)
-        assert engine.window._stepping
+        assert engine.window.captured
         for one, other in zip(expected, found):
             assert_same(other.result, one.result)
 
@@ -131,10 +130,9 @@ def test_noted_steps_done_again_are_the_steps(monkeypatch, tags, family):
         return jobs, engine
 
     expected, _ = run(1, False)
-    monkeypatch.setattr(window_module, "capture", record)
-    monkeypatch.setattr(replay, "capture", record)
+    monkeypatch.setattr(runner, "open_recorder", Noting)
     found, engine = run(4, True)
-    assert engine.window._stepping and engine.runner.replay._passes
+    assert engine.window.captured and engine.runner.replay.captured
     for one, other in zip(expected, found):
         assert_same(other.result, one.result)
 
@@ -202,12 +200,12 @@ def test_a_step_needs_no_host(monkeypatch, tags, family, prefixes):
     monkeypatch.setattr(backend, "available", lambda op, device_type: ("native",))
     model = build_random_mllama(**TINY_SHAPE, seed=0) if family == "mllama" else FAMILIES[family][0](seed=0)
     view = open_view(model.to("meta"), 16, 32)
-    window = Window(view, tags.to("meta"), frozenset({2}), 4)
+    window = Window(view, Recorder(), tags.to("meta"), frozenset({2}), 4)
     shape = Shape(rows=8, pages=16, segments=4, prefixes=prefixes)
     buffers, others = Buffers(shape, 4, len(tags.tags), view.device), replay.Buffers(shape, view)
     with torch.inference_mode(), _Watch() as watch:
         window.step(buffers)
-        replay.Replay(view).step(others)
+        replay.Replay(view, Recorder()).step(others)
     assert watch.with_host == [] and watch.count > 100
     with pytest.raises(RuntimeError), torch.inference_mode():
         buffers.token.tolist()  # or a look would have gone unnoticed

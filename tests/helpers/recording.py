@@ -1,14 +1,15 @@
 """What a CUDA graph does, on the CPU: the operators of a step are noted once, and done again on the same tensors."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from llava_cot.engine.capture import Recorder, Step
 
-class _Recording(TorchDispatchMode):
+
+class Recording(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.calls: list[tuple[Any, Any, Any, Any]] = []
@@ -32,16 +33,16 @@ class _Recording(TorchDispatchMode):
                     now[id(old)] = new
 
 
-def record(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """In the place of ``llava_cot.engine.capture.capture``."""
-    step()
-    recording = _Recording()
-    with torch.inference_mode(), recording:
+class Noting(Recorder):
+    """Replays the noted operators of a step; ``monkeypatch.setattr(runner, "open_recorder", Noting)``."""
+
+    def __init__(self, device: torch.device):
+        pass
+
+    def capture(self, step: Step) -> Step:
         step()
-    assert len(recording.calls) > 50
-
-    @torch.inference_mode()
-    def replay() -> None:
-        recording.replay()
-
-    return replay
+        recording = Recording()
+        with torch.inference_mode(), recording:
+            step()
+        assert len(recording.calls) > 50
+        return torch.inference_mode()(recording.replay)
