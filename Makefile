@@ -3,10 +3,16 @@
 # make bench   the search benchmark                     make info    what was built
 # make small-world  train the bundled model and its verifier again, calibrate them, and repeat the comparison
 # make ablation     what each stage of an answer is worth, on the small world
+# make test-avx2    the tests as on a CPU without AVX-512      make test-baseline  without AVX2 too
+# make gpu-bundle   what a machine with a GPU and no network needs besides the tree (docs/gpu.md)
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers>=5.17,<6
+GPU_PYTHON ?= python3.12
+GPU_VENV ?= .venv-gpu
+GPU_WHEELS ?= pydantic pydantic-core==$(PYDANTIC_CORE) annotated-types typing-inspection expecttest liger-kernel==0.8.5 cut-cross-entropy==25.1.1
+CUDA_HOME ?= /usr/local/cuda
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
@@ -15,6 +21,20 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal
+
+# What the CPU has beyond this is hidden from torch and its libraries, from numpy, and from the kernels.
+test-avx2: export ATEN_CPU_CAPABILITY = avx2
+test-avx2: export ONEDNN_MAX_CPU_ISA = AVX2
+test-avx2: export MKL_ENABLE_INSTRUCTIONS = AVX2
+test-avx2: export OPENBLAS_CORETYPE = Haswell
+test-avx2: export NPY_DISABLE_CPU_FEATURES = X86_V4 AVX512_ICL AVX512_SPR
+test-baseline: export ATEN_CPU_CAPABILITY = default
+test-baseline: export ONEDNN_MAX_CPU_ISA = SSE41
+test-baseline: export MKL_ENABLE_INSTRUCTIONS = SSE4_2
+test-baseline: export OPENBLAS_CORETYPE = Nehalem
+test-baseline: export NPY_DISABLE_CPU_FEATURES = X86_V3 X86_V4 AVX512_ICL AVX512_SPR
+test-avx2 test-baseline: test-%: $(VENV)/.ready
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal --isa $*
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
@@ -54,6 +74,17 @@ ablation: $(VENV)/.ready
 info: $(VENV)/.ready
 	$(VENV)/bin/python -m llava_cot_kernels.info
 
+# For Python 3.12, torch 2.11 with CUDA 13.0, and sm_90a. The wheels are those that such a machine was seen to lack.
+gpu-bundle:
+	test -d $(GPU_VENV) || $(GPU_PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install --quiet torch==2.11.0 setuptools wheel ninja pybind11
+	CUDA_HOME=$(CUDA_HOME) LIBRARY_PATH=$(CUDA_HOME)/lib TORCH_CUDA_ARCH_LIST=9.0a \
+		$(GPU_VENV)/bin/python setup.py -q build_ext --inplace > /dev/null
+	strip --strip-unneeded llava_cot_kernels/_C.cpython-312-x86_64-linux-gnu.so
+	rm -rf build/gpu_wheels
+	$(GPU_VENV)/bin/python -m pip download --quiet --no-deps --only-binary :all: --dest build/gpu_wheels $(GPU_WHEELS)
+	du -ch $$(git ls-files) llava_cot_kernels/_C.cpython-312-x86_64-linux-gnu.so build/gpu_wheels | tail -n 1
+
 # The extension is built against the torch of the environment, so torch comes first.
 $(VENV)/.ready: $(SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -64,4 +95,4 @@ $(VENV)/.ready: $(SOURCES)
 clean:
 	rm -rf .venv* build *.egg-info llava_cot_kernels/*.so
 
-.PHONY: demo test lint bench info small-world ablation clean
+.PHONY: demo test test-avx2 test-baseline lint bench info small-world ablation gpu-bundle clean

@@ -55,7 +55,7 @@ def paged_case(N: int, shared: int, private: int, dtype: torch.dtype, device: st
 
     # Pre-built caches [N, Hkv, tokens, D], as a model without pages has them.
     key, value = (x[page_table.long()].flatten(1, 2).transpose(1, 2).contiguous() for x in (key_cache, value_cache))
-    providers: Providers = reference(ours("reference"))
+    providers: Providers = reference(ours("reference"), device)
     for backend in available("paged_attention", device)[:-1]:
         if (backend, device) != ("triton", "cpu"):  # the interpreter's time says nothing
             providers |= {f"{backend}, no hint": ours(backend), backend: ours(backend, **hints)}
@@ -91,7 +91,7 @@ def image_case(N: int, num_keys: int, dtype: torch.dtype, device: str) -> Case:
         key, value = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in copies)
         return scaled_dot_product_attention(query[:, :, None], key, value, attn_mask=mask)[:, :, 0]
 
-    providers: Providers = reference(ours("reference"))
+    providers: Providers = reference(ours("reference"), device)
     for backend in available("shared_attention", device)[:-1]:
         if (backend, device) != ("triton", "cpu"):
             providers[backend] = ours(backend)
@@ -113,7 +113,10 @@ def _case(op: str, name: str, providers: Providers, read_once: int, query: Tenso
     return Case(op, name, providers, read_once + 2 * query.numel() * query.element_size(), check)
 
 
-def reference(call: Callable[[], Tensor]) -> Providers:
+def reference(call: Callable[[], Tensor], device: str) -> Providers:
+    """On a CPU compiled too. On a GPU torch.compile would unroll every sequence, since the reference asks for lengths."""
+    if device == "cuda":
+        return {"reference": call}
     torch._dynamo.reset()  # a case is compiled for its own shapes, and forgotten at the next
     return {"reference": call, "torch.compile": torch.compile(call, dynamic=False)}
 

@@ -1,13 +1,17 @@
 """How long a decode step takes for N candidates of one question: ``python benchmarks/bench_decode.py`` on a GPU.
 
 An Mllama of the 11B model's shape with random weights, images of 1 and 4 real tiles, 600 tokens of text: milliseconds a
-step (host included) on the engine and by transformers' ``generate(num_return_sequences=N)``, in one run, beside the
-bytes that a step must read and the share of the copy bandwidth that makes. ``--profile`` counts what the host asked the
-CUDA runtime for in a step, and the device time of its kernels.
+step, host included, in one run on
+
+- the engine, beside the bytes that a step must read and the share of the copy bandwidth that makes;
+- transformers with a static cache, and a CUDA graph for each step (``static_decode.py``), its fastest form;
+- transformers' ``generate(num_return_sequences=N)``, up to ``--generate-candidates`` of them.
+
+``--compile`` has torch compile the decoder layers of the first two. ``--profile`` profiles a few steps of the engine
+instead: the calls of the CUDA runtime and the kernels in a step, and their time on the device by name.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timing import copy_bandwidth, environment
+from static_decode import StaticDecoder
+from timing import Results, check_device, copy_bandwidth, environment
 from transformers import AutoConfig, MllamaForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -31,6 +36,7 @@ from llava_cot_kernels.stage_tags import StageTags
 ROOT = Path(__file__).parents[1]
 SAMPLING = SamplingParams(temperature=1.0, top_p=0.9)
 RATIO_OF_TILES = {1: 1, 4: 6}  # 1 x 1 and 2 x 2
+PROFILED_STEPS = 8  # each is thousands of events, and reading an event takes the profiler about 0.2 ms
 
 
 def random_mllama(folder: str, device: str, dtype: torch.dtype) -> MllamaForConditionalGeneration:
@@ -79,82 +85,136 @@ def engine_step(engine: Engine, inputs: dict[str, torch.Tensor], n: int, tokens:
     return (end - start) / (last - first) * 1e3
 
 
-def transformers_step(model, inputs: dict[str, torch.Tensor], n: int, tokens: int) -> float:
-    """Milliseconds, by the difference of a long and a short call."""
+def static_step(model, inputs: dict[str, torch.Tensor], n: int, tokens: int, *, compile: bool) -> float:
+    """Milliseconds of transformers with a static cache; opening compiles and captures, the first run warms."""
+    temperature, top_p = SAMPLING.temperature, SAMPLING.top_p
+    decoder = StaticDecoder(model, inputs, n, tokens, temperature=temperature, top_p=top_p, compile=compile)
+    for _ in range(2):
+        decoder.begin()
+        synchronize(model.device)
+        started = time.perf_counter()
+        for _ in range(tokens):
+            decoder.step()
+        synchronize(model.device)
+        seconds = time.perf_counter() - started
+    return seconds / tokens * 1e3
+
+
+def generate_step(model, inputs: dict[str, torch.Tensor], n: int, tokens: int) -> float:
+    """Milliseconds of transformers' ``generate``, by the difference of a long and a short call."""
     settings: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_p": 0.9, "top_k": 0}
     seconds = []
     for new in (2, 2, tokens):
         started = time.perf_counter()
         model.generate(**inputs, **settings, num_return_sequences=n, max_new_tokens=new)
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(model.device)
         seconds.append(time.perf_counter() - started)
     return (seconds[2] - seconds[1]) / (tokens - 2) * 1e3
 
 
-def profiled(run: Callable[[], Any], steps: int) -> dict[str, Any]:
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def profiled(engine: Engine, inputs: dict[str, torch.Tensor], n: int) -> dict[str, Any]:
     """Per step: calls of the CUDA runtime by name, kernels, and their microseconds on the device by name."""
+
+    def program(root):
+        yield [Expand(root, tuple(range(n)), SAMPLING, 3 * PROFILED_STEPS, frozenset())]
+
     kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=kinds) as profile:
-        run()
+    profile, job = torch.profiler.profile(activities=kinds), Job(inputs, program)
+    with closing(engine.steps([job])) as steps:
+        while job.usage.steps < PROFILED_STEPS:  # the prefill, and what captures
+            next(steps)
+        before = job.usage.steps
+        with profile:
+            while job.usage.steps < before + PROFILED_STEPS:
+                next(steps)
+            synchronize(engine.view.device)
+        count = job.usage.steps - before
     calls: dict[str, float] = {}
     kernels: dict[str, float] = {}
-    count = 0
+    num_kernels = 0
     for event in profile.events():
         if event.device_type == torch.profiler.DeviceType.CUDA:
-            count += 1
-            kernels[event.name] = kernels.get(event.name, 0) + event.device_time / steps
+            num_kernels += 1
+            kernels[event.name] = kernels.get(event.name, 0) + event.device_time / count
         elif event.name.startswith(("cuda", "cu")):
-            calls[event.name] = calls.get(event.name, 0) + 1 / steps
+            calls[event.name] = calls.get(event.name, 0) + 1 / count
     longest = dict(sorted(kernels.items(), key=lambda kernel: -kernel[1])[:30])
-    return {"calls": calls, "kernels": count / steps, "microseconds": longest}
+    return {"calls": calls, "kernels": num_kernels / count, "microseconds": longest}
+
+
+def attempt(step: Callable[[], float]) -> tuple[float | None, str]:
+    """Its milliseconds, and how they are shown; a peer that fails leaves the other figures alone."""
+    try:
+        milliseconds = step()
+        return milliseconds, f"{milliseconds:.2f}"
+    except Exception as error:
+        shown = "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {error}"
+        return None, shown.split("\n")[0][:120]
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT / "configs/llama_3_2_11b_vision"), help="a folder with config.json")
     parser.add_argument("--candidates", type=int, nargs="+", default=[1, 4, 8, 16, 32, 64])
+    parser.add_argument("--generate-candidates", type=int, default=16, help="the most that generate is asked for")
     parser.add_argument("--tiles", type=int, nargs="+", default=[1, 4], choices=RATIO_OF_TILES)
     parser.add_argument("--text", type=int, default=600, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=150, help="drawn by each candidate")
     parser.add_argument("--steps-per-look", type=int)
-    parser.add_argument("--compile", action="store_true", help="the engine's decoder layers")
+    parser.add_argument("--compile", action="store_true", help="the decoder layers")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--profile", action="store_true", help="profile a few steps of the engine instead")
     parser.add_argument("--json", type=Path, help="write the figures there")
     args = parser.parse_args()
+    check_device(args.device)
     model = random_mllama(args.model, args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
     tags = StageTags([b"a", b"</x>"], ["</x>"])
     num_pages = -(-args.text // 16) + max(args.candidates) * (-(-args.tokens // 16) + 2)
     engine = Engine(model, tags, num_pages=num_pages, steps_per_look=args.steps_per_look, compile=args.compile)
     bandwidth = copy_bandwidth(args.device)
+    results = Results(args.json, machine=environment(args.device), copy_bandwidth=bandwidth, settings=vars(args))
     print(f"{environment(args.device)}; copy bandwidth {bandwidth / 1e9:.0f} GB/s")
-    print("| tiles | candidates | engine, ms a step | bytes, GB | of copy bandwidth | transformers, ms a step |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    rows = []
+    if args.profile:
+        for tiles in args.tiles:
+            inputs = random_inputs(model, length=args.text, ratio_id=RATIO_OF_TILES[tiles], seed=0)
+            for n in args.candidates:
+                found = profiled(engine, inputs, n)
+                results.add({"tiles": tiles, "candidates": n, "profile": found})
+                print(f"tiles {tiles}, candidates {n}: {found['kernels']:.0f} kernels a step, calls {found['calls']}")
+                for name, microseconds in [*found["microseconds"].items()][:12]:
+                    print(f"  {microseconds:8.1f} us  {name[:100]}", flush=True)
+        return
+    print("| tiles | candidates | engine, ms a step | bytes, GB | of copy bandwidth | static cache, graph | generate |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    failed = False
     for tiles in args.tiles:
         inputs = random_inputs(model, length=args.text, ratio_id=RATIO_OF_TILES[tiles], seed=0)
         for n in args.candidates:
-            ours = engine_step(engine, inputs, n, args.tokens)
-            theirs = transformers_step(model, inputs, n, args.tokens)
+            ours, shown = attempt(partial(engine_step, engine, inputs, n, args.tokens))
+            static = attempt(partial(static_step, model, inputs, n, args.tokens, compile=args.compile))
+            generate: tuple[float | None, str] = (None, "not run")
+            if n <= args.generate_candidates:
+                generate = attempt(partial(generate_step, model, inputs, n, args.tokens))
             size = step_bytes(model, n, tiles, args.text, args.tokens // 2)
-            share = size / (ours / 1e3) / bandwidth
-            row = {
-                "tiles": tiles,
-                "candidates": n,
-                "ms": ours,
-                "bytes": size,
-                "share": share,
-                "transformers_ms": theirs,
-            }
-            if args.profile:
-                row["profile"] = profiled(partial(engine_step, engine, inputs, n, args.tokens), 2 * args.tokens)
-            rows.append(row)
-            cells = f"{tiles} | {n} | {ours:.2f} | {size / 1e9:.2f} | {share:.0%} | {theirs:.2f} ({theirs / ours:.1f}x)"
-            print(f"| {cells} |", flush=True)
-    if args.json:
-        found = {"machine": environment(args.device), "copy_bandwidth": bandwidth, "settings": vars(args), "rows": rows}
-        args.json.write_text(json.dumps(found, indent=1, default=str) + "\n")
+            share = size / (ours / 1e3) / bandwidth if ours else None
+            row = {"tiles": tiles, "candidates": n, "ms": ours, "bytes": size, "share": share}
+            row |= {"static_ms": static[0], "generate_ms": generate[0]}
+            row["errors"] = [cell for value, cell in ((ours, shown), static, generate) if value is None]
+            results.add(row)
+            failed |= ours is None
+            peers = [f"{cell} ({value / ours:.1f}x)" if value and ours else cell for value, cell in (static, generate)]
+            cells = [tiles, n, shown, f"{size / 1e9:.2f}", f"{share:.0%}" if share else "", *peers]
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    if failed:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

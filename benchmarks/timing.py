@@ -7,6 +7,7 @@ the same cases under pytest-benchmark. Every provider is checked before any is t
 import argparse
 import json
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -14,6 +15,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from llava_cot.atomic import replacing
+from llava_cot.engine.capture import CudaRecorder
+
+NEEDS_GPU = 77  # the exit code of a benchmark that has no device to run on
+
+
+class Results:
+    """A benchmark's figures as a JSON file that is whole after every row: what is stopped later keeps its rows."""
+
+    def __init__(self, path: Path | None, **settings: Any):
+        self.path, self.found = path, dict[str, Any](settings, rows=[])
+        self._write()
+
+    def add(self, row: dict[str, Any]) -> None:
+        self.found["rows"].append(row)
+        self._write()
+
+    def _write(self) -> None:
+        if self.path:
+            with replacing(self.path) as file:
+                file.write(json.dumps(self.found, indent=1, default=str) + "\n")
+
+
+def check_device(device: str) -> None:
+    """Exit with one line and the code ``NEEDS_GPU`` where ``device`` is a GPU and there is none."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        print(f"{Path(sys.argv[0]).name} needs a GPU: torch.cuda.is_available() is False")
+        sys.exit(NEEDS_GPU)
 
 
 @dataclass(frozen=True)
@@ -51,14 +81,14 @@ def measure(
     """Time each call ``repeats`` (>= 5) times after ``warmup`` rounds; the calls take turns on the same machine."""
     if repeats < 5:
         raise ValueError(f"repeats must be >= 5, got {repeats}")
-    timed = _time_on_cpu
-    if device == "cuda":
-        timed, calls = _time_on_cuda(), {name: _captured(call) for name, call in calls.items()}
+    timed = _time_on_cuda() if device == "cuda" else _time_on_cpu
+    turns = _captured(calls) if device == "cuda" else [calls]
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(warmup + repeats):
-        for name, call in calls.items():
-            times[name].append(timed(call))
-            undo()
+    for turn in turns:
+        for _ in range(warmup + repeats):
+            for name, call in turn.items():
+                times[name].append(timed(call))
+                undo()
     points = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
     found = {name: torch.tensor(of_call[warmup:], dtype=torch.float64) for name, of_call in times.items()}
     return {name: Quantiles(*of_call.quantile(points).tolist()) for name, of_call in found.items()}
@@ -92,19 +122,38 @@ def _time_on_cuda() -> Callable[[Callable[[], object]], float]:
     return timed
 
 
-def _captured(call: Callable[[], object]) -> Callable[[], object]:
-    """The call as a CUDA graph, so that no Python is timed; the call itself where it waits for the device."""
-    for _ in range(3):
+def _captured(calls: dict[str, Callable[[], object]]) -> list[dict[str, Callable[[], object]]]:
+    """Calls as CUDA graphs, so that no Python is timed; after them, as they are, those that wait for the device.
+
+    A capture that fails leaves PyTorch's allocator unfit for the next one, so what waits is found without a capture.
+    """
+    recorder = CudaRecorder(torch.device("cuda", torch.cuda.current_device()))
+    graphs, plain = dict[str, Callable[[], object]](), dict[str, Callable[[], object]]()
+    for name, call in calls.items():
+        if _waits(call):
+            print(f"  {name} waits for the device: it is timed without a graph, its Python included", flush=True)
+            plain[name] = call
+        else:
+            graphs[name] = recorder.capture(call)
+    return [graphs, plain]
+
+
+def _waits(call: Callable[[], object]) -> bool:
+    """Whether the host waits for the device in a warm call."""
+    for _ in range(2):  # what is compiled or allocated at first may wait
         call()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
     try:
-        with torch.cuda.graph(graph):
-            call()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return call
-    return graph.replay
+        call()
+    except RuntimeError as error:
+        if "synchronizing" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return False
 
 
 def copy_bandwidth(device: str, repeats: int = 10) -> float:
@@ -125,31 +174,23 @@ def main(cases: Callable[[str, bool], Iterator[Case]], description: str) -> None
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--plot", type=Path, help="draw the medians there (.svg or .png; needs matplotlib)")
     args = parser.parse_args()
+    check_device(args.device)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     peak = copy_bandwidth(args.device)
     print(f"{environment(args.device)}; copy bandwidth {peak / 1e9:.1f} GB/s; ms: median (20 % to 80 %)", flush=True)
-    rows = []
+    results = Results(args.json, machine=environment(args.device), copy_bandwidth=peak, repeats=args.repeats)
     for case in cases(args.device, args.report):
         case.check()
         figures = measure_case(case, args.repeats, args.device)
-        rows.append(
-            {
-                "op": case.op,
-                "case": case.name,
-                "bytes": case.bytes,
-                "ms": {name: asdict(quantiles) for name, quantiles in figures.items()},
-            }
-        )
+        milliseconds = {name: asdict(quantiles) for name, quantiles in figures.items()}
+        results.add({"op": case.op, "case": case.name, "bytes": case.bytes, "ms": milliseconds})
         print(f"\n{case.op}, {case.name}: {case.bytes / 1e6:.3g} MB", flush=True)
         for name, quantiles in figures.items():
             share = f"{case.bytes / (quantiles.median / 1e3) / peak:7.1%} of copy bandwidth" if case.bytes else ""
             print(f"  {name:24} {quantiles!s:34} {share}".rstrip(), flush=True)
-    if args.json:
-        found = {"machine": environment(args.device), "copy_bandwidth": peak, "repeats": args.repeats, "rows": rows}
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
     if args.plot:
-        _plot(rows, args.plot)
+        _plot(results.found["rows"], args.plot)
 
 
 def environment(device: str) -> str:

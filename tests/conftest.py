@@ -6,8 +6,42 @@ import torch
 from helpers.random_mllama import TINY_SHAPE, build_random_mllama
 
 from llava_cot import SwiresGenerator, tiny_path
+from llava_cot_kernels import _C
 
 BACKENDS = {"reference", "native", "fibers", "triton", "cuda"}
+NEEDS_GPU = 77  # the exit code, where --gpu finds none
+
+
+def pytest_addoption(parser):
+    parser.addoption("--gpu", action="store_true", help="run only the tests that need a GPU, on it")
+    parser.addoption("--isa", help="the instruction set of the CPU kernels: avx512_bf16, avx512, avx2 or baseline")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: the test runs on a GPU, and is skipped without one")
+    if isa := config.getoption("isa"):
+        _C.set_isa(isa)
+    if config.getoption("gpu") and not torch.cuda.is_available():
+        pytest.exit("the tests need a GPU: torch.cuda.is_available() is False", NEEDS_GPU)
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "cuda" in _backends(item):
+            item.add_marker(pytest.mark.gpu)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+    if config.getoption("gpu"):  # where there is one, Triton's kernels run on it instead of in the interpreter
+        on_gpu = [item for item in items if item.get_closest_marker("gpu") or "triton" in _backends(item)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in on_gpu])
+        items[:] = on_gpu
+
+
+def _backends(item) -> set[str]:
+    """Which back ends a test is about, by its parameters or else by the name of its file."""
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    found = {value for value in parameters if isinstance(value, str)} & BACKENDS
+    return found or {"triton"} & set(item.path.stem.split("_"))
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -22,11 +56,7 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(autouse=True)
 def record_backend(request):
-    parameters = request.node.callspec.params.values() if hasattr(request.node, "callspec") else ()
-    found = {value for value in parameters if isinstance(value, str)} & BACKENDS
-    if not found and "triton" in request.node.path.name:
-        found = {"triton"}
-    request.node.user_properties.extend(("backend", name) for name in found)
+    request.node.user_properties.extend(("backend", name) for name in _backends(request.node))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -13,7 +13,7 @@ ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 MIN_PAGES, MIN_SEGMENTS = 16, 4
 MAX_BYTES = 2 << 30  # of the captured steps of one kind
 
-Step = Callable[[], None]
+Step = Callable[[], object]
 Buffers = TypeVar("Buffers")
 
 

@@ -97,7 +97,6 @@ def test_how_often_the_host_looks_changes_nothing(random_model, tags, chosen, st
     assert ends >= {Finish.TAG, Finish.LENGTH} or chosen == [1]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("backend", ["cuda"])
 @pytest.mark.parametrize("chosen", [[0], [1], [0, 1, 2]])
 def test_captured_graphs_draw_the_same(tags, chosen, backend):

@@ -15,7 +15,7 @@ from llava_cot_kernels import (
 )
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="sanitising needs a GPU")
+@pytest.mark.gpu
 def test_every_op_on_cuda():
     torch.manual_seed(0)
     with torch.device("cuda"):

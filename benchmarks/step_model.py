@@ -1,0 +1,337 @@
+"""The decode step on paper: its bytes, graph nodes and expected milliseconds, an estimate for an H100 and an H200.
+
+``python benchmarks/step_model.py --compile`` needs no GPU and measures nothing. The engine's own step runs on tensors
+without data, in an Mllama of the 11B model's shape, and every operator that would launch a kernel is counted; Triton's
+kernels are counted where the code launches them. What a kernel takes follows from the constants below. They are assumed
+until ``--floor FLOOR.json``, which bench_floor.py writes, replaces them. ``--measured DECODE.json``, which
+bench_decode.py writes, puts what a step took beside what was expected of it.
+
+Copying to the host what was drawn is part of the bubble. The model leaves out the kernels that cuBLAS adds where it
+splits a sum, and the second and later waves of programs of an attention kernel, which 64 candidates need.
+"""
+
+import argparse
+import json
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+import transformers
+from bench_decode import step_bytes
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, MllamaForConditionalGeneration
+from triton.runtime.jit import KernelInterface
+
+from llava_cot.engine.capture import Shape
+from llava_cot.engine.engine import CUDA_STEPS_PER_LOOK, Engine
+from llava_cot.engine.window import Buffers
+from llava_cot_kernels import backend
+from llava_cot_kernels.backend import available
+from llava_cot_kernels.stage_tags import StageTags
+from llava_cot_kernels.triton import attention
+
+ROOT = Path(__file__).parents[1]
+PAGE_SIZE = 16
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card does. All but the peak is ASSUMED; a floor file has the copy bandwidth, the node and the GEMMs."""
+
+    peak_tb_s: float  # of its memory, by the data sheet
+    copy_tb_s: float
+    node_us: float = 1.7  # a tiny kernel of a graph, from its start to the start of the next
+    key_block_us: float = 1.25  # a block of keys in a program of an attention kernel
+    sample_us: float = 20.0  # the kernel that draws
+    bubble_us: float = 150.0  # the device waits for the host, a step of one candidate
+    bubble_us_more: float = 6.5  # and each further candidate
+    gemm_us: dict[tuple[int, int, int], float] = field(default_factory=dict)  # by N, K, M; only where measured
+
+
+CARDS = {"H100": Card(peak_tb_s=3.35, copy_tb_s=3.0), "H200": Card(peak_tb_s=4.8, copy_tb_s=4.3)}
+# ASSUMED: a GEMM of few rows reads a weight matrix of fewer MB than this at that share of the peak.
+ACHIEVED = {16: 0.40, 64: 0.70, math.inf: 0.85}
+# ASSUMED: launches of a compiled layer besides its GEMMs and the project's own kernels. Found once in what inductor of
+# torch 2.11 wrote for a mocked CUDA device: 18 launches in a self-attention layer, 14 in a cross-attention layer.
+FUSED = {"self": 8, "cross": 6}
+
+PARTS = ("GEMMs", "tiny kernels", "attention", "image attention", "sampler", "bubble")
+PART_OF_KERNEL = {  # the project's own kernels, by their name in Triton or by the op that launches one
+    **{"_attend_paged": "attention", "_attend_image": "image attention", "sample": "sampler"},
+    **{"_group_queries": "tiny kernels", "_merge": "tiny kernels", "store_kv": "tiny kernels"},
+}
+ONE_KERNEL = {  # operators that launch one, besides those that torch tags as pointwise
+    *("_to_copy", "any", "arange", "bmm", "cat", "copy_", "embedding", "gather", "index", "index_copy_"),
+    *("index_select", "mean", "scalar_tensor", "stack"),
+}
+NO_KERNEL = {"_unsafe_view", "empty", "empty_like", "new_empty"}  # and views
+
+
+class Kernel(NamedTuple):
+    """A launch."""
+
+    part: str
+    name: str
+    is_fused: bool = False  # where the layers are compiled
+    weight: torch.Tensor | None = None  # of a GEMM, its bytes, and N, K, M
+    nbytes: int = 0
+    shape: tuple[int, int, int] = (0, 0, 0)
+    key_blocks: int = 0  # that the longest program of an attention kernel reads, one after the other
+
+
+class Trace(TorchDispatchMode):
+    """Notes the kernels that operators would launch on CUDA, and raises where it does not know an operator."""
+
+    def __init__(self, keys: dict[str, int]):
+        super().__init__()
+        self.kernels: list[Kernel] = []
+        self.in_layer = False
+        self._keys = keys  # that a query sees, by op
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with self:
+            found = function.decompose(*args, **kwargs)
+        if found is not NotImplemented:
+            return found
+        name = str(function).split(".")[1]
+        if function.namespace == "llava_cot_kernels_triton":
+            return self._launch_noting(name, args)
+        if function.namespace == "llava_cot_kernels":
+            self._note(name)
+        elif name == "mm":
+            (m, k), n = args[0].shape, args[1].shape[1]
+            self.kernels.append(Kernel("GEMMs", name, weight=args[1], nbytes=args[1].nbytes, shape=(n, k, m)))
+        elif name in ONE_KERNEL or torch.Tag.pointwise in function.tags:
+            self.kernels.append(Kernel("tiny kernels", name, is_fused=self.in_layer))
+        elif name not in NO_KERNEL and not function.is_view:
+            raise ValueError(f"operator must be in a list of benchmarks/step_model.py, got {function}")
+        return function(*args, **kwargs)
+
+    def _launch_noting(self, op: str, args: tuple) -> None:
+        """The op's own Python decides what is launched, and each kernel notes that it was."""
+        names = [name for name, found in vars(attention).items() if isinstance(found, KernelInterface)]
+        noting: dict[str, Any] = {name: _Noting(partial(self._note, name, self._keys[op])) for name in names}
+        with patch.multiple(attention, **noting), self:
+            getattr(attention, op)._init_fn(*args)
+
+    def _note(self, name: str, keys: int = 0, *_: Any, **constants: Any) -> None:
+        if name not in PART_OF_KERNEL:
+            raise ValueError(f"kernel must be in PART_OF_KERNEL of benchmarks/step_model.py, got {name}")
+        blocks = _key_blocks(keys, constants) if "BLOCK_N" in constants else 0
+        self.kernels.append(Kernel(PART_OF_KERNEL[name], name, key_blocks=blocks))
+
+
+class _Noting:
+    """In the place of a Triton kernel; ``note`` takes the arguments of a launch."""
+
+    def __init__(self, note: Callable[..., None]):
+        self.note = note
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self.note
+
+
+def _key_blocks(keys: int, constants: dict[str, Any]) -> int:
+    split = constants["SPLIT_KEYS"] if "SPLIT_KEYS" in constants else constants["IMAGE_SPLIT_KEYS"]
+    split = max(split, -(-keys // constants.get("IMAGE_SPLITS", keys)))
+    return -(-(keys if constants["WALK"] else min(keys, split)) // constants["BLOCK_N"])
+
+
+def _on_cuda(op: str, device_type: str) -> tuple[str, ...]:
+    """In the place of ``available``: the back ends of ``op`` on CUDA, the compiled one even where it is not built."""
+    is_native = any(f'm.impl("{op}"' in source.read_text() for source in (ROOT / "csrc" / "cuda").glob("*.cu"))
+    return ("native",) if is_native else available(op, "cuda")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A decode step of N candidates of one question."""
+
+    candidates: int
+    kernels: list[Kernel]
+    layers: Counter[str]  # by kind, "self" and "cross"
+    bytes: dict[str, int]  # that each part must read
+
+    @classmethod
+    def trace(cls, model: MllamaForConditionalGeneration, n: int, tiles: int, text: int, private: int) -> "Step":
+        """``model`` is on the meta device; each candidate has ``private`` tokens behind a prompt of ``text``."""
+        pages = -(-(text + private) // PAGE_SIZE)
+        tags = StageTags([b"a", b"</x>"], ["</x>"])
+        engine = Engine(model, tags, page_size=PAGE_SIZE, num_pages=pages, steps_per_look=CUDA_STEPS_PER_LOOK)
+        view, window = engine.view, engine.window
+        shape = Shape.with_room(n, pages, segments=1, prefixes=int(n > 1))
+        buffers = Buffers(shape, window.num_steps, window.num_tags, view.device)
+        image = view.image_tokens({"cross_attention_mask": torch.ones(1, 1, 1, tiles)})
+        trace = Trace({"paged_attention": text + private, "shared_attention": image})
+        layers = view._model.model.language_model.layers
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda *_: setattr(trace, "in_layer", True))
+            layer.register_forward_hook(lambda *_: setattr(trace, "in_layer", False))
+        with patch.object(backend, "available", _on_cuda), torch.inference_mode(), trace:
+            window.step(buffers)
+        kinds = Counter({"cross": len(view.cross_layers), "self": len(layers) - len(view.cross_layers)})
+        weights = step_bytes(model, n, 0, 0, 0)
+        with_image = step_bytes(model, n, tiles, 0, 0)
+        with_text = step_bytes(model, n, tiles, text, private)
+        logits = n * view.vocab_size * model.dtype.itemsize
+        sizes = (weights, 0, with_text - with_image, with_image - weights, logits, 0)
+        return cls(n, trace.kernels, kinds, dict(zip(PARTS, sizes)))
+
+    def nodes(self, compiled: bool) -> Counter[str]:
+        """How many nodes of the graph each part has."""
+        nodes = Counter(kernel.part for kernel in self.kernels if not (compiled and kernel.is_fused))
+        nodes["tiny kernels"] += compiled * sum(FUSED[kind] * count for kind, count in self.layers.items())
+        return nodes
+
+    def milliseconds(self, card: Card, compiled: bool) -> dict[str, float]:
+        """What each part is expected to take."""
+        us = dict.fromkeys(PARTS, 0.0)
+        for kernel in self.kernels:
+            if kernel.part == "GEMMs":
+                us["GEMMs"] += gemm_us(card, kernel)
+            elif kernel.key_blocks:
+                us[kernel.part] += card.node_us + kernel.key_blocks * card.key_block_us
+        for part in ("attention", "image attention"):
+            us[part] = max(us[part], self.bytes[part] / card.copy_tb_s / 1e6)
+        us["tiny kernels"] = self.nodes(compiled)["tiny kernels"] * card.node_us
+        us["sampler"] = card.sample_us
+        us["bubble"] = card.bubble_us + (self.candidates - 1) * card.bubble_us_more
+        return {part: value / 1e3 for part, value in us.items()}
+
+
+def gemm_us(card: Card, kernel: Kernel) -> float:
+    """As it was measured, if need be with more rows; else by the bytes of its weight."""
+    n, k, m = kernel.shape
+    measured = [(rows, us) for (*of_weight, rows), us in card.gemm_us.items() if of_weight == [n, k] and rows >= m]
+    if measured:
+        return min(measured)[1]
+    share = next(share for below, share in ACHIEVED.items() if kernel.nbytes < below * 1e6)
+    return max(card.node_us, kernel.nbytes / (share * card.peak_tb_s * 1e6))
+
+
+def measured_milliseconds(row: dict[str, Any]) -> dict[str, float]:
+    """What each part took, by a row of bench_decode.py with a profile of its kernels; without one nothing is known.
+
+    The gaps between kernels are in the bubble here; where they are expected they are in the kernels.
+    """
+    kernels = row.get("profile", {}).get("microseconds", {})
+    ms = dict.fromkeys(PARTS if kernels else (), 0.0)
+    for name, us in kernels.items():
+        part = next((part for own, part in PART_OF_KERNEL.items() if own in name), "tiny kernels")
+        is_gemm = any(word in name.lower() for word in ("gemm", "gemv", "nvjet", "cutlass", "splitk"))
+        ms["GEMMs" if is_gemm else part] += us / 1e3
+    return ms | {"bubble": row["ms"] - sum(ms.values())} if kernels else ms
+
+
+def table(header: list[str], rows: list[list[Any]]) -> str:
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (header, ["---"] * len(header), *rows))
+
+
+def parts_table(step: Step, cards: dict[str, Card], compiled: bool, row: dict[str, Any] | None = None) -> str:
+    """``row`` is what was measured of the step, on the only one of ``cards``."""
+    nodes, sizes = step.nodes(compiled), dict(step.bytes)
+    nodes["total"], sizes["total"] = nodes.total(), sum(sizes.values())
+    times = [step.milliseconds(card, compiled) for card in cards.values()]
+    times = [ms | {"total": sum(ms.values())} for ms in times]
+    measured = measured_milliseconds(row) | {"total": row["ms"]} if row else {}
+    lines = []
+    for part in (*PARTS, "total"):
+        line = [part, f"{sizes[part] / 1e6:,.1f}", f"{nodes[part]:,}", *(f"{ms[part]:.2f}" for ms in times)]
+        ratio = [f"{measured[part]:.2f}", f"{measured[part] / times[0][part]:.2f}"] if part in measured else []
+        lines.append(line + ratio)
+    floors = [f"{sizes['total'] / card.copy_tb_s / 1e9:.2f}" for card in cards.values()]
+    lines.append(["all bytes at the copy bandwidth", "", "", *floors])
+    header = [*(f"{name}, ms" for name in cards), *["measured, ms", "measured / expected"] * bool(row)]
+    return table(["part", "MB", "nodes", *header], lines)
+
+
+def gemm_table(step: Step, cards: dict[str, Card]) -> str:
+    kernels = {kernel.shape: kernel for kernel in step.kernels if kernel.part == "GEMMs"}
+    counts = Counter(kernel.shape for kernel in step.kernels)
+    lines = []
+    for shape, kernel in kernels.items():
+        times = [f"{gemm_us(card, kernel):.1f}" for card in cards.values()]
+        lines.append([*shape, counts[shape], f"{kernel.nbytes / 1e6:.1f}", *times])
+    return table(["N", "K", "M", "in a step", "MB", *(f"{name}, us each" for name in cards)], lines)
+
+
+def card_in(machine: str) -> str:
+    """The name of the card in the description of a machine."""
+    for name in CARDS:
+        if name in machine:
+            return name
+    raise ValueError(f"figures must be of one of {sorted(CARDS)}, got those of {machine!r}")
+
+
+def read_floor(path: Path) -> dict[str, Card]:
+    """The card, with what was measured on it."""
+    found = json.loads(path.read_text())
+    gemms = {(gemm["n"], gemm["k"], gemm["m"]): gemm["us"] for gemm in found["rows"]}
+    assumed = CARDS[name := card_in(found["device"])]
+    return {name: replace(assumed, copy_tb_s=found["copy_tb_s"], node_us=found["graph_node_us"], gemm_us=gemms)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(ROOT / "configs/llama_3_2_11b_vision"), help="a folder with config.json")
+    parser.add_argument("--candidates", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--tiles", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--text", type=int, default=600, help="tokens of the prompt")
+    parser.add_argument("--private", type=int, default=75, help="tokens of each candidate")
+    parser.add_argument("--compile", action="store_true", help="the step with compiled decoder layers too")
+    parser.add_argument("--floor", type=Path, nargs="+", default=[], help="what bench_floor.py wrote, of each card")
+    parser.add_argument("--measured", type=Path, help="what bench_decode.py wrote: the steps to expect, and their card")
+    parser.add_argument("--profile", type=Path, help="what bench_decode.py --profile wrote, of the same steps")
+    args = parser.parse_args()
+    cards, text, private = dict(CARDS), args.text, args.private
+    for path in args.floor:
+        cards |= read_floor(path)
+    kinds = [False, True] if args.compile else [False]
+    asked = [(n, tiles, kind, None) for tiles in args.tiles for n in args.candidates for kind in kinds]
+    if args.measured:
+        found = json.loads(args.measured.read_text())
+        cards = {name: cards[name] for name in [card_in(found["machine"])]}
+        text, private = found["settings"]["text"], found["settings"]["tokens"] // 2
+        profiled = json.loads(args.profile.read_text())["rows"] if args.profile else []
+        profiles = {(row["candidates"], row["tiles"]): {"profile": row["profile"]} for row in profiled}
+        asked = [
+            (n, tiles, found["settings"]["compile"], row | profiles.get((n, tiles), {}))
+            for row in found["rows"]
+            if row["ms"]
+            for n, tiles in [(row["candidates"], row["tiles"])]
+        ]
+    with torch.device("meta"):
+        settings = AutoConfig.from_pretrained(args.model)
+        model = MllamaForConditionalGeneration._from_config(settings, dtype=torch.bfloat16).eval()
+    steps = {(n, tiles): Step.trace(model, n, tiles, text, private) for n, tiles, *_ in asked}
+    print("# The decode step on paper\n")
+    command = f"python benchmarks/step_model.py{' --compile' * args.compile}"
+    print(f"An ESTIMATE by `{command}`, whose docstring says how; not a measurement of a step.")
+    print(f"{text} tokens of prompt, {private} of each candidate, bfloat16; the code of torch {torch.__version__} and")
+    print(f"transformers {transformers.__version__}. Constants are assumed unless measured:\n")
+    print("- a GEMM reads a weight of fewer MB than this at that share of the peak:", ACHIEVED)
+    print("- launches of a compiled layer besides GEMMs and the project's own kernels:", FUSED, end="\n\n")
+    names = [column.name for column in fields(Card) if column.name != "gemm_us"]
+    values = [[name, *(getattr(card, each) for each in names)] for name, card in cards.items()]
+    measured = ["copy_tb_s, node_us, GEMMs" if card.gemm_us else "none" for card in cards.values()]
+    print(table(["card", *names, "measured"], [[*line, known] for line, known in zip(values, measured)]))
+    for step in {n: step for (n, _), step in steps.items()}.values():
+        print(f"\n## GEMMs and tiny kernels, candidates: {step.candidates}\n\n{gemm_table(step, cards)}\n")
+        tiny = Counter(kernel.name.strip("_") for kernel in step.kernels if kernel.part == "tiny kernels")
+        print("Tiny kernels: " + ", ".join(f"{count} {name}" for name, count in tiny.most_common()) + ".")
+    for n, tiles, compiled, row in asked:
+        print(f"\n## Candidates: {n}, real tiles: {tiles}, {'compiled' if compiled else 'plain'} layers\n")
+        if row and "profile" in row:
+            print(f"Kernels measured: {row['profile']['kernels']:,.0f} a step.\n")
+        print(parts_table(steps[n, tiles], cards, compiled, row))
+
+
+if __name__ == "__main__":
+    main()
