@@ -11,7 +11,8 @@ TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers>=5.17,<6
 GPU_PYTHON ?= python3.12
 GPU_VENV ?= .venv-gpu
-GPU_WHEELS ?= pydantic pydantic-core==$(PYDANTIC_CORE) annotated-types typing-inspection expecttest liger-kernel==0.8.5 cut-cross-entropy==25.1.1
+GPU_WHEELS ?= pydantic==2.14.4 pydantic-core==2.50.5 annotated-types typing-inspection expecttest \
+	liger-kernel==0.8.5 cut-cross-entropy==25.1.1
 CUDA_HOME ?= /usr/local/cuda
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)

@@ -114,7 +114,7 @@ def _case(op: str, name: str, providers: Providers, read_once: int, query: Tenso
 
 
 def reference(call: Callable[[], Tensor], device: str) -> Providers:
-    """On a CPU compiled too. On a GPU torch.compile would unroll every sequence, since the reference asks for lengths."""
+    """On a CPU compiled too. On a GPU it would be unrolled for every sequence, since it asks for their lengths."""
     if device == "cuda":
         return {"reference": call}
     torch._dynamo.reset()  # a case is compiled for its own shapes, and forgotten at the next

@@ -144,7 +144,7 @@ def profiled(engine: Engine, inputs: dict[str, torch.Tensor], n: int) -> dict[st
         elif event.name.startswith(("cuda", "cu")):
             calls[event.name] = calls.get(event.name, 0) + 1 / count
     longest = dict(sorted(kernels.items(), key=lambda kernel: -kernel[1])[:30])
-    return {"calls": calls, "kernels": num_kernels / count, "microseconds": longest}
+    return {"steps": count, "calls": calls, "kernels": num_kernels / count, "microseconds": longest}
 
 
 def attempt(step: Callable[[], float]) -> tuple[float | None, str]:

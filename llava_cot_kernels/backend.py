@@ -1,5 +1,6 @@
 """Which back end runs an op: the compiled one, Triton's, or the reference."""
 
+import warnings
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -20,7 +21,8 @@ _TRITON_MODULES: dict[str, str] = {  # op: module of llava_cot_kernels.triton th
 def available(op: str, device_type: str) -> tuple[str, ...]:
     """The back ends that can run ``op`` on tensors of ``device_type`` here, the fastest first.
 
-    Triton runs on CUDA, and on the CPU when its interpreter is on (TRITON_INTERPRET=1).
+    Triton runs on CUDA, and on the CPU when its interpreter is on (TRITON_INTERPRET=1) and works: that of Triton 3.6
+    does not with numpy 2.5.
     """
     found = []
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"llava_cot_kernels::{op}", device_type.upper()):
@@ -42,7 +44,16 @@ def choose(op: str, device_type: str, backend: str) -> str:
     return backend
 
 
+@cache
 def _triton_interprets() -> bool:
+    import numpy
     import triton
 
-    return triton.knobs.runtime.interpret
+    if not triton.knobs.runtime.interpret:
+        return False
+    versions = [tuple(map(int, module.__version__.split(".")[:2])) for module in (triton, numpy)]
+    if versions[0] < (3, 7) and versions[1] >= (2, 5):
+        message = "TRITON_INTERPRET=1 needs Triton >= 3.7 or numpy < 2.5, got Triton {}.{} and numpy {}.{}"
+        warnings.warn(message.format(*versions[0], *versions[1]), stacklevel=2)
+        return False
+    return True

@@ -1,8 +1,12 @@
 """The product that interpreted kernels use in tests has the property that tests of kernels rely on."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 from helpers.interpreter import matmul
+
+from llava_cot_kernels import backend
 
 
 @pytest.mark.parametrize("M, K, N", [(16, 16, 16), (64, 128, 64), (64, 32, 128), (32, 37, 32)])
@@ -19,3 +23,17 @@ def test_a_row_of_a_product_does_not_depend_on_the_others(M, K, N, layouts):
         assert (matmul(np.asarray(a[places], order=layouts[0]), b) == product[places]).all()
         a_others = np.where(np.arange(M)[:, None] == places[0], a, rng.standard_normal((M, K), dtype=np.float32))
         assert (matmul(a_others, b)[places[0]] == product[places[0]]).all()
+
+
+@pytest.mark.parametrize(
+    ("triton_version", "numpy_version", "works"),
+    [("3.6.0", "2.4.6", True), ("3.6.0", "2.5.2", False), ("3.7.0", "2.5.2", True), ("3.10.1", "3.0.0", True)],
+)
+def test_an_interpreter_that_cannot_run_is_no_back_end(monkeypatch, triton_version, numpy_version, works):
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", triton_version)
+    monkeypatch.setattr(np, "__version__", numpy_version)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    message = "needs Triton >= 3.7 or numpy < 2.5, got Triton 3.6 and numpy 2.5"
+    with nullcontext() if works else pytest.warns(UserWarning, match=message):
+        assert backend._triton_interprets.__wrapped__() is works
