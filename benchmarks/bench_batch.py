@@ -13,9 +13,8 @@ for want of pages, and the time over that with pages enough.
 """
 
 import argparse
-import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 from bench_search import environment
+from timing import Results
 from torch.profiler import ProfilerActivity, profile
 
 from llava_cot import BestOfNConfig, GreedyConfig, SwiresConfig, SwiresGenerator
@@ -110,8 +110,8 @@ def shares_of_steps(generator: SwiresGenerator, samples: Sequence[Any], search: 
     return {**shares, "host": 1 - sum(shares.values())}
 
 
-def bench(generator: SwiresGenerator, name: str, samples: Sequence[Any]) -> list[Figures]:
-    search, rows, alone = SEARCHES[name], list[Figures](), list[Answer]()
+def bench(generator: SwiresGenerator, name: str, samples: Sequence[Any]) -> Iterator[Figures]:
+    search, alone, alone_seconds = SEARCHES[name], list[Answer](), 0.0
     for group in [group for group in GROUPS if group <= len(samples)]:
         groups = [samples[start : start + group] for start in range(0, len(samples), group)]
         with counted_steps(generator) as steps:
@@ -119,25 +119,25 @@ def bench(generator: SwiresGenerator, name: str, samples: Sequence[Any]) -> list
             answers = [answer for some in groups for answer in ask(generator, some, search)]
             seconds = time.perf_counter() - start
         assert generator.engine.pages_in_use == 0
-        alone = alone or answers
+        if not alone:
+            alone, alone_seconds = answers, seconds
         for index, (answer, single) in enumerate(zip(answers, alone)):
             if answer.tokens != single.tokens or _drawn(answer) != _drawn(single):
                 raise SystemExit(f"{name}, {group} at once: question {index} has another answer than alone")
         longest = [max(a.usage.steps for a in alone[at : at + group]) for at in range(0, len(samples), group)]
         shares = shares_of_steps(generator, groups[-1], search)
         tokens = sum(answer.usage.generated_tokens for answer in answers)
-        base = rows[0].seconds if rows else seconds
-        rows.append(
-            Figures(name, group, seconds, tokens / seconds, len(steps), sum(longest), base / seconds, shares),
-        )
-        print(_row(rows[-1]), flush=True)
-    return rows
+        speedup = alone_seconds / seconds
+        row = Figures(name, group, seconds, tokens / seconds, len(steps), sum(longest), speedup, shares)
+        print(_row(row), flush=True)
+        yield row
 
 
-def bench_pressure(generator: SwiresGenerator, samples: Sequence[Any]) -> list[dict[str, Any]]:
-    search, rows, expected = SEARCHES["swires (published)"], list[dict[str, Any]](), list[Answer]()
+def bench_pressure(generator: SwiresGenerator, samples: Sequence[Any]) -> Iterator[dict[str, Any]]:
+    name, expected, first = "swires (published)", list[Answer](), dict[str, Any]()
+    search = SEARCHES[name]
     for share in (1.0, 0.5, 0.25, 0.1):
-        pages = int(share * rows[0]["pages"]) if rows else None
+        pages = int(share * first["pages"]) if first else None
         calibrations = [*generator.calibrations.values()]
         tight = SwiresGenerator(generator.model, generator.processor, calibrations=calibrations, num_pages=pages)
         ask(tight, samples[:2], "greedy")  # warm
@@ -151,11 +151,17 @@ def bench_pressure(generator: SwiresGenerator, samples: Sequence[Any]) -> list[d
         drawn, again = (
             sum(getattr(answer.usage, name) for answer in answers) for name in ("generated_tokens", "recomputed_tokens")
         )
-        row = {"share": share, "pages": tight.engine.runner.peak_pages, "seconds": seconds}
-        rows.append({**row, "generated_tokens": drawn, "recomputed_tokens": again})
-        ratio = seconds / rows[0]["seconds"]
+        row: dict[str, Any] = {
+            "share_of_pages": share,
+            "search": name,
+            "pages": tight.engine.runner.peak_pages,
+            "seconds": seconds,
+        }
+        row |= {"generated_tokens": drawn, "recomputed_tokens": again}
+        first = first or row
+        ratio = seconds / first["seconds"]
         print(f"| {row['pages']} ({share:.0%}) | {seconds:.2f} s ({ratio:.2f}x) | {drawn} | {again} |", flush=True)
-    return rows
+        yield row
 
 
 def _drawn(answer: Answer) -> list[list[int]]:
@@ -174,7 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--json", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     generator = SwiresGenerator.from_pretrained("tiny")
@@ -183,23 +189,24 @@ def main() -> None:
     columns = ["search", "at once", "wall time", "speed-up", "tokens/s", "forward steps (over the longest alone's)"]
     columns += ["matrix work", "attention", "drawing", "other ops", "host"]
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
-    rows = [row for name in SEARCHES for row in bench(generator, name, samples)]
+    results = Results(
+        args.json,
+        benchmark="bench_batch",
+        **environment(args.threads, "cpu"),
+        questions=args.questions,
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
+    rows = list[Figures]()
+    for row in (row for name in SEARCHES for row in bench(generator, name, samples)):
+        rows.append(row)
+        results.add({**asdict(row), "steps_ratio": row.steps_ratio})
     print("\n| pages | wall time | tokens drawn | tokens computed again |\n| --- | --- | --- | --- |")
-    pressure = bench_pressure(generator, samples)
+    for pressed in bench_pressure(generator, samples):
+        results.add(pressed)
     largest = max(row.group for row in rows)
     missed = [row for row in rows if row.group == largest and not _is_enough(row)]
     for row in missed:
         print(f"missed by {row.search}: {row.speedup:.2f}x the speed, {row.steps_ratio:.2f}x the steps")
-    if args.out:
-        found = {
-            "benchmark": "bench_batch",
-            **environment(args.threads, "cpu"),
-            "questions": args.questions,
-            "max_new_tokens": MAX_NEW_TOKENS,
-            "rows": [{**asdict(row), "steps_ratio": row.steps_ratio} for row in rows],
-            "pressure": pressure,
-        }
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
     if missed:
         raise SystemExit(1)
 

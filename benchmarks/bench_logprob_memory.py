@@ -1,17 +1,17 @@
 """Extra peak memory of linear_logprobs, beyond inputs and results: ``python benchmarks/bench_logprob_memory.py``.
 
-On CUDA the allocator counts it. On the CPU each call is made by a fresh process, whose peak resident memory is read.
+On CUDA the allocator counts it. On the CPU each call is made by a fresh process, whose peak resident memory is read. A
+provider that fails leaves its error in the row, and the others are measured all the same.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from bench_logprob import LINEAR_SHAPES, linear_call, linear_inputs, linear_providers
-from timing import environment
+from timing import Results, check_device, environment
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -22,6 +22,7 @@ def extra_memory(device: str, provider: str, T: int, H: int, V: int, dtype: str,
     linear_call(function, linear_inputs(2, H, 64, DTYPES[dtype], backward, device))()  # loads libraries
     call = linear_call(function, linear_inputs(T, H, V, DTYPES[dtype], backward, device))
     if device == "cuda":
+        call()  # tunes kernels
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         results = call()
@@ -39,33 +40,50 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
+def in_process(*arguments: str) -> int:
+    run = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError((run.stderr.splitlines() or [f"exit code {run.returncode}"])[-1])
+    return int(run.stdout.split()[-1])
+
+
+def measure(device: str, provider: str, shape: tuple[int, ...], dtype: str, direction: str) -> int:
+    if device == "cuda":
+        return extra_memory(device, provider, *shape, dtype, direction != "forward")
+    return in_process("--device", device, "--one", provider, *map(str, shape), dtype, direction)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--one", nargs=6, metavar=("PROVIDER", "T", "H", "V", "DTYPE", "BACKWARD"))
     args = parser.parse_args()
+    check_device(args.device)
     if args.one:
         provider, *sizes, dtype, direction = args.one
         print(extra_memory(args.device, provider, *map(int, sizes), dtype, direction != "forward"))
         return
-    rows = []
+    results, failed = Results(args.json, machine=environment(args.device)), False
     for shape in LINEAR_SHAPES[args.device][1:]:
         for dtype in DTYPES:
             for direction in ("forward", "forward and backward"):
                 name = "T={} H={} V={}, {}, {}".format(*shape, dtype, direction)
                 print(name)
-                extra = {}
+                extra: dict[str, int] = {}
+                errors: dict[str, str] = {}
                 for provider in linear_providers(args.device, DTYPES[dtype]):
-                    if provider != "torch.compile":  # its compiler's own memory would be counted too
-                        one = [provider, *map(str, shape), dtype, direction]
-                        command = [sys.executable, __file__, "--device", args.device, "--one", *one]
-                        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-                        extra[provider] = int(output.split()[-1])
+                    if provider == "torch.compile":  # its compiler's own memory would be counted too
+                        continue
+                    try:
+                        extra[provider] = measure(args.device, provider, shape, dtype, direction)
                         print(f"  {provider:20} {extra[provider] / 2**20:8.1f} MiB", flush=True)
-                rows.append({"case": name, "extra_bytes": extra})
-    if args.json:
-        args.json.write_text(json.dumps({"machine": environment(args.device), "rows": rows}, indent=1) + "\n")
+                    except Exception as error:
+                        errors[provider] = f"{type(error).__name__}: {error}".splitlines()[0]
+                        print(f"  {provider:20} failed: {errors[provider]}", flush=True)
+                results.add({"case": name, "extra_bytes": extra, **({"errors": errors} if errors else {})})
+                failed |= bool(errors)
+    sys.exit(int(failed))
 
 
 if __name__ == "__main__":

@@ -4,24 +4,33 @@
 ``--device cuda`` on one of the 11B model's shape in bfloat16. Random weights close no tag, so every stage is cut at
 24 / 96 / 160 / 16 tokens. The peers are transformers' own:
 
-- published: every candidate is a ``generate`` call at batch 1, from pixels, and the text is decoded after every token.
 - cached: the prompt's cache, image included, is computed once and copied; a parent's candidates run as one batch.
+- static, on a GPU: the cached loop on ``StaticDecoder``, a replayed graph in place of ``generate``. It draws other
+  tokens, looks for no tag and scores nothing, but decodes as many tokens in the same batches.
+- published: every candidate is a ``generate`` call at batch 1, from pixels, and the text is decoded after every token.
 
-The engine takes all questions as one continuous batch, which the loops can't. All three run in one process on the same
-weights, and the answers are compared token for token: on the CPU they must be equal before a ratio is printed; in
-bfloat16 the share of equal tokens, up to the first that differs, stands beside it.
+The engine takes all questions as one continuous batch, which the loops can't. All run in one process on the same
+weights. Each way runs before it is timed: the engine the very same search, the loops one question with 2 tokens a
+stage; the seconds of that first run, compilation and captures included, are noted beside those of the timed one.
+
+The answers are compared token for token: on the CPU they must be equal, or the loop's figures are an error; in bfloat16
+the share of equal tokens, up to the first that differs, stands beside it. A way that fails leaves a row with its error
+and the others' figures alone; the exit code is 1 then, unless it was a peer that ran out of memory.
 """
 
 import argparse
 import ctypes
-import json
+import gc
 import platform
 import sys
 import threading
 import time
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -29,7 +38,9 @@ import transformers
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from bench_decode import random_mllama
 from helpers.random_mllama import build_random_mllama, random_inputs
-from helpers.reference_loop import CachedWay, PublishedWay, swires
+from helpers.reference_loop import CachedWay, Counts, PublishedWay, Text, swires
+from static_decode import StaticDecoder, prefill
+from timing import Results, check_device
 
 from llava_cot import SwiresConfig, SwiresGenerator
 from llava_cot.small_world.processor import build_processor
@@ -42,6 +53,10 @@ MODEL = dict(
 )  # fmt: skip
 TWO_BY_ONE_TILES = 5
 PROMPT_TOKENS = 40
+PAGE_SIZE = 16
+MOST_CANDIDATES = 4  # of a stage
+SHORT = 2  # tokens of a stage of the search that warms a loop
+LOOPS = {"cached": "cached", "static": "cached, static graph", "published": "published"}  # as they run
 
 
 class PeakCudaMemory:
@@ -107,47 +122,106 @@ def _resident_mib():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
 
 
-@dataclass
-class Figures:
-    """Of all of its questions together."""
+class Ways:
+    """Runs one way of a benchmark after another, each for a row; one that fails takes no other's figures."""
 
-    way: str
-    questions: int
-    seconds: float
-    decoded_tokens: int
-    prefilled_tokens: int
-    image_encodings: int
-    peak_mib: float
-    tokens: list[list[int]]
-    agreement: float = 1.0
+    def __init__(self, results: Results):
+        self.results, self.failed = results, list[str]()
+
+    def run(self, way: str, call: Callable[[], dict[str, Any]], **case: Any) -> dict[str, Any] | None:
+        """The row: ``case``, and what ``call`` found. None where it failed: then the row has its error."""
+        row = {**case, "way": way}
+        name = ", ".join([*(f"{key} {value}" for key, value in case.items()), way])
+        try:
+            row |= call()
+        except Exception as error:
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            message = (str(error).splitlines() or [""])[0]
+            row["error"] = f"{type(error).__name__} at {Path(at.filename).name}:{at.lineno}: {message}"
+            if way == "engine" or not isinstance(error, torch.OutOfMemoryError):
+                self.failed.append(name)
+        self.results.add(row)
+        gc.collect()  # what compiled layers hold is in cycles
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if "error" not in row:
+            return row
+        print(f"{name} failed: {row['error']}", flush=True)
+        return None
+
+    def exit(self) -> None:
+        """End with 1 if one failed, unless it was a peer that ran out of memory."""
+        sys.exit(f"failed: {'; '.join(self.failed)}" if self.failed else 0)
 
 
-def run_engine(generator, questions, config, seed):
-    """All questions as one continuous batch."""
+class StaticWay:
+    """``CachedWay`` on ``StaticDecoder``s, one for each number of candidates, which all questions share."""
+
+    def __init__(self, model, tokenizer, inputs, backend, *, decoders: dict[int, StaticDecoder], **settings):
+        self.model, self.decoders, self.settings = model, decoders, settings
+        self.prompt = prefill(model, inputs)
+        for decoder in decoders.values():
+            decoder.load(self.prompt)
+        self.counts = Counts(prefilled=self.prompt.length - 1, image_encodings=1)
+
+    def draw(self, prefix, seeds, params, limit):
+        n = len(seeds)
+        if n not in self.decoders:
+            sampling = {"temperature": params.temperature, "top_p": params.top_p}
+            self.decoders[n] = StaticDecoder(self.model, self.prompt, n, **sampling, **self.settings)
+        self.counts.prefilled += len(prefix)
+        self.counts.decoded += n * limit
+        nothing = [0.0] * limit
+        return [Text(tokens, nothing, nothing, None, False) for tokens in self.decoders[n].run(limit, prefix).tolist()]
+
+
+def search_config(stage_tokens: dict[str, int], rounds: int) -> SwiresConfig:
+    limits = {"max_new_tokens": sum(stage_tokens.values()), "max_stage_tokens": stage_tokens}
+    return SwiresConfig.published(**limits, cutoff=0.0, max_rounds=rounds)
+
+
+def pages_needed(config: SwiresConfig) -> int:
+    """Of a question at most, so that the peers have the rest of a GPU's memory."""
+    drawn = sum(MOST_CANDIDATES * (tokens // PAGE_SIZE + 2) for tokens in config.max_stage_tokens.values())
+    return PROMPT_TOKENS // PAGE_SIZE + 1 + config.max_rounds * drawn
+
+
+def run_engine(generator, questions, config) -> tuple[dict[str, Any], list[list[int]]]:
+    """All questions as one continuous batch: figures, and the tokens of each answer."""
     batch = {name: torch.cat([question[name] for question in questions]) for name in questions[0]}
     generator.engine.runner.peak_pages = 0
     with peak_memory(generator.model) as memory:
         start = time.perf_counter()
-        out = generator.generate(**batch, search=config, seed=seed, return_dict_in_generate=True)
+        out = generator.generate(**batch, search=config, seed=0, return_dict_in_generate=True)
         seconds = time.perf_counter() - start
+    if held := generator.engine.pages_in_use:
+        raise RuntimeError(f"{held} pages are in use afterwards")
     usages = [answer.usage for answer in out.answers]
     counts = [sum(getattr(u, key) for u in usages) for key in ("decoded_tokens", "prompt_tokens", "image_encodings")]
     peak = memory.mib + used_mib(generator, questions)
-    return Figures("engine", len(questions), seconds, *counts, peak, [answer.tokens for answer in out.answers])
+    return figures(len(questions), seconds, *counts, peak), [answer.tokens for answer in out.answers]
 
 
-def run_loop(name, way_type, model, tokenizer, questions, config, seed):
-    """The questions one after another."""
+def run_loop(open_way, model, tokenizer, questions, config) -> tuple[dict[str, Any], list[list[int]]]:
+    """The questions one after another: figures, and the tokens of each answer."""
     tokens, counts = [], []
     with peak_memory(model) as memory:
         start = time.perf_counter()
         for inputs in questions:
-            way = way_type(model, tokenizer, inputs, backend="native")
-            result = swires(way, config, cutoff=lambda stage: config.cutoff, seed=seed)
+            way = open_way(model, tokenizer, inputs, backend="native")
+            result = swires(way, config, cutoff=lambda stage: config.cutoff, seed=0)
             tokens.append(result.answer.tokens())
             counts.append((way.counts.decoded, way.counts.prefilled, way.counts.image_encodings))
         seconds = time.perf_counter() - start
-    return Figures(name, len(questions), seconds, *map(sum, zip(*counts)), memory.mib, tokens)
+    return figures(len(questions), seconds, *map(sum, zip(*counts)), memory.mib), tokens
+
+
+KEYS = ("questions", "seconds", "decoded_tokens", "prefilled_tokens", "image_encodings", "peak_mib")
+
+
+def figures(*values: float) -> dict[str, Any]:
+    """Of all of its questions together."""
+    return dict(zip(KEYS, values, strict=True))
 
 
 def agreement(found, expected):
@@ -156,55 +230,73 @@ def agreement(found, expected):
     return sum(len(list(tokens)) for tokens in same) / sum(map(len, found))
 
 
-def bench(num_questions, num_looped, rounds, threads, device, compiled=False, log=print):
-    torch.set_num_threads(threads)
-    model, processor = build_model(device), build_processor()
-    generator = SwiresGenerator(model, processor, compile=compiled)
-    config = SwiresConfig.published(
-        max_new_tokens=sum(STAGE_TOKENS.values()), max_stage_tokens=STAGE_TOKENS, cutoff=0.0, max_rounds=rounds
-    )
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    log(f"{size:.0f}M parameters, {num_questions} questions, {rounds} rounds, {threads} threads")
+def bench(args: argparse.Namespace, model, ways: Ways) -> list[dict[str, Any]]:
+    """The rows of the ways that ran, the engine's first."""
+    processor, config = build_processor(), search_config(STAGE_TOKENS, args.rounds)
     warm, *questions = (
         random_inputs(model, length=PROMPT_TOKENS, ratio_id=TWO_BY_ONE_TILES, seed=seed)
-        for seed in range(num_questions + 1)
+        for seed in range(args.questions + 1)
     )
-    model.generate(**warm, max_new_tokens=2, do_sample=False)
-    generator.generate(**warm, search="greedy", max_new_tokens=2)
-    engine = run_engine(generator, questions, config, seed=0)
-    held = generator.engine.pages_in_use
-    log(
-        f"engine {engine.seconds:.1f} s, {engine.image_encodings / num_questions:.0f} image encoding per question, ",
-        end="",
-    )
-    log(f"{held} pages in use afterwards", flush=True)
-    assert held == 0
-    ways = [engine]
-    for name, way in (("cached", CachedWay), ("published", PublishedWay)):
-        looped = questions[:num_looped]
-        ways.append(run_loop(name, way, model, processor.tokenizer, looped, config, seed=0))
-        ways[-1].agreement = agreement(ways[-1].tokens, engine.tokens)
-        log(f"{name} {ways[-1].seconds:.1f} s, {ways[-1].agreement:.1%} of the tokens are the same", flush=True)
-        if device == "cpu" and ways[-1].tokens != engine.tokens[:num_looped]:
-            raise SystemExit("a ratio between different searches means nothing")
-    return size, ways
+    expected: list[list[int]] = []  # the engine's tokens
+
+    def engine() -> dict[str, Any]:
+        num_pages = args.questions * pages_needed(config)
+        generator = SwiresGenerator(model, processor, page_size=PAGE_SIZE, num_pages=num_pages, compile=args.compile)
+        first, _ = run_engine(generator, questions, config)
+        found, tokens = run_engine(generator, questions, config)
+        expected.extend(tokens)
+        return {"first_run": "the same search", "first_seconds": first["seconds"], **found, "agreement": 1.0}
+
+    def loop(open_way, is_compared: bool) -> dict[str, Any]:
+        tokenizer, looped = processor.tokenizer, questions[: args.looped or args.questions]
+        short = search_config(dict.fromkeys(STAGE_TOKENS, SHORT), args.rounds)
+        first, _ = run_loop(open_way, model, tokenizer, [warm], short)
+        found, tokens = run_loop(open_way, model, tokenizer, looped, config)
+        row = {"first_run": f"one question, {SHORT} tokens a stage", "first_seconds": first["seconds"], **found}
+        if not (is_compared and expected):
+            return row
+        if args.device == "cpu" and tokens != expected[: len(looped)]:
+            raise RuntimeError(
+                "it has other tokens than the engine, and a ratio between different searches means nothing"
+            )
+        return {**row, "agreement": agreement(tokens, expected)}
+
+    static = {"decoders": {}, "max_new_tokens": config.max_new_tokens, "compile": args.compile}
+    opened = {"cached": CachedWay, "published": PublishedWay, "static": partial(StaticWay, **static)}
+    calls: dict[str, Callable[[], dict[str, Any]]] = {"engine": engine}
+    calls |= {LOOPS[name]: partial(loop, opened[name], name != "static") for name in args.peers}
+    rows = []
+    for way, call in calls.items():
+        if row := ways.run(way, call):
+            rows.append(row)
+            same = (
+                f"; {row['agreement']:.1%} of the tokens are the engine's"
+                if way != "engine" and "agreement" in row
+                else ""
+            )
+            print(
+                f"{way} {row['seconds']:.1f} s, at first {row['first_seconds']:.1f} s ({row['first_run']}){same}",
+                flush=True,
+            )
+        if way == LOOPS["static"]:
+            static["decoders"].clear()
+    return rows
 
 
-KEYS = ("seconds", "decoded_tokens", "prefilled_tokens", "image_encodings", "peak_mib")
-
-
-def report(ways):
+def report(rows: list[dict[str, Any]]) -> None:
     """The figures as a table, with their ratios to the engine's: those of a question, and of memory."""
     print("| way | questions | wall time | tokens decoded | tokens prefilled | image encodings | peak memory |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    engine = ways[0]
-    for figures in ways:
+    engine = next((row for row in rows if row["way"] == "engine"), None)
+    for row in rows:
         cells = []
-        for key, unit, digits in zip(KEYS, (" s", "", "", "", " MiB"), (1, 0, 0, 0, 0)):
-            value, base = getattr(figures, key), getattr(engine, key)
-            ratio = value / base * (1 if key == "peak_mib" else engine.questions / figures.questions)
-            cells.append(f"{value:.{digits}f}{unit}" + ("" if figures is engine else f" ({ratio:.1f}x)"))
-        print(f"| {figures.way} | {figures.questions} | " + " | ".join(cells) + " |")
+        for key, unit, digits in zip(KEYS[1:], (" s", "", "", "", " MiB"), (1, 0, 0, 0, 0)):
+            ratio = ""
+            if engine and row is not engine and engine[key]:
+                of_question = 1 if key == "peak_mib" else engine["questions"] / row["questions"]
+                ratio = f" ({row[key] / engine[key] * of_question:.1f}x)"
+            cells.append(f"{row[key]:.{digits}f}{unit}{ratio}")
+        print(f"| {row['way']} | {row['questions']} | {' | '.join(cells)} |", flush=True)
 
 
 def environment(threads, device):
@@ -221,31 +313,36 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=2)
     parser.add_argument("--looped", type=int, help="of them for the loops, which take one after another; all of them")
+    parser.add_argument("--peers", nargs="*", choices=LOOPS, help="the loops to run; all, on the CPU without static")
     parser.add_argument("--rounds", type=int, default=1, help="rounds of SWIRES: without a closed stage none passes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--compile", action="store_true", help="the engine's decoder layers")
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--compile", action="store_true", help="the decoder layers of the engine and of static")
+    parser.add_argument("--json", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
-    size, ways = bench(
-        args.questions, args.looped or args.questions, args.rounds, args.threads, args.device, args.compile
+    check_device(args.device)
+    if args.peers is None:
+        args.peers = [name for name in LOOPS if name != "static" or args.device == "cuda"]
+    torch.set_num_threads(args.threads)
+    model = build_model(args.device)
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    print(
+        f"{millions:.0f}M parameters, {args.questions} questions, {args.rounds} rounds, {args.threads} threads",
+        flush=True,
     )
-    report(ways)
-    if args.out:
-        figures = {
-            "benchmark": "bench_search",
-            **environment(args.threads, args.device),
-            "parameters_million": round(size, 1),
-            "questions": args.questions,
-            "rounds": args.rounds,
-            "compile": args.compile,
-            "stage_tokens": STAGE_TOKENS,
-            "totals": {
-                figures.way: {key: getattr(figures, key) for key in ("questions", *KEYS, "agreement")}
-                for figures in ways
-            },
-        }
-        args.out.write_text(json.dumps(figures, indent=1) + "\n")
+    results = Results(
+        args.json,
+        benchmark="bench_search",
+        **environment(args.threads, args.device),
+        parameters_million=round(millions, 1),
+        questions=args.questions,
+        rounds=args.rounds,
+        compile=args.compile,
+        stage_tokens=STAGE_TOKENS,
+    )
+    ways = Ways(results)
+    report(bench(args, model, ways))
+    ways.exit()
 
 
 if __name__ == "__main__":

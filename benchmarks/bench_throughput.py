@@ -3,25 +3,31 @@
 ``python benchmarks/bench_throughput.py`` runs it on bench_search's random Mllama of about 100M parameters, with
 ``--device cuda`` of the 11B model's shape. The peer is ``model.generate(num_return_sequences=N)`` on a batch of all
 questions, which have prompts of one length, so that it pads nothing; where that does not fit into memory, one question
-after another.
+after another. Of those only ``--in-turn`` are asked, and the seconds are scaled to all of them, as the row's name says.
+
+Each way runs before it is timed, and the seconds of that first run are noted too: the engine the very same questions,
+which compiles and captures all that it needs, transformers 2 tokens. A way that fails leaves a row with its error.
 """
 
 import argparse
-import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_search import (
+    PAGE_SIZE,
     PROMPT_TOKENS,
     TWO_BY_ONE_TILES,
+    Ways,
     build_model,
     environment,
     peak_memory,
     random_inputs,
     used_mib,
 )
+from timing import Results, check_device
 
 from llava_cot import SwiresGenerator
 from llava_cot.small_world.processor import build_processor
@@ -44,37 +50,48 @@ def joined(questions: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.cat([question[name] for question in questions]) for name in questions[0]}
 
 
-def bench(model, generator: SwiresGenerator, questions: list[Any], n: int, tokens: int) -> list[dict[str, Any]]:
-    settings = {**SAMPLING, "num_return_sequences": n, "max_new_tokens": tokens}
+def bench(
+    model, generator: SwiresGenerator, ways: Ways, questions: list[Any], n: int, tokens: int, in_turn: int
+) -> None:
+    def ask(limit: int, questions: list[Any], function: Callable[..., Any], **kind: Any) -> tuple[float, float]:
+        settings = {**SAMPLING, "num_return_sequences": n, "max_new_tokens": limit, **kind}
+        return timed(model, lambda: function(**joined(questions), **settings))
 
-    def engine():
-        generator.generate(**joined(questions), search="sample", seed=0, **settings)
-
-    def together():
-        model.generate(**joined(questions), do_sample=True, **settings)
-
-    def in_turn():
-        for question in questions:
-            model.generate(**question, do_sample=True, **settings)
-
-    rows = []
-    for way, call in (("engine", engine), ("transformers, all at once", together), ("transformers, in turn", in_turn)):
-        if call is in_turn and (len(questions) == 1 or len(rows) == 2):
-            continue
-        try:
-            generator.engine.runner.peak_pages = 0
-            seconds, mib = timed(model, call)
-            mib += used_mib(generator, questions) if call is engine else 0
-        except torch.OutOfMemoryError:
-            print(f"| {len(questions)} | {way} | out of memory | | | |", flush=True)
-            continue
+    def row(first: float, seconds: float, mib: float) -> dict[str, float]:
         rate = len(questions) * n * tokens / seconds
-        rows.append(
-            {"questions": len(questions), "way": way, "seconds": seconds, "tokens_per_second": rate, "mib": mib}
+        return {"first_seconds": first, "seconds": seconds, "tokens_per_second": rate, "mib": mib}
+
+    def engine() -> dict[str, float]:
+        first, _ = ask(tokens, questions, generator.generate, search="sample", seed=0)
+        generator.engine.runner.peak_pages = 0
+        seconds, mib = ask(tokens, questions, generator.generate, search="sample", seed=0)
+        return row(first, seconds, mib + used_mib(generator, questions))
+
+    def together() -> dict[str, float]:
+        first, _ = ask(2, questions, model.generate, do_sample=True)
+        return row(first, *ask(tokens, questions, model.generate, do_sample=True))
+
+    def alone() -> dict[str, float]:
+        first, _ = ask(2, questions[:1], model.generate, do_sample=True)
+        found = [ask(tokens, [question], model.generate, do_sample=True) for question in questions[:in_turn]]
+        seconds = sum(seconds for seconds, _ in found) * len(questions) / len(found)
+        return row(first, seconds, max(mib for _, mib in found))
+
+    some = f", from {in_turn} of them" if in_turn < len(questions) else ""
+    calls = {"engine": engine, "transformers, all at once": together, f"transformers, in turn{some}": alone}
+    seconds: dict[str, float] = {}
+    for way, call in calls.items():
+        if call is alone and (len(questions) == 1 or "transformers, all at once" in seconds):
+            continue
+        if not (found := ways.run(way, call, questions=len(questions))):
+            continue
+        seconds[way] = found["seconds"]
+        ratio = f" ({found['seconds'] / seconds['engine']:.1f}x)" if way != "engine" and "engine" in seconds else ""
+        print(
+            f"| {len(questions)} | {way} | {found['seconds']:.1f} s{ratio} | {found['first_seconds']:.1f} s | "
+            f"{found['tokens_per_second']:.0f} | {found['mib']:.0f} MiB |",
+            flush=True,
         )
-        ratio = f" ({seconds / rows[0]['seconds']:.1f}x)" if way != "engine" else ""
-        print(f"| {len(questions)} | {way} | {seconds:.1f} s{ratio} | {rate:.0f} | {mib:.0f} MiB |", flush=True)
-    return rows
 
 
 def main() -> None:
@@ -82,38 +99,36 @@ def main() -> None:
     parser.add_argument("--questions", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--candidates", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--in-turn", type=int, default=4, help="questions that are really asked one after another")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--compile", action="store_true", help="the engine's decoder layers")
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
+    parser.add_argument("--json", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
+    check_device(args.device)
     torch.set_num_threads(args.threads)
     model = build_model(args.device)
     # Pages for what is asked, so that the peer has the rest of a GPU's memory.
-    per_question = PROMPT_TOKENS // 16 + 1 + args.candidates * (args.tokens // 16 + 2)
-    num_pages = max(args.questions) * per_question
-    generator = SwiresGenerator(model, build_processor(), num_pages=num_pages, compile=args.compile)
-    warm, *questions = (
-        random_inputs(model, length=PROMPT_TOKENS, ratio_id=TWO_BY_ONE_TILES, seed=seed)
-        for seed in range(1 + max(args.questions))
+    per_question = PROMPT_TOKENS // PAGE_SIZE + 1 + args.candidates * (args.tokens // PAGE_SIZE + 2)
+    settings = {"page_size": PAGE_SIZE, "num_pages": max(args.questions) * per_question, "compile": args.compile}
+    generator = SwiresGenerator(model, build_processor(), **settings)
+    questions = [
+        random_inputs(model, length=PROMPT_TOKENS, ratio_id=TWO_BY_ONE_TILES, seed=1 + index)
+        for index in range(max(args.questions))
+    ]
+    results = Results(
+        args.json,
+        benchmark="bench_throughput",
+        **environment(args.threads, args.device),
+        candidates=args.candidates,
+        new_tokens=args.tokens,
+        compile=args.compile,
     )
-    print("| questions | way | wall time | tokens/s | peak memory |\n| --- | --- | --- | --- | --- |")
-    model.generate(**warm, max_new_tokens=2, do_sample=False)
-    rows = []
+    ways = Ways(results)
+    print("| questions | way | wall time | at first | tokens/s | peak memory |\n| --- | --- | --- | --- | --- | --- |")
     for count in args.questions:
-        chosen = questions[:count]
-        generator.generate(**joined(chosen), search="sample", num_return_sequences=args.candidates, max_new_tokens=6)
-        rows += bench(model, generator, chosen, args.candidates, args.tokens)
-    if args.out:
-        found = {
-            "benchmark": "bench_throughput",
-            **environment(args.threads, args.device),
-            "candidates": args.candidates,
-            "new_tokens": args.tokens,
-            "compile": args.compile,
-            "rows": rows,
-        }
-        args.out.write_text(json.dumps(found, indent=1) + "\n")
+        bench(model, generator, ways, questions[:count], args.candidates, args.tokens, args.in_turn)
+    ways.exit()
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
    parameters) torch's memory tracker counts it, and the pages that are resident; on CUDA (3.1B) the allocator does.
 2. The loss from the fused head beside transformers' own from plain logits, at a vocabulary of 128,256.
 
-Each figure is of a fresh process. Times are of a shared machine: take them as a hint.
+Each figure is of a fresh process; where one fails, a row has its error and the others are measured all the same. Times
+are of a shared machine: take them as a hint.
 """
 
 import argparse
@@ -16,11 +17,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from timing import environment
+from timing import NEEDS_GPU, Results, check_device, environment
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
@@ -28,16 +30,20 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 
-from llava_cot.data.collate import Batch
-from llava_cot.train.config import Precision, TrainConfig
-from llava_cot.train.distributed import process_group
-from llava_cot.train.loss_head import LossHead
-from llava_cot.train.memory import by_category, simulate_step, step_inputs
-from llava_cot.train.model import build_model
-from llava_cot.train.objectives.objective import Step
-from llava_cot.train.objectives.sft import Sft
-from llava_cot.train.optimizer import build_optimizer
-from llava_cot.train.sharding import build_mesh, checkpoint_activations, shard
+try:
+    from llava_cot.data.collate import Batch
+    from llava_cot.train.config import Precision, TrainConfig
+    from llava_cot.train.distributed import process_group
+    from llava_cot.train.loss_head import LossHead
+    from llava_cot.train.memory import by_category, simulate_step, step_inputs
+    from llava_cot.train.model import build_model
+    from llava_cot.train.objectives.objective import Step
+    from llava_cot.train.objectives.sft import Sft
+    from llava_cot.train.optimizer import build_optimizer
+    from llava_cot.train.sharding import build_mesh, checkpoint_activations, shard
+except ModuleNotFoundError as error:
+    print(f"{Path(sys.argv[0]).name} needs the package {error.name}, which is not installed")
+    sys.exit(NEEDS_GPU)
 
 GEOMETRY = dict(max_num_tiles=4, patch_size=14)
 SHAPES = {  # text and vision of an Mllama
@@ -212,7 +218,7 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def _available() -> int:
+def available_bytes() -> int:
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
@@ -221,42 +227,61 @@ def in_process(*arguments: str) -> dict[str, Any]:
     # Every large tensor in pages of its own, which go back when it is freed: resident memory is what is alive.
     environ = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, "--one", *arguments]
-    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environ).stdout
-    return json.loads(output.splitlines()[-1])
+    run = subprocess.run(command, capture_output=True, text=True, env=environ)
+    if run.returncode:
+        raise RuntimeError((run.stderr.splitlines() or [f"exit code {run.returncode}"])[-1])
+    return json.loads(run.stdout.splitlines()[-1])
 
 
-def step_rows(device: str) -> list[dict[str, Any]]:
-    rows = []
+class Rows:
+    """The rows of a benchmark; a case that fails is one with its error."""
+
+    def __init__(self, results: Results):
+        self.results, self.failed = results, False
+
+    def add(self, case: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
+        try:
+            self.results.add({**case, **measure()})
+        except RuntimeError as error:
+            self.failed = True
+            self.results.add({**case, "error": str(error)})
+            print(f"{', '.join(map(str, case.values()))} failed: {error}", flush=True)
+
+
+def add_steps(rows: Rows, device: str) -> None:
     for compute in ("float32", "bfloat16") if device == "cpu" else ("bfloat16",):
         for checkpointing in (False, True):
             name = "{}, rows={} of {} tokens and {} images".format(*STEPS[device])
             name += f", {compute}{', checkpointed' if checkpointing else ''}"
-            row = in_process("step", device, compute, str(int(checkpointing)))
-            measured = row.get("tracker", row.get("max_memory_allocated"))
-            kinds = [kind for kind in ("planned", "tracker", "resident", "max_memory_allocated") if kind in row]
-            shown = ", ".join(f"{kind} {row[kind] / 2**20:.0f}" for kind in kinds)
-            print(f"{name}: {shown} MiB; planned / measured {row['planned'] / measured:.3f}", flush=True)
-            rows.append({"case": name, **row, "ratio": row["planned"] / measured})
-    return rows
+            rows.add({"part": "step", "case": name}, partial(step_row, name, device, compute, checkpointing))
 
 
-def head_rows() -> list[dict[str, Any]]:
-    rows = []
+def step_row(name: str, device: str, compute: str, checkpointing: bool) -> dict[str, Any]:
+    row = in_process("step", device, compute, str(int(checkpointing)))
+    measured = row.get("tracker", row.get("max_memory_allocated"))
+    kinds = [kind for kind in ("planned", "tracker", "resident", "max_memory_allocated") if kind in row]
+    shown = ", ".join(f"{kind} {row[kind] / 2**20:.0f}" for kind in kinds)
+    print(f"{name}: {shown} MiB; planned / measured {row['planned'] / measured:.3f}", flush=True)
+    return {**row, "ratio": row["planned"] / measured}
+
+
+def add_heads(rows: Rows) -> None:
     for dtype, size in (("float32", 4), ("bfloat16", 2)):
         for tokens in HEAD_ROWS:
-            found: dict[str, Any] = {}
-            for provider in ("fused", "plain"):
-                need = tokens * HEAD_SHAPE["vocab_size"] * 2 * (size + 4) if provider == "plain" else 0
-                case = "head" if need + SPARE < _available() else "head-without-data"
-                found[provider] = in_process(case, provider, str(tokens), dtype)
             print(f"V={HEAD_SHAPE['vocab_size']}, {tokens} supervised tokens, {dtype}", flush=True)
-            for provider, row in found.items():
-                kinds = [kind for kind in ("tracker", "resident") if kind in row]
-                shown = [f"{kind} {row[kind] / 2**20:.1f} MiB" for kind in kinds]
-                shown += [f"{row['seconds']:.1f} s"] if "seconds" in row else []
-                print(f"  {provider}: {', '.join(shown)}", flush=True)
-            rows.append({"tokens": tokens, "dtype": dtype, **found})
-    return rows
+            for provider in ("fused", "plain"):
+                case = {"part": "head", "provider": provider, "tokens": tokens, "dtype": dtype}
+                rows.add(case, partial(head_row, provider, tokens, dtype, size))
+
+
+def head_row(provider: str, tokens: int, dtype: str, size: int) -> dict[str, Any]:
+    need = tokens * HEAD_SHAPE["vocab_size"] * 2 * (size + 4) if provider == "plain" else 0
+    case = "head" if need + SPARE < available_bytes() else "head-without-data"
+    row = in_process(case, provider, str(tokens), dtype)
+    shown = [f"{kind} {row[kind] / 2**20:.1f} MiB" for kind in ("tracker", "resident") if kind in row]
+    shown += [f"{row['seconds']:.1f} s"] if "seconds" in row else []
+    print(f"  {provider}: {', '.join(shown)}", flush=True)
+    return row
 
 
 def main() -> None:
@@ -265,6 +290,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    check_device(args.device)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     match args.one:
@@ -275,11 +301,11 @@ def main() -> None:
         case ["head-without-data", provider, tokens, dtype]:
             print(json.dumps(head_case_without_data(provider, int(tokens), dtype)))
         case None:
-            found = {"machine": environment(args.device), "steps": step_rows(args.device)}
+            rows = Rows(Results(args.json, machine=environment(args.device)))
+            add_steps(rows, args.device)
             if args.device == "cpu":
-                found["head"] = head_rows()
-            if args.json:
-                args.json.write_text(json.dumps(found, indent=1) + "\n")
+                add_heads(rows)
+            sys.exit(int(rows.failed))
 
 
 if __name__ == "__main__":

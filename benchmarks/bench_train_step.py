@@ -1,18 +1,25 @@
-"""How fast a training step is: ``python benchmarks/bench_train_step.py`` on a GPU with room for the 11B model.
+"""How fast a training step is: ``python benchmarks/bench_train_step.py`` on a GPU.
 
 The trainer's own modules on weights of no meaning and random tokens, images of four 560-pixel tiles: tokens a second,
 the share of the GPU's peak, and memory beside what ``llava-cot train --plan`` says. Medians over steps.
+
+The model is the 11B one where it fits, and otherwise has as many of its text layers as do: with the default optimizer
+all 40 in 141 GB, 25 or 30 in 80 GB.
 """
 
 import argparse
-import json
 import statistics
+import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from bench_train_memory import build_run, random_batch, train_step
-from timing import environment
+from bench_train_memory import available_bytes, build_run, random_batch, train_step
+from timing import Results, check_device, environment
+from transformers import AutoConfig
 
 from llava_cot.train.config import TrainConfig
 from llava_cot.train.distributed import process_group
@@ -20,31 +27,46 @@ from llava_cot.train.flops import flops_per_batch, peak_flops
 from llava_cot.train.memory import simulate_step
 
 ROOT = Path(__file__).parents[1]
+UNIT = 5  # text layers, one of them attends to the image: what is left out is a multiple of it
+SHARE = 0.9  # of the free memory that may be planned for
+WARMUP = 3
+GIB = 2**30
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(ROOT / "configs/llama_3_2_11b_vision"), help="a folder with config.json")
-    parser.add_argument("--optimizer", default="adamw_stochastic", help="adamw and adamw8bit keep float32 weights")
-    parser.add_argument("--rows", type=int, default=1)
-    parser.add_argument("--row-tokens", type=int, default=4096)
-    parser.add_argument("--images", type=int, default=4, help="of a row")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    args = parser.parse_args()
-    params = "bfloat16" if args.optimizer == "adamw_stochastic" else "float32"
-    config = TrainConfig(
-        model=args.model, output=Path("none"), data=Path("none"), device=args.device,
-        optimizer={"name": args.optimizer}, precision={"params": params, "reduce": params},
-    )  # fmt: skip
-    sizes = {"rows": args.rows, "row_tokens": args.row_tokens}
-    planned = simulate_step(config, ranks=1, images_per_row=args.images, accumulates=False, **sizes).total
+def write_model(model: str, layers: int, folder: Path) -> str:
+    """A folder with the ``config.json`` of ``model`` with its first ``layers`` text layers alone."""
+    settings = AutoConfig.from_pretrained(model)
+    text = settings.text_config
+    text.num_hidden_layers = layers
+    text.cross_attention_layers = [index for index in text.cross_attention_layers if index < layers]
+    path = folder / str(layers)
+    settings.save_pretrained(path)
+    return str(path)
+
+
+def choose_layers(total: int, plan: Callable[[int], int], free: int) -> tuple[int, int]:
+    """How many of ``total`` text layers fit into ``free`` bytes, at least ``UNIT``, and the bytes planned for them.
+
+    A plan takes a second for each layer, and grows by the same bytes with each: two small ones tell the others.
+    """
+    if total <= 2 * UNIT:
+        return total, plan(total)
+    least, more = plan(UNIT), plan(2 * UNIT)
+    units = max(1, 1 + int((SHARE * free - least) // (more - least)))
+    layers = min(total, units * UNIT)
+    return layers, least + (more - least) * (layers - UNIT) // UNIT
+
+
+def free_bytes(device: str) -> int:
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else available_bytes()
+
+
+def measure(config: TrainConfig, args: argparse.Namespace) -> dict[str, Any]:
     with process_group(args.device) as device:
         root, optimizer = build_run(config, device)
         batch = random_batch(root.model.config, args.rows, args.row_tokens, args.images).to(device)
         seconds = []
-        for _ in range(3 + args.steps):
+        for _ in range(WARMUP + args.steps):
             began = time.perf_counter()
             train_step(root, optimizer, batch)
             if device.type == "cuda":
@@ -57,19 +79,59 @@ def main() -> None:
             num_images=args.rows * args.images,
             num_pairs=tokens * args.row_tokens // args.images,
         )
-        median, peak = statistics.median(seconds[3:]), peak_flops(device)
-        found = {
-            "machine": environment(args.device),
-            "settings": vars(args) | {"json": None},
-            "seconds": seconds[3:],
+        median, peak = statistics.median(seconds[WARMUP:]), peak_flops(device)
+        return {
+            "first_seconds": seconds[0],
+            "seconds": seconds[WARMUP:],
             "tokens_per_s": tokens / median,
             "mfu": flops / median / peak if peak else None,
             "max_memory_allocated": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
-            "planned": planned,
         }
-    print(json.dumps(found, indent=1))
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(ROOT / "configs/llama_3_2_11b_vision"), help="a folder with config.json")
+    parser.add_argument("--layers", type=int, help="text layers of it; as many as fit")
+    parser.add_argument("--optimizer", default="adamw_stochastic", help="adamw and adamw8bit keep float32 weights")
+    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--row-tokens", type=int, default=4096)
+    parser.add_argument("--images", type=int, default=4, help="of a row")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    args = parser.parse_args()
+    check_device(args.device)
+    params = "bfloat16" if args.optimizer == "adamw_stochastic" else "float32"
+    sizes = {"rows": args.rows, "row_tokens": args.row_tokens, "images_per_row": args.images}
+    total, free = AutoConfig.from_pretrained(args.model).text_config.num_hidden_layers, free_bytes(args.device)
+    results = Results(args.json, machine=environment(args.device), settings=vars(args))
+    with tempfile.TemporaryDirectory() as folder:
+
+        def config(layers: int) -> TrainConfig:
+            return TrainConfig(
+                model=write_model(args.model, layers, Path(folder)), output=Path("none"), data=Path("none"),
+                device=args.device, optimizer={"name": args.optimizer}, precision={"params": params, "reduce": params},
+            )  # fmt: skip
+
+        def plan(layers: int) -> int:
+            return simulate_step(config(layers), ranks=1, accumulates=False, **sizes).total
+
+        layers, planned = (args.layers, plan(args.layers)) if args.layers else choose_layers(total, plan, free)
+        row: dict[str, Any] = {"text_layers": layers, "planned": planned, "free": free}
+        print(f"{layers} of {total} text layers, planned {planned / GIB:.1f} of {free / GIB:.1f} GiB", flush=True)
+        if planned > free:
+            sys.exit("they do not fit into the memory that is free: choose fewer --layers, --row-tokens or --images")
+        try:
+            row |= measure(config(layers), args)
+        except torch.OutOfMemoryError as error:
+            row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    results.add(row)
+    if "error" in row:
+        sys.exit(row["error"])
+    mfu = f", {row['mfu']:.1%} of the peak" if row["mfu"] else ""
+    held = f", {row['max_memory_allocated'] / GIB:.1f} GiB allocated" if row["max_memory_allocated"] else ""
+    print(f"{row['tokens_per_s']:.0f} tokens/s, {statistics.median(row['seconds']):.2f} s a step{mfu}{held}")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,13 @@ class Prompt:
     tiles: int  # of the image that are left
 
 
+class HostLengthLayer(StaticLayer):
+    """Says on the host that it holds tokens: transformers 5.17 asks in each layer, which would wait for the device."""
+
+    def get_seq_length(self) -> int:
+        return self.max_cache_len  # nothing depends on how many: mask and positions are given
+
+
 def prefill(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Prompt:
     """Compute a prompt, a processor's inputs at batch 1."""
     ids, mask = inputs["input_ids"], inputs["cross_attention_mask"]
@@ -94,7 +101,7 @@ class StaticDecoder:
             image = DynamicLayer()
             image.update(keys, values)
             return image
-        static = StaticLayer(max_cache_len=len(self.places))
+        static = HostLengthLayer(max_cache_len=len(self.places))
         static.lazy_initialization(keys, values)
         for tensor in (static.keys, static.values, static.cumulative_length):
             torch._dynamo.mark_static_address(tensor, guard=False)  # or each layer is compiled for its own addresses
