@@ -35,6 +35,7 @@ IMAGE_SPLIT_KEYS = 128  # and at least so many keys each
 SHARING_PAYS = ((2, 4096), (4, 1024), (8, 512), (16, 256))
 ENOUGH_PROGRAMS = 2 * 132  # that keep an H200 busy without splits
 MAX_SCRATCH_BYTES = 256 << 20  # above it a program walks through the splits of its tile
+MERGE_VALUES = 512  # of a query's heads that a program merges: 16 registers of each thread, and four splits in flight
 
 _SCAN = tl.constexpr(128)  # entries of an index that a program looks at together
 
@@ -62,7 +63,7 @@ def _image_split(num_keys, IMAGE_SPLITS: tl.constexpr, IMAGE_SPLIT_KEYS: tl.cons
     return tl.maximum(tl.cdiv(num_keys, IMAGE_SPLITS * 64) * 64, IMAGE_SPLIT_KEYS)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "num_groups", "num_group_slots", "num_rows"])
+@triton.jit(do_not_specialize=["num_sequences", "num_groups", "num_group_slots", "num_rows", "table_stride"])
 def _attend_paged(
     query, key_cache, value_cache, page_table, seq_lens, cu_seqlens_q, out, lse, max_states, sum_states, total_states,
     order, order_sequence, group_starts, leaders, shared_lens,
@@ -152,7 +153,7 @@ def _merge(
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGED: tl.constexpr, SPLIT_KEYS: tl.constexpr,
     IMAGE_SPLITS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Fold the states of a row's splits in the order of the keys. Grid: queries, key heads."""
+    """Fold the states of a row's splits in the order of the keys. Grid: queries, key heads, blocks of query heads."""
     token = tl.program_id(0)
     if PAGED:
         sequence = _segment_of(starts, num_segments, token, 0)
@@ -164,6 +165,8 @@ def _merge(
         limit = (tl.load(lens + image + 1, mask=real, other=0) - tl.load(lens + image, mask=real, other=0)).to(tl.int32)
         split_keys = _image_split(limit, IMAGE_SPLITS, SPLIT_KEYS)
     head, dims = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
+    if BLOCK_H < HEADS:
+        head += tl.program_id(2) * BLOCK_H
     valid = head < HEADS
     inside = valid[:, None] & (dims < HEAD_DIM)[None, :]
     row = (token.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * HEADS + head
@@ -181,7 +184,7 @@ def _merge(
     store_result(row_max, row_sum, total, out, lse, row, valid, HEAD_DIM, BLOCK_D, INTERPRETED)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "num_groups"])
+@triton.jit(do_not_specialize=["num_sequences", "num_groups", "table_stride"])
 def _group_queries(
     group, cu_seqlens_q, order, group_starts, order_sequence, leaders, shared_lens, prefix_lens, page_table, seq_lens,
     num_sequences, num_groups, table_stride,
@@ -280,9 +283,10 @@ def paged_attention(
             PAGE_SIZE=page_size, SPLIT_KEYS=SPLIT_KEYS, GROUPED=grouped, WALK=walk, **shape,
         )  # fmt: skip
         if not walk:
-            _merge[(num_queries, kv_heads)](
+            merge = _merge_shape(shape)
+            _merge[(num_queries, kv_heads, triton.cdiv(merge["HEADS"], merge["BLOCK_H"]))](
                 *states, seq_lens, cu_seqlens_q, seq_lens, out, lse, num_sequences, lse.numel(),
-                PAGED=True, SPLIT_KEYS=SPLIT_KEYS, IMAGE_SPLITS=0, **_merge_shape(shape),
+                PAGED=True, SPLIT_KEYS=SPLIT_KEYS, IMAGE_SPLITS=0, **merge,
             )  # fmt: skip
 
 
@@ -324,9 +328,10 @@ def shared_attention(
             IMAGE_SPLITS=IMAGE_SPLITS, IMAGE_SPLIT_KEYS=IMAGE_SPLIT_KEYS, GROUPED=grouped, WALK=walk, **shape,
         )  # fmt: skip
         if not walk:
-            _merge[(num_queries, kv_heads)](
+            merge = _merge_shape(shape)
+            _merge[(num_queries, kv_heads, triton.cdiv(merge["HEADS"], merge["BLOCK_H"]))](
                 *states, cu_seqlens_k, cu_seqlens_k, group, out, lse, num_groups, lse.numel(),
-                PAGED=False, SPLIT_KEYS=IMAGE_SPLIT_KEYS, IMAGE_SPLITS=IMAGE_SPLITS, **_merge_shape(shape),
+                PAGED=False, SPLIT_KEYS=IMAGE_SPLIT_KEYS, IMAGE_SPLITS=IMAGE_SPLITS, **merge,
             )  # fmt: skip
 
 
@@ -359,5 +364,7 @@ def _new_states(query: Tensor, num_splits: int) -> list[Tensor]:
 
 
 def _merge_shape(shape: dict[str, Any]) -> dict[str, Any]:
+    """What ``_merge`` is compiled for: a warp, and so many heads that it holds ``MERGE_VALUES`` in registers."""
     kept = {name: shape[name] for name in ("HEADS", "HEAD_DIM", "BLOCK_D", "INTERPRETED")}
-    return {**kept, "BLOCK_H": triton.next_power_of_2(shape["HEADS"]), "num_warps": 1}
+    heads = min(triton.next_power_of_2(shape["HEADS"]), max(1, MERGE_VALUES // shape["BLOCK_D"]))
+    return {**kept, "BLOCK_H": heads, "num_warps": 1}

@@ -23,8 +23,8 @@ TILES = {
     (2, 128): Tile(64, 64, 4, 3),
     (2, 256): Tile(64, 32, 4, 3),
     (2, 1 << 30): Tile(64, 16, 8, 2),
-    (4, 128): Tile(32, 32, 4, 2),
-    (4, 1 << 30): Tile(16, 16, 4, 2),
+    (4, 256): Tile(32, 16, 8, 2),
+    (4, 1 << 30): Tile(16, 16, 8, 2),
 }
 
 
@@ -32,14 +32,15 @@ def tile_shape(query: Tensor, kv_heads: int) -> dict[str, Any]:
     """What the kernels that attend are compiled for."""
     heads, head_dim = query.shape[1] // kv_heads, query.shape[2]
     tile = next(tile for (size, dim), tile in TILES.items() if size == query.element_size() and head_dim <= dim)
+    rows = max(tile.rows, triton.next_power_of_2(heads))
     return {
         "HEADS": heads,
         "HEAD_DIM": head_dim,
-        "BLOCK_M": max(tile.rows, triton.next_power_of_2(heads)),
+        "BLOCK_M": rows,
         "BLOCK_N": tile.keys,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
         "INTERPRETED": INTERPRETED,
-        "num_warps": tile.num_warps,
+        "num_warps": min(tile.num_warps * rows // tile.rows, 32),  # of which a block has no more
         "num_stages": tile.num_stages,
     }
 

@@ -139,7 +139,7 @@ def _list_kept_rows(targets: Tensor) -> tuple[Tensor, Tensor]:
 # ---- forward ----
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "V", "num_spans", "tiles_per_span"])
 def _spans_kernel(
     hidden, weight, targets, rows, num_kept, target_logits, largests, totals, weighteds,
     scale, T, V, H, hidden_stride, weight_stride, num_spans, tiles_per_span,
@@ -182,7 +182,7 @@ def _spans_kernel(
     tl.store(weighteds + at, weighted, mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["V"])
 def _merge_kernel(
     largests, totals, weighteds, target_logits, targets, logprobs, lse, entropy, scale, V, num_spans,
     BLOCK: tl.constexpr,
@@ -244,7 +244,7 @@ def linear_logprobs(
 # ---- backward ----
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "V", "first_token"])
 def _dlogits_kernel(
     grad_logprobs, grad_entropy, hidden, weight, targets, lse, entropy, rows, num_kept, dlogits,
     scale, T, V, H, hidden_stride, weight_stride, dlogits_stride, first_token, num_tokens,
@@ -274,7 +274,7 @@ def _dlogits_kernel(
     tl.store(at, grad.to(dlogits.dtype.element_ty), mask=kept[:, None] & (column < num_tokens)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_token", "num_tokens"])
 def _grad_weight_kernel(
     dlogits, hidden, rows, num_kept, grad_weight, H, hidden_stride, dlogits_stride, first_token, num_tokens,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -298,7 +298,7 @@ def _grad_weight_kernel(
     tl.store(at, sum.to(grad_weight.dtype.element_ty), mask=(column < num_tokens)[:, None] & (h < H)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "first_token", "num_tokens"])
 def _add_grad_hidden_kernel(
     dlogits, weight, rows, num_kept, parts, T, H, weight_stride, dlogits_stride, first_token, num_tokens,
     tokens_per_part, IS_FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
@@ -329,7 +329,7 @@ def _add_grad_hidden_kernel(
     tl.store(at, sum, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "num_parts"])
 def _write_grad_hidden_kernel(parts, targets, grad_hidden, T, H, num_parts, BLOCK: tl.constexpr):
     """grad_hidden[row] = the sum of its parts; 0 for an ignored row."""
     row = tl.program_id(0).to(tl.int64)

@@ -1,33 +1,51 @@
 """Triton compiles every launch for GPUs that need not be there, and it fits: the interpreter shows neither."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
+from llava_cot_kernels.checks import FLOATS
+
 pytest.importorskip("triton")
 
-DTYPES = ("bfloat16", "float32")
 NUM_ROWS = (16, 64, 2048)  # of linear_logprobs: a tile of its own for each
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # that a block may have
-STACK_BYTES = {80: 256, 90: 96}  # of a thread: tiles are made for Hopper, and what walks through splits spills a little
+# Of a thread that attends: tiles are made for Hopper, and what walks through splits spills a little. No other spills.
+STACK_BYTES = {("bfloat16", 80): 224, ("bfloat16", 90): 96, ("float32", 90): 16}
 
 
-def launches(call: Callable[[], None], capability: int) -> Iterator[str]:
-    """The kernels that ``call`` launches, compiled as for its arguments and not run: name, registers, memory."""
+class Built(NamedTuple):
+    """What the compiler made of a launch, and what it was compiled for."""
+
+    kernel: str
+    configuration: dict[str, Any]
+    registers: int  # of a thread
+    stack: int  # bytes of a thread
+    stores: int  # bytes that its code spills to the stack
+    loads: int  # bytes that its code reads from there
+    shared: int  # bytes of a block
+
+
+def launches(call: Callable[[], None], capability: int) -> Iterator[Built]:
+    """The kernels that ``call`` launches, compiled as for its arguments and not run."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
     device = SimpleNamespace(
-        get_current_device=lambda: 0,
+        get_current_device=lambda: capability,  # a kernel is compiled once for each device
         get_current_stream=lambda device: 0,
         get_current_target=lambda: GPUTarget("cuda", capability, 32),
     )
@@ -38,55 +56,165 @@ def launches(call: Callable[[], None], capability: int) -> Iterator[str]:
         call()
     finally:
         JITFunction.run = run
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    for kernel in {id(kernel): kernel for kernel in compiled}.values():
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-            cubin.write(kernel.asm["cubin"])
-            cubin.flush()
-            command = [cuobjdump, "-res-usage", cubin.name]
-            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-        yield f"{kernel.metadata.name}: {registers} registers, {kernel.metadata.shared} shared, {stack} bytes of stack"
+    yield from map(measure, dict.fromkeys(compiled))
 
 
-def logprob(dtype: torch.dtype, T: int, H: int = 4096, V: int = 128256) -> None:
+@cache
+def measure(kernel) -> Built:
+    """Spilled bytes are those of the instructions that store to local memory and load from it, as ptxas counts them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", cuobjdump("-res-usage", cubin.name)).groups()
+        code = cuobjdump("-sass", cubin.name) if int(stack) else ""
+    stores, loads = (
+        sum(int(bits or 32) // 8 for bits in re.findall(rf"\b{name}(?:\.(64|128)|\.\w+)* ", code))
+        for name in ("STL", "LDL")
+    )
+    numbers = int(registers), int(stack), stores, loads, kernel.metadata.shared
+    return Built(kernel.metadata.name, configuration(kernel), *numbers)
+
+
+def cuobjdump(option: str, cubin: str) -> str:
+    import triton
+
+    command = [Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump", option, cubin]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def configuration(kernel) -> dict[str, Any]:
+    """The dtype, the constants, and what Triton specialises for: arguments that are 1, that are no multiple of 16."""
+    source, params = kernel.src, kernel.src.fn.params
+    kinds = [source.signature[param.name] for param in params]
+    constants = {param.name: int(source.constants[param.num,]) for param in params if param.is_constexpr}
+    constants |= {"num_warps": kernel.metadata.num_warps, "num_stages": kernel.metadata.num_stages}
+    ones = [p.name for p, kind in zip(params, kinds) if kind == "constexpr" and not p.is_constexpr]
+    loose = [
+        param.name
+        for param, kind in zip(params, kinds)
+        if kind[0] in "*i" and not param.do_not_specialize and not source.attrs.get((param.num,))
+    ]
+    specialised = {"is 1": " ".join(ones), "no multiple of 16": " ".join(loose)}
+    return {"dtype": min(kind for kind in kinds if kind[0] == "*")[1:], **constants, **specialised}
+
+
+def logprob(dtype: torch.dtype, T: int, H: int = 4096, V: int = 128256, chunk: int | None = None) -> None:
     """linear_logprobs and its backward, of memory that is never touched."""
     from llava_cot_kernels.triton import logprob
 
     hidden, weight = torch.empty(T, H, dtype=dtype), torch.empty(V, H, dtype=dtype)
     grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
     targets, rows = torch.empty(T, dtype=torch.int64), [torch.empty(T) for _ in range(5)]
+    if chunk:
+        logprob.DLOGITS_BYTES = chunk * T * hidden.element_size()
     logprob.linear_logprobs(hidden, weight, targets, 1.0, *rows[:3])
     logprob.linear_logprobs_backward(*rows[3:], hidden, weight, targets, *rows[1:3], 1.0, grad_hidden, grad_weight)
 
 
-def attention(dtype: torch.dtype) -> None:
-    """Both ops, with groups and without, merging splits and walking through them."""
+def paged(
+    dtype: torch.dtype, grouped: bool, walk: bool,
+    heads: int = 32, kv_heads: int = 8, head_dim: int = 128, page_size: int = 16, offset: int = 0,
+) -> None:  # fmt: skip
+    """paged_attention of 16 sequences, of a walk through splits or of splits to be merged."""
     from llava_cot_kernels.triton import attention as kernels
 
     def empty(*sizes, dtype=torch.int32):
-        return torch.empty(sizes, dtype=dtype)
+        return torch.empty(*sizes[:-1], sizes[-1] + offset, dtype=dtype)[..., offset:]
 
-    query, out = empty(2, 16, 32, 128, dtype=dtype)
-    lse = empty(16, 32, dtype=torch.float32)
-    cache, keys = empty(8, 16, 8, 128, dtype=dtype), empty(6404, 8, 128, dtype=dtype)
-    table, lens, starts = empty(16, 66), empty(16), empty(17)
-    for enough_programs in (kernels.ENOUGH_PROGRAMS, 1):
-        kernels.ENOUGH_PROGRAMS = enough_programs
-        for hints in ((empty(16), empty(1)), (None, None)):
-            kernels.paged_attention(query, cache, cache, table, lens, starts, *hints, 0.1, out, lse)
-        for num_images in (1, 4):
-            offsets = empty(num_images + 1, dtype=torch.int64)
-            kernels.shared_attention(query, keys, keys, empty(16), offsets, 0.1, out, lse)
+    kernels.ENOUGH_PROGRAMS = 1 if walk else 1 << 30
+    query, cache = empty(16, heads, head_dim, dtype=dtype), empty(8, page_size, kv_heads, head_dim, dtype=dtype)
+    table, hints = empty(16, 1056 // page_size), (empty(16), empty(1)) if grouped else (None, None)
+    out, lse = torch.empty(16, heads, head_dim, dtype=dtype), torch.empty(16, heads)
+    kernels.paged_attention(query, cache, cache, table, empty(16), empty(17), *hints, 0.1, out, lse)
 
 
-def report(stem: str, capability: int, dtype: str) -> Iterator[str]:
+def image(
+    dtype: torch.dtype, num_images: int, walk: bool,
+    heads: int = 32, kv_heads: int = 8, head_dim: int = 128, offset: int = 0,
+) -> None:  # fmt: skip
+    """shared_attention of 16 rows, likewise."""
+    from llava_cot_kernels.triton import attention as kernels
+
+    kernels.ENOUGH_PROGRAMS = 1 if walk else 1 << 30
+    query = torch.empty(16, heads, head_dim + offset, dtype=dtype)[..., offset:]
+    keys = torch.empty(6404, kv_heads, head_dim + offset, dtype=dtype)[..., offset:]
+    group, offsets = torch.empty(16, dtype=torch.int32), torch.empty(num_images + 1, dtype=torch.int64)
+    out, lse = torch.empty(16, heads, head_dim, dtype=dtype), torch.empty(16, heads)
+    kernels.shared_attention(query, keys, keys, group, offsets, 0.1, out, lse)
+
+
+def attention(dtype: torch.dtype, page_size: int = 16, **shape) -> None:
+    """Both ops, with groups and without, merging splits and walking through them."""
+    for walk in (False, True):
+        for grouped in (False, True):
+            paged(dtype, grouped, walk, page_size=page_size, **shape)
+            image(dtype, 1 + grouped, walk, **shape)
+
+
+def everything() -> Iterator[Callable[[], None]]:
+    """Calls that launch every kernel with every tile of every dtype.
+
+    Attention: every tile with 4 query heads to a key head, as the 11B model has, and the tiles of its head dim with 1,
+    8 and 64. linear_logprobs: the least rows of each choice of tiles, and every number of spans to be merged.
+    """
+    from llava_cot_kernels.triton import logprob as kernels
+    from llava_cot_kernels.triton.attention_tile import TILES
+
+    bounds = sorted({bound for _, bound in TILES})
+    for dtype in FLOATS:
+        for head_dim in (*bounds[:-1], 2 * bounds[-2]):
+            yield partial(attention, dtype, heads=4, kv_heads=1, head_dim=head_dim)
+        for heads in (1, 8, 64):
+            yield partial(attention, dtype, heads=heads, kv_heads=1)
+        tiles: dict[tuple, int] = {}
+        for T in range(1, 4097):
+            choices = kernels.logits_tile, kernels.grad_weight_tile, kernels.grad_hidden_tile
+            tiles.setdefault(tuple(choice(T, dtype) for choice in choices), T)
+        for T, chunk in product(tiles.values(), (128256, 3000)):
+            yield partial(logprob, dtype, T, chunk=chunk)
+    for spans in (1 << bits for bits in range(13)):
+        yield partial(logprob, torch.float32, 1, 16, spans * 64, chunk=3000)
+
+
+def table() -> str:
+    """A section for each kernel, a line for each configuration; what is the same in all lines stands above them."""
+    import triton
+
+    sections: dict[str, dict[tuple, dict[int, Built]]] = {}
+    for capability in SHARED_BYTES:
+        for call in everything():
+            for built in launches(call, capability):
+                lines = sections.setdefault(built.kernel, {})
+                lines.setdefault(tuple(built.configuration.items()), {})[capability] = built
+    text = [
+        f"Triton {triton.__version__}, ptxas {triton.knobs.nvidia.ptxas.version}.",
+        "Of a thread: registers, bytes of stack, bytes of spill stores and of spill loads.",
+        "Of a block: bytes of shared memory, with a ! where they are more than it can have.",
+    ]
+    for kernel, lines in sorted(sections.items()):
+        configurations, numbers = zip(*sorted(lines.items()))
+        columns = [column for column in zip(*configurations) if len(set(column)) > 1]
+        fixed = [f"{column[0][0]}={column[0][1]}" for column in zip(*configurations) if len(set(column)) == 1]
+        rows = [[name for (name, _), *_ in columns]]
+        rows += [[str(column[line][1]) for column in columns] for line in range(len(lines))]
+        for capability, most in SHARED_BYTES.items():
+            rows[0] += [f"sm_{capability}:", *Built._fields[2:]]
+            for row, built in zip(rows[1:], numbers):
+                *others, shared = built[capability][2:]
+                row += ["", *map(str, others), f"{shared}{'!' * (shared > most)}"]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        text += ["", f"{kernel}: {', '.join(name for name in fixed if name[-1] != '=')}"]
+        text += ["  ".join(map(str.rjust, row, widths)).rstrip() for row in rows]
+    return "\n".join(text)
+
+
+def report(stem: str, capability: int, dtype: str) -> Iterator[Built]:
     if stem == "attention":
         yield from launches(lambda: attention(getattr(torch, dtype)), capability)
+        yield from launches(lambda: paged(getattr(torch, dtype), False, False, heads=64, kv_heads=1), capability)
         return
     for T in NUM_ROWS:
-        for line in launches(lambda T=T: logprob(getattr(torch, dtype), T), capability):
-            yield line.replace(":", f", T={T}:", 1)
+        yield from launches(lambda T=T: logprob(getattr(torch, dtype), T), capability)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +222,7 @@ def report(stem: str, capability: int, dtype: str) -> Iterator[str]:
     [
         ("attention", 80, "bfloat16"),
         ("attention", 90, "bfloat16"),
+        ("attention", 90, "float32"),
         ("logprob", 90, "bfloat16"),
         ("logprob", 90, "float32"),
     ],
@@ -104,12 +233,17 @@ def test_compiles_and_fits(stem, capability, dtype):
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     lines = run.stdout.splitlines()
-    assert len(lines) >= (10 if stem == "attention" else 7 * len(NUM_ROWS)), run.stdout
+    assert len(lines) >= (12 if stem == "attention" else 7 * len(NUM_ROWS)), run.stdout
     for line in lines:
-        shared, stack = map(int, re.search(r"(\d+) shared, (\d+) bytes of stack", line).groups())
-        assert shared <= SHARED_BYTES[capability], line
-        assert stack <= (STACK_BYTES[capability] if stem == "attention" else 0), line
+        built = Built(*json.loads(line))
+        attends = built.kernel.startswith("_attend")
+        assert built.shared <= SHARED_BYTES[capability], line
+        assert built.stack <= (STACK_BYTES[dtype, capability] if attends else 0), line
 
 
-if __name__ == "__main__":  # python tests/kernels/test_triton_build.py STEM CAPABILITY DTYPE
-    print(*report(sys.argv[1], int(sys.argv[2]), sys.argv[3]), sep="\n", flush=True)
+if __name__ == "__main__":  # python tests/kernels/test_triton_build.py > benchmarks/results/triton_build.txt
+    if sys.argv[1:]:  # a case of the test: STEM CAPABILITY DTYPE
+        for built in report(sys.argv[1], int(sys.argv[2]), sys.argv[3]):
+            print(json.dumps(built), flush=True)
+    else:
+        print(table())
