@@ -3,7 +3,14 @@ import torch
 from helpers import fibers
 from helpers.on_cuda import OnCuda
 
+from llava_cot_kernels import _C
 from llava_cot_kernels.backend import OPS
+
+
+@pytest.fixture(scope="session")
+def isa_of_run(request):
+    """The instruction set of the CPU kernels: what ``--isa`` says, or the best that there is."""
+    return request.config.getoption("isa") or _C.available_isas()[0]
 
 
 @pytest.fixture(params=["reference", "native", "fibers"] + ["cuda"] * torch.cuda.is_available())
