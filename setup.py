@@ -16,6 +16,8 @@ if find_spec("torch") is None:  # build isolation hides the environment's packag
     sys.path += [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
     if find_spec("torch") is None:
         raise SystemExit("llava-cot is built against the torch it will run on: install torch >= 2.11 first")
+if find_spec("pybind11") is None:
+    raise SystemExit("llava-cot is built without build isolation here, which needs pybind11: pip install pybind11")
 
 import pybind11
 import torch

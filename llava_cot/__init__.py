@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from llava_cot.stages import LLAVA_COT, STAGES, Grammar, Stage
     from llava_cot.tiny import tiny_path
 
+__version__: str  # of the installed distribution; "0+unknown" in a source tree that is not installed
+
 __all__ = [
     "LLAVA_COT",
     "STAGES",
@@ -56,6 +58,17 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 def __getattr__(name: str) -> Any:
     # On first use: the commands that read data alone need no torch, which takes seconds and 400 MiB to import.
+    if name == "__version__":
+        return _version()
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOME.get(name, "llava_cot.search")), name)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("llava-cot")
+    except PackageNotFoundError:
+        return "0+unknown"

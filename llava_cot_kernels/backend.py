@@ -7,6 +7,8 @@ from importlib.util import find_spec
 
 import torch
 
+from llava_cot_kernels import _C  # noqa: F401  (an op without the extension is an error, not the reference)
+
 OPS = {"native": torch.ops.llava_cot_kernels, "triton": torch.ops.llava_cot_kernels_triton}
 """The namespaces whose ops fill outputs: same names, same arguments."""
 

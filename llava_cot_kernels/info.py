@@ -2,12 +2,11 @@
 
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
-from llava_cot_kernels import _C
+from llava_cot_kernels import _C, __version__
 from llava_cot_kernels.backend import available
 
 OPS = (
@@ -25,7 +24,7 @@ DEVICE_TYPES = ("cpu", "cuda")
 def info() -> dict[str, Any]:
     """Versions, the extension, threads, CUDA devices, and each op's back ends by device type, that of "auto" first."""
     return {
-        "versions": {"llava-cot": _package_version(), "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {"llava-cot": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "extension": {
             "file": _C.__file__,
             "target_abi": _target_abi(getattr(_C, "TARGET_ABI", None)),
@@ -57,13 +56,6 @@ def render(found: dict[str, Any]) -> str:
 
 def _cell(choices: list[str]) -> str:
     return choices[0] + (f" ({', '.join(choices[1:])})" if choices[1:] else "")
-
-
-def _package_version() -> str:
-    try:
-        return version("llava-cot")
-    except PackageNotFoundError:
-        return "not installed (source tree)"
 
 
 def _target_abi(target: int | None) -> str:

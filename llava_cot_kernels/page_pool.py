@@ -1,5 +1,8 @@
 """Which pages hold which sequence: host bookkeeping for a paged KV cache whose sequences fork."""
 
-from llava_cot_kernels._C import OutOfPages, PagePool
+from llava_cot_kernels import _C
+
+OutOfPages = _C.OutOfPages
+PagePool = _C.PagePool
 
 __all__ = ["OutOfPages", "PagePool"]

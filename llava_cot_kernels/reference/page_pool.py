@@ -4,7 +4,12 @@ from collections.abc import Sequence
 
 import torch
 
-from llava_cot_kernels._C import OutOfPages
+try:
+    from llava_cot_kernels._C import OutOfPages  # one class, whichever pool raises it
+except ImportError:  # the extension is not built
+
+    class OutOfPages(RuntimeError):  # type: ignore[no-redef]
+        """Fewer pages are free than an append needs."""
 
 
 class PagePool:

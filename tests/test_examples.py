@@ -1,0 +1,35 @@
+"""Every file of examples/ runs from any folder, and prints what it says it prints."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+CALLS = {
+    "own_policy.py": ["--questions", "2"],
+    "own_scorer.py": ["--questions", "4", "--candidates", "2"],
+    "batch_evaluation.py": ["--questions", "4", "--search", "stage_beam"],
+}
+PRINTED = {
+    "own_policy.py": r"(\w[\w .]+[?.] \w+ \((right|wrong, the truth is \w+); \d+ endings\)\n){2}",
+    "own_scorer.py": r"best of 2 by confidence: [0-4] of 4 right\nbest of 2 by counts_right: [0-4] of 4 right\n",
+    "batch_evaluation.py": r"search: stage_beam, 4 questions, 0 failed\n"
+    r"right: [0-4] of 4 = [\d.]+% \(95 % interval [\d.]+% to [\d.]+%\)\ngenerated tokens per question: \d+\n",
+}
+
+
+def test_every_example_is_run():
+    assert sorted(CALLS) == sorted(path.name for path in EXAMPLES.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_example_runs(name, tmp_path):
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / name, *CALLS[name]], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(PRINTED[name], done.stdout), done.stdout
+    assert not list(tmp_path.iterdir())
