@@ -12,6 +12,7 @@ STEMS = ("paged_kv", "attention", "sampling", "logprob")
 OURS = ("native", "triton", "reference")
 PEERS = "peers: their time over that of the kernel"
 HEADER = ["op", "case", "on", *OURS, "share of copy bandwidth", PEERS, "AVX2: native, share, the closest peer"]
+# The last column is of a CPU without AVX-512; cases that were not measured there leave it empty.
 
 
 def table(results: Path) -> str:
