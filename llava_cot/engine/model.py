@@ -17,6 +17,7 @@ from llava_cot.engine.images import ImageStore
 
 CPU_BYTES = 2 << 30  # address space, for pages and for images: only what was written becomes resident
 CUDA_PAGES_SHARE, CUDA_IMAGES_SHARE = 0.5, 0.2  # of the memory that is free once the weights are there
+MAX_IMAGE_TOKENS = 1 << 20  # of the image store: 163 images of four tiles, more than run at once
 PER_TOKEN = ("input_ids", "cross_attention_mask", "mm_token_type_ids")  # inputs with an entry for each token
 
 Prompt = dict[str, torch.Tensor]  # the processor's inputs for one sample, without padding
@@ -69,7 +70,7 @@ class ModelView:
         self.num_pages = max(1, for_pages // page_bytes) if num_pages is None else num_pages
         shape = (2, num_self, self.num_pages, page_size, *heads)
         self.kv_cache = torch.empty(shape, dtype=self.dtype, device=self.device)
-        capacity = for_images // (num_cross * token_bytes) if num_cross else 0
+        capacity = min(for_images // (num_cross * token_bytes), MAX_IMAGE_TOKENS) if num_cross else 0
         self.images = ImageStore(num_cross, *heads, capacity, self.dtype, self.device)
         logger.info(
             "room for %d tokens in %d pages (%.2f GiB) and for %d image tokens (%.2f GiB)",

@@ -128,6 +128,13 @@ def test_no_pass_is_too_large(exact, monkeypatch):
     assert passes[5:] == [3, 2]
 
 
+def test_a_large_memory_is_not_filled_with_room_for_images(random_model, monkeypatch):
+    """Engines of small models share a GPU with others: a fifth of its memory each would be all of it soon."""
+    monkeypatch.setattr(model_module, "CPU_BYTES", 1 << 40)
+    view = model_module.open_view(random_model, 4, 10)
+    assert view.images.capacity == model_module.MAX_IMAGE_TOKENS
+
+
 def test_images_wait_for_room(exact, monkeypatch, caplog):
     """A store of six tiles takes one question's four tiles at a time, and never eight."""
     tokens = (exact.config.vision_config.image_size // exact.config.vision_config.patch_size) ** 2 + 1
