@@ -14,6 +14,8 @@ GPU_VENV ?= .venv-gpu
 GPU_WHEELS ?= pydantic==2.14.4 pydantic-core==2.50.5 annotated-types typing-inspection expecttest \
 	liger-kernel==0.8.5 cut-cross-entropy==25.1.1
 CUDA_HOME ?= /usr/local/cuda
+PYTEST = $(VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal
+GPU_EXTENSION = llava_cot_kernels/_C.cpython-312-x86_64-linux-gnu.so
 
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
@@ -21,7 +23,7 @@ demo: $(VENV)/.ready
 	$(VENV)/bin/llava-cot demo
 
 test: $(VENV)/.ready
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal
+	$(PYTEST)
 
 # What the CPU has beyond this is hidden from torch and its libraries, from numpy, and from the kernels.
 test-avx2: export ATEN_CPU_CAPABILITY = avx2
@@ -37,7 +39,7 @@ test-baseline: export NPY_DISABLE_CPU_FEATURES = X86_V3 X86_V4 AVX512_ICL AVX512
 # torch.compile asks the CPU itself, and then includes headers that ATEN_CPU_CAPABILITY has emptied.
 test-baseline: PYTEST_OPTIONS = --ignore tests/engine/test_compiled_layers.py
 test-avx2 test-baseline: test-%: $(VENV)/.ready
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal --isa $* $(PYTEST_OPTIONS)
+	$(PYTEST) --isa $* $(PYTEST_OPTIONS)
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
@@ -83,10 +85,10 @@ gpu-bundle:
 	$(GPU_VENV)/bin/python -m pip install --quiet torch==2.11.0 setuptools wheel ninja pybind11
 	CUDA_HOME=$(CUDA_HOME) LIBRARY_PATH=$(CUDA_HOME)/lib TORCH_CUDA_ARCH_LIST=9.0a \
 		$(GPU_VENV)/bin/python setup.py -q build_ext --inplace > /dev/null
-	strip --strip-unneeded llava_cot_kernels/_C.cpython-312-x86_64-linux-gnu.so
+	strip --strip-unneeded $(GPU_EXTENSION)
 	rm -rf build/gpu_wheels
 	$(GPU_VENV)/bin/python -m pip download --quiet --no-deps --only-binary :all: --dest build/gpu_wheels $(GPU_WHEELS)
-	du -ch $$(git ls-files) llava_cot_kernels/_C.cpython-312-x86_64-linux-gnu.so build/gpu_wheels | tail -n 1
+	du -ch $$(git ls-files) $(GPU_EXTENSION) build/gpu_wheels | tail -n 1
 
 # The extension is built against the torch of the environment, so torch comes first.
 $(VENV)/.ready: $(SOURCES)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from static_decode import StaticDecoder
-from timing import Results, check_device, copy_bandwidth, environment
+from timing import Results, check_device, copy_bandwidth, environment, synchronize
 from transformers import AutoConfig, MllamaForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -110,11 +110,6 @@ def generate_step(model, inputs: dict[str, torch.Tensor], n: int, tokens: int) -
         synchronize(model.device)
         seconds.append(time.perf_counter() - started)
     return (seconds[2] - seconds[1]) / (tokens - 2) * 1e3
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def profiled(engine: Engine, inputs: dict[str, torch.Tensor], n: int) -> dict[str, Any]:

@@ -5,13 +5,12 @@ provider that fails leaves its error in the row, and the others are measured all
 """
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from bench_logprob import LINEAR_SHAPES, linear_call, linear_inputs, linear_providers
-from timing import Results, check_device, environment
+from timing import Results, check_device, environment, in_process
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -40,17 +39,10 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def in_process(*arguments: str) -> int:
-    run = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True)
-    if run.returncode:
-        raise RuntimeError((run.stderr.splitlines() or [f"exit code {run.returncode}"])[-1])
-    return int(run.stdout.split()[-1])
-
-
 def measure(device: str, provider: str, shape: tuple[int, ...], dtype: str, direction: str) -> int:
     if device == "cuda":
         return extra_memory(device, provider, *shape, dtype, direction != "forward")
-    return in_process("--device", device, "--one", provider, *map(str, shape), dtype, direction)
+    return int(in_process(__file__, "--device", device, "--one", provider, *map(str, shape), dtype, direction))
 
 
 def main() -> None:

@@ -54,6 +54,7 @@ MODEL = dict(
 TWO_BY_ONE_TILES = 5
 PROMPT_TOKENS = 40
 PAGE_SIZE = 16
+PROMPT_PAGES = PROMPT_TOKENS // PAGE_SIZE + 1
 MOST_CANDIDATES = 4  # of a stage
 SHORT = 2  # tokens of a stage of the search that warms a loop
 LOOPS = {"cached": "cached", "static": "cached, static graph", "published": "published"}  # as they run
@@ -182,8 +183,13 @@ def search_config(stage_tokens: dict[str, int], rounds: int) -> SwiresConfig:
 
 def pages_needed(config: SwiresConfig) -> int:
     """Of a question at most, so that the peers have the rest of a GPU's memory."""
-    drawn = sum(MOST_CANDIDATES * (tokens // PAGE_SIZE + 2) for tokens in config.max_stage_tokens.values())
-    return PROMPT_TOKENS // PAGE_SIZE + 1 + config.max_rounds * drawn
+    drawn = sum(pages_drawn(MOST_CANDIDATES, tokens) for tokens in config.max_stage_tokens.values())
+    return PROMPT_PAGES + config.max_rounds * drawn
+
+
+def pages_drawn(candidates: int, tokens: int) -> int:
+    """Of so many tokens of each: the first and the last page may be partly filled."""
+    return candidates * (tokens // PAGE_SIZE + 2)
 
 
 def run_engine(generator, questions, config) -> tuple[dict[str, Any], list[list[int]]]:

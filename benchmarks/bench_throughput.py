@@ -18,16 +18,18 @@ from typing import Any
 import torch
 from bench_search import (
     PAGE_SIZE,
+    PROMPT_PAGES,
     PROMPT_TOKENS,
     TWO_BY_ONE_TILES,
     Ways,
     build_model,
     environment,
+    pages_drawn,
     peak_memory,
     random_inputs,
     used_mib,
 )
-from timing import Results, check_device
+from timing import Results, check_device, synchronize
 
 from llava_cot import SwiresGenerator
 from llava_cot.small_world.processor import build_processor
@@ -40,8 +42,7 @@ def timed(model, call) -> tuple[float, float]:
     with peak_memory(model) as memory:
         start = time.perf_counter()
         call()
-        if model.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(model.device)
         seconds = time.perf_counter() - start
     return seconds, memory.mib
 
@@ -109,7 +110,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     model = build_model(args.device)
     # Pages for what is asked, so that the peer has the rest of a GPU's memory.
-    per_question = PROMPT_TOKENS // PAGE_SIZE + 1 + args.candidates * (args.tokens // PAGE_SIZE + 2)
+    per_question = PROMPT_PAGES + pages_drawn(args.candidates, args.tokens)
     settings = {"page_size": PAGE_SIZE, "num_pages": max(args.questions) * per_question, "compile": args.compile}
     generator = SwiresGenerator(model, build_processor(), **settings)
     questions = [

@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from bench_search import (
     PAGE_SIZE,
+    PROMPT_PAGES,
     PROMPT_TOKENS,
     TWO_BY_ONE_TILES,
     Ways,
     agreement,
     build_model,
     environment,
+    pages_drawn,
     peak_memory,
     random_inputs,
     used_mib,
@@ -102,7 +104,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     model = build_model(args.device)
     # Pages for what is asked, so that the peer has the rest of a GPU's memory; a beam is copied before it is dropped.
-    num_pages = PROMPT_TOKENS // PAGE_SIZE + 1 + 2 * max(args.beams) * (args.tokens // PAGE_SIZE + 2)
+    num_pages = PROMPT_PAGES + pages_drawn(2 * max(args.beams), args.tokens)
     settings = {"page_size": PAGE_SIZE, "num_pages": num_pages, "compile": args.compile}
     generator = SwiresGenerator(model, build_processor(), **settings)
     inputs = random_inputs(model, length=PROMPT_TOKENS, ratio_id=TWO_BY_ONE_TILES, seed=1)

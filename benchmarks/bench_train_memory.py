@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import timing
 import torch
 from timing import NEEDS_GPU, Results, check_device, environment
 from torch import nn
@@ -226,11 +226,7 @@ def available_bytes() -> int:
 def in_process(*arguments: str) -> dict[str, Any]:
     # Every large tensor in pages of its own, which go back when it is freed: resident memory is what is alive.
     environ = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--one", *arguments]
-    run = subprocess.run(command, capture_output=True, text=True, env=environ)
-    if run.returncode:
-        raise RuntimeError((run.stderr.splitlines() or [f"exit code {run.returncode}"])[-1])
-    return json.loads(run.stdout.splitlines()[-1])
+    return json.loads(timing.in_process(__file__, "--one", *arguments, environ=environ))
 
 
 class Rows:

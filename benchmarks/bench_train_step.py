@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from bench_train_memory import available_bytes, build_run, random_batch, train_step
-from timing import Results, check_device, environment
+from timing import Results, check_device, environment, synchronize
 from transformers import AutoConfig
 
 from llava_cot.train.config import TrainConfig
@@ -69,8 +69,7 @@ def measure(config: TrainConfig, args: argparse.Namespace) -> dict[str, Any]:
         for _ in range(WARMUP + args.steps):
             began = time.perf_counter()
             train_step(root, optimizer, batch)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(device)
             seconds.append(time.perf_counter() - began)
         tokens = args.rows * args.row_tokens
         flops = flops_per_batch(

@@ -12,20 +12,19 @@ cross-attention layer. Wherever there is a choice, the faster one is taken:
 - Tokens are drawn on the device, and nobody looks for a stop token before the end.
 """
 
-import copy
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-import torch.fx.experimental._config
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from llava_cot.engine.capture import open_recorder
+from llava_cot.engine.compile import compile_layer
+from llava_cot.engine.model import cache_parameter, copy_around_tensors
 
 MASK_ALIGNMENT = 8  # entries of a row, or SDPA copies the mask in every layer
 
@@ -169,12 +168,7 @@ class StaticDecoder:
 @torch.inference_mode()
 def _forward(model: PreTrainedModel, cache: Cache, **inputs: Tensor) -> Tensor:
     """The logits behind the last token."""
-    return model(**inputs, **{_cache_parameter(model): cache}, use_cache=True, logits_to_keep=1).logits
-
-
-def _cache_parameter(model: PreTrainedModel) -> str:
-    """Its name before transformers 5.24, and since."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return model(**inputs, **{cache_parameter(model): cache}, use_cache=True, logits_to_keep=1).logits
 
 
 def _self_layers(model: PreTrainedModel) -> list[int]:
@@ -183,23 +177,13 @@ def _self_layers(model: PreTrainedModel) -> list[int]:
 
 
 def _compiled(model: PreTrainedModel, cache: Cache) -> PreTrainedModel:
-    """A copy that shares the tensors of ``model``; its decoder layers are compiled, once for all of a kind.
-
-    For that a layer does not know its number, and gets a cache of itself alone.
-    """
-    tensors = [*model.parameters(), *model.buffers()]
-    model = copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})
+    """A copy that shares the tensors of ``model``, with compiled decoder layers."""
+    model, parameter = copy_around_tensors(model), cache_parameter(model)
     for layer, of_layer in zip(model.model.language_model.layers, cache.layers):
-        attention = layer.cross_attn if hasattr(layer, "cross_attn") else layer.self_attn
-        attention.layer_idx = 0
-        compiled = torch.compile(layer.forward, dynamic=True)
-        layer.forward = partial(_forward_layer, compiled, _cache_parameter(model), of_layer)
+        layer.forward = partial(_forward_layer, compile_layer(layer), parameter, of_layer)
     return model
 
 
-# As many rows as heads means nothing.
-@torch._dynamo.config.patch(recompile_limit=64)
-@torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
-def _forward_layer(compiled: Any, cache_parameter: str, of_layer: Any, *args: Any, **kwargs: Any) -> Any:
-    kwargs[cache_parameter] = Cache(layers=[of_layer])
+def _forward_layer(compiled: Any, parameter: str, of_layer: Any, *args: Any, **kwargs: Any) -> Any:
+    kwargs[parameter] = Cache(layers=[of_layer])
     return compiled(*args, **kwargs)

@@ -7,6 +7,7 @@ the same cases under pytest-benchmark. Every provider is checked before any is t
 import argparse
 import json
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -44,6 +45,20 @@ def check_device(device: str) -> None:
     if device.startswith("cuda") and not torch.cuda.is_available():
         print(f"{Path(sys.argv[0]).name} needs a GPU: torch.cuda.is_available() is False")
         sys.exit(NEEDS_GPU)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for ``device`` to have done what was asked of it; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def in_process(script: str, *arguments: str, environ: dict[str, str] | None = None) -> str:
+    """The last line that ``script`` prints in a fresh process. ``RuntimeError`` has the last line of its complaint."""
+    run = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, env=environ)
+    if run.returncode:
+        raise RuntimeError((run.stderr.splitlines() or [f"exit code {run.returncode}"])[-1])
+    return run.stdout.splitlines()[-1]
 
 
 @dataclass(frozen=True)

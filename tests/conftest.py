@@ -30,16 +30,21 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: item.path.stem not in SLOW)  # or one process is left alone with them at the end
+    has_triton = "triton" in available("paged_attention", TRITON_DEVICE)
+    on_gpu, others = [], []
     for item in items:
-        if "cuda" in _backends(item):
+        backends = _backends(item)
+        if "cuda" in backends:
             item.add_marker(pytest.mark.gpu)
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        needs_gpu = item.get_closest_marker("gpu")
+        if needs_gpu and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-        if "triton" in _backends(item) and "triton" not in available("paged_attention", TRITON_DEVICE):
+        if "triton" in backends and not has_triton:
             item.add_marker(pytest.mark.skip(reason="needs a GPU, or Triton >= 3.7 or numpy < 2.5 to interpret"))
-    if config.getoption("gpu"):  # where there is one, Triton's kernels run on it instead of in the interpreter
-        on_gpu = [item for item in items if item.get_closest_marker("gpu") or "triton" in _backends(item)]
-        config.hook.pytest_deselected(items=[item for item in items if item not in on_gpu])
+        # Where there is a GPU, Triton's kernels run on it instead of in the interpreter.
+        (on_gpu if needs_gpu or "triton" in backends else others).append(item)
+    if config.getoption("gpu"):
+        config.hook.pytest_deselected(items=others)
         items[:] = on_gpu
 
 

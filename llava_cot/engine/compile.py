@@ -1,28 +1,39 @@
 """Fewer, larger kernels in a decode step: ``torch.compile`` of each kind of decoder layer, once for all of a kind."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 import torch.fx.experimental._config
+from torch import nn
 from transformers import Cache, PreTrainedModel
 
 
 def compile_layers(model: PreTrainedModel, cache_parameter: str) -> None:
-    """Compile the decoder layers of ``model``, the engine's own copy, for passes of one token per sequence.
-
-    What is compiled depends on nothing but shapes: a layer does not know its number, and gets a cache of itself alone.
-    """
+    """Compile the decoder layers of ``model``, the engine's own copy, for passes of one token per sequence."""
     for index, layer in enumerate(model.model.language_model.layers):
-        attention = layer.cross_attn if hasattr(layer, "cross_attn") else layer.self_attn
-        attention.layer_idx = 0
-        compiled = torch.compile(layer.forward, dynamic=True)
-        layer.forward = partial(_forward, layer.forward, compiled, index, cache_parameter)
+        plain, compiled = layer.forward, compile_layer(layer)
+        layer.forward = partial(_forward, plain, compiled, index, cache_parameter)
+
+
+def compile_layer(layer: nn.Module) -> Callable[..., Any]:
+    """``layer.forward``, compiled; it must be given a cache of this layer alone.
+
+    What is compiled depends on nothing but shapes, so that all layers of a kind share it: the layer forgets its number.
+    """
+    attention: Any = layer.cross_attn if hasattr(layer, "cross_attn") else layer.self_attn
+    attention.layer_idx = 0
+    return partial(_call, torch.compile(layer.forward, dynamic=True))
 
 
 # Kinds of layers, times a row or many, times no, one or many shared prefixes; as many rows as heads means nothing.
 @torch._dynamo.config.patch(recompile_limit=64)
 @torch.fx.experimental._config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
+def _call(compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return compiled(*args, **kwargs)
+
+
 def _forward(plain, compiled, index: int, cache_parameter: str, *args, paged_batch, paged_layers, **kwargs) -> Any:
     layer = paged_layers[index]
     kwargs[cache_parameter] = Cache(layers=[layer])

@@ -41,6 +41,17 @@ class Prefilled(NamedTuple):
     position_offset: int  # from a later token's index to its rotary position
 
 
+def copy_around_tensors(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the module tree that shares every tensor with ``model``."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})
+
+
+def cache_parameter(model: PreTrainedModel) -> str:
+    """The parameter of ``model.forward`` that takes the cache: its name changed in transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 class ModelView:
     """Runs a model on flattened batches: a copy of the caller's model that shares every tensor with it.
 
@@ -50,11 +61,9 @@ class ModelView:
     cross_layers: tuple[int, ...] = ()  # indices of the layers that attend to the image store
 
     def __init__(self, model: PreTrainedModel, page_size: int, num_pages: int | None, compile: bool):
-        tensors = [*model.parameters(), *model.buffers()]
-        self._model = copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors}).eval()
+        self._model = copy_around_tensors(model).eval()
         self._model.set_attn_implementation({"text_config": NAME})
-        parameters = inspect.signature(self._model.forward).parameters
-        self._cache_parameter = "cache" if "cache" in parameters else "past_key_values"  # before transformers 5.24
+        self._cache_parameter = cache_parameter(self._model)
         if compile:
             compile_layers(self._model, self._cache_parameter)
         text = model.config.text_config
