@@ -21,8 +21,8 @@ import torch
 
 from llava_cot import SwiresGenerator, tiny_path
 from llava_cot.checkpoint import checkpoint_sha256
+from llava_cot.core import SamplingParams
 from llava_cot.data import shapes
-from llava_cot.engine.branch import SamplingParams
 from llava_cot.scoring import SCORERS, Calibration, JudgeScorer, Scorer
 from llava_cot.small_world.scorers import Oracle, World, load_reward_model, load_verifier
 from llava_cot.stages import parse

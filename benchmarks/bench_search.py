@@ -42,7 +42,7 @@ from helpers.reference_loop import CachedWay, Counts, PublishedWay, Text, swires
 from static_decode import StaticDecoder, prefill
 from timing import Results, check_device
 
-from llava_cot import SwiresConfig, SwiresGenerator
+from llava_cot import EngineConfig, SwiresConfig, SwiresGenerator
 from llava_cot.small_world.processor import build_processor
 
 ROOT = Path(__file__).parents[1]
@@ -247,7 +247,7 @@ def bench(args: argparse.Namespace, model, ways: Ways) -> list[dict[str, Any]]:
 
     def engine() -> dict[str, Any]:
         num_pages = args.questions * pages_needed(config)
-        generator = SwiresGenerator(model, processor, page_size=PAGE_SIZE, num_pages=num_pages, compile=args.compile)
+        generator = SwiresGenerator(model, processor, engine=EngineConfig(PAGE_SIZE, num_pages, compile=args.compile))
         first, _ = run_engine(generator, questions, config)
         found, tokens = run_engine(generator, questions, config)
         expected.extend(tokens)

@@ -29,6 +29,7 @@ from transformers import AutoConfig, MllamaForConditionalGeneration
 from triton.runtime.jit import KernelInterface
 
 from llava_cot.engine.capture import Shape
+from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.engine import CUDA_STEPS_PER_LOOK, Engine
 from llava_cot.engine.window import Buffers
 from llava_cot_kernels import backend
@@ -164,7 +165,8 @@ class Step:
         """``model`` is on the meta device; each candidate has ``private`` tokens behind a prompt of ``text``."""
         pages = -(-(text + private) // PAGE_SIZE)
         tags = StageTags([b"a", b"</x>"], ["</x>"])
-        engine = Engine(model, tags, page_size=PAGE_SIZE, num_pages=pages, steps_per_look=CUDA_STEPS_PER_LOOK)
+        config = EngineConfig(PAGE_SIZE, pages, steps_per_look=CUDA_STEPS_PER_LOOK)
+        engine = Engine(model, tags, config=config)
         view, window = engine.view, engine.window
         shape = Shape.with_room(n, pages, segments=1, prefixes=int(n > 1))
         buffers = Buffers(shape, window.num_steps, window.num_tags, view.device)

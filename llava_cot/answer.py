@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import ModelOutput
 
-from llava_cot.engine.job import Usage
+from llava_cot.core import Usage
 from llava_cot.search.tree import Trace
 from llava_cot.stages import LLAVA_COT, Grammar, StageText
 

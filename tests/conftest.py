@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers.random_mllama import TINY_SHAPE, build_random_mllama
 
-from llava_cot import SwiresGenerator, tiny_path
+from llava_cot import EngineConfig, SwiresGenerator, tiny_path
 from llava_cot_kernels import _C
 from llava_cot_kernels.backend import available
 
@@ -80,7 +80,7 @@ def one_thread():
 @pytest.fixture(scope="session")
 def tiny():
     """The bundled model behind a generator."""
-    return SwiresGenerator.from_pretrained("tiny", page_size=4)
+    return SwiresGenerator.from_pretrained("tiny", engine=EngineConfig(page_size=4))
 
 
 @pytest.fixture(scope="session")
@@ -102,6 +102,6 @@ def bare_generator(tiny):
     """A generator on any model; its processor only stands in for a tokenizer."""
 
     def make(model, **kwargs):
-        return SwiresGenerator(model, tiny.processor, **kwargs)
+        return SwiresGenerator(model, tiny.processor, engine=EngineConfig(**kwargs))
 
     return make

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from llava_cot import STAGES, BestOfNConfig, Finished, MajorityConfig, StageBeamConfig, SwiresConfig, SwiresGenerator
+from llava_cot.core import SamplingParams
 from llava_cot.data import shapes
-from llava_cot.engine.branch import SamplingParams
 from llava_cot.prompt import MODEL_INPUTS
 from llava_cot.scoring import confidence
 from llava_cot.search.events import StageFinal, TextDelta

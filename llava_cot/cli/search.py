@@ -51,7 +51,7 @@ def answer(
     trace: TraceFile = None,
 ) -> None:
     """Answer a question about an image, stage by stage."""
-    from llava_cot.engine.budget import Budget
+    from llava_cot.search import Budget
 
     settings: dict[str, Any] = {"seed": seed, "max_new_tokens": max_new_tokens}
     if scorer is not None:

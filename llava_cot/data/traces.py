@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Literal
 
-from llava_cot.scoring.normalise import normalise
 from llava_cot.search.tree import TRACE_VERSION, Trace
 from llava_cot.stages import Grammar, Outcome
+from llava_cot.text import normalise
 
 ROW_VERSION = 1
 By = Literal["score", "answers"]  # by a candidate's score, or by the share of the answers below it that are right

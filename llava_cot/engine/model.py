@@ -13,6 +13,7 @@ from llava_cot.engine.attention import NAME
 from llava_cot.engine.batch import Batch
 from llava_cot.engine.cache import PagedCache
 from llava_cot.engine.compile import compile_layers
+from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.images import ImageStore
 
 CPU_BYTES = 2 << 30  # address space, for pages and for images: only what was written becomes resident
@@ -60,11 +61,12 @@ class ModelView:
 
     cross_layers: tuple[int, ...] = ()  # indices of the layers that attend to the image store
 
-    def __init__(self, model: PreTrainedModel, page_size: int, num_pages: int | None, compile: bool):
+    def __init__(self, model: PreTrainedModel, config: EngineConfig):
         self._model = copy_around_tensors(model).eval()
         self._model.set_attn_implementation({"text_config": NAME})
         self._cache_parameter = cache_parameter(self._model)
-        if compile:
+        page_size, num_pages = config.page_size, config.num_pages
+        if config.compile:
             compile_layers(self._model, self._cache_parameter)
         text = model.config.text_config
         self.vocab_size = text.vocab_size
@@ -140,9 +142,9 @@ class ModelView:
 class CrossAttentionView(ModelView):
     """Mllama: text tokens attend to the image in layers of their own; its keys and values go to the image store."""
 
-    def __init__(self, model: PreTrainedModel, page_size: int, num_pages: int | None, compile: bool):
+    def __init__(self, model: PreTrainedModel, config: EngineConfig):
         self.cross_layers = tuple(model.config.text_config.cross_attention_layers)
-        super().__init__(model, page_size, num_pages, compile)
+        super().__init__(model, config)
 
     def image_tokens(self, prompt: Prompt) -> int:
         vision = self._model.config.vision_config
@@ -169,13 +171,13 @@ def _visible_tiles(prompt: Prompt) -> torch.Tensor:
 class TextPrefixView(ModelView):
     """LLaVA, Qwen2.5-VL: the image is tokens of the prompt, and so pages that every branch shares."""
 
-    def __init__(self, model: PreTrainedModel, page_size: int, num_pages: int | None, compile: bool):
+    def __init__(self, model: PreTrainedModel, config: EngineConfig):
         text = model.config.text_config
         kinds = getattr(text, "layer_types", None) or ["full_attention"]
         if getattr(text, "sliding_window", None) or set(kinds) != {"full_attention"}:
             # The pages would be read from the first token on all the same: an answer, but another one.
             raise ValueError(f"model must have full attention in every layer, got {text.model_type} with a window")
-        super().__init__(model, page_size, num_pages, compile)
+        super().__init__(model, config)
 
     def _positions(self, inputs: Prompt, lengths: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
         if "image_grid_thw" not in inputs:
@@ -197,11 +199,9 @@ VIEWS: dict[str, type[ModelView]] = {
 }
 
 
-def open_view(
-    model: PreTrainedModel, page_size: int, num_pages: int | None = None, *, compile: bool = False
-) -> ModelView:
+def open_view(model: PreTrainedModel, config: EngineConfig) -> ModelView:
     """The view that fits the model's family."""
     model_type = model.config.model_type
     if model_type not in VIEWS:
         raise ValueError(f"model must be one of {sorted(VIEWS)}, got model_type {model_type!r}")
-    return VIEWS[model_type](model, page_size, num_pages, compile)
+    return VIEWS[model_type](model, config)

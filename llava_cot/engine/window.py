@@ -8,8 +8,8 @@ import torch
 from llava_cot.engine.batch import Batch, shared_prefixes
 from llava_cot.engine.capture import CapturedSteps, Recorder, Shape, Step
 from llava_cot.engine.draw import Candidates, Drawn, Row, candidates, draw
-from llava_cot.engine.job import Slot
 from llava_cot.engine.model import ModelView
+from llava_cot.engine.session import Slot
 from llava_cot_kernels.stage_tags import StageTags
 
 

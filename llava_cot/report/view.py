@@ -12,8 +12,8 @@ from llava_cot.report.card import Card
 from llava_cot.report.columns import columns
 from llava_cot.report.decisions import Pool, Retrace, pools, retraces
 from llava_cot.report.numbers import count
-from llava_cot.scoring import normalise
 from llava_cot.stages import Grammar, Outcome
+from llava_cot.text import normalise
 
 TRACE_VERSION = 3  # that can be shown
 CANDIDATES = {"generations": "drawn", "scorer_calls": "given to a scorer"}

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.mllama.modeling_mllama import MllamaModel, MllamaPreTrainedModel
 
 from llava_cot.checkpoint import checkpoint_sha256
-from llava_cot.engine.branch import Call
+from llava_cot.core import Call
 from llava_cot.scoring.scorer import Span
 
 View = Callable[[Image.Image], Image.Image]

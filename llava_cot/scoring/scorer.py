@@ -4,7 +4,6 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from llava_cot.engine.branch import Branch
 from llava_cot.stages import LLAVA_COT, Grammar
 
 if TYPE_CHECKING:
@@ -31,15 +30,15 @@ class Span:
     question: str | None = None
     image: "Image | None" = None
     grammar: Grammar = LLAVA_COT
-    branch: Branch | None = None  # for scorers that read or draw on from here
+    id: int = -1  # the continuation that it ends with, for scorers that read or draw on from there
+    root: int = 0  # that of the prompt
     tokens_left: int = 0  # that its path may still get
-    decode: Callable[[list[int]], str] = str  # token ids to text
     notes: dict[str, float] = field(default_factory=dict)
 
 
 # Called with all new candidates of one step of a search; one number for each. One that is not finite, and one that
 # raises, mark their candidate. A scorer that wants the model, or the candidates of several searches at once, is a
-# generator: it yields requests (``llava_cot.engine.branch``), is sent their replies, and returns the numbers.
+# generator: it yields requests (``llava_cot.core``), is sent their replies, and returns the numbers.
 Scorer = Callable[[Sequence[Span]], Sequence[float] | Generator[Any, Any, Sequence[float]]]
 
 

@@ -2,15 +2,14 @@
 
 from dataclasses import dataclass
 
-from llava_cot.scoring import Scorer, resolve_scorer
-from llava_cot.search.sample import Decoding
+from llava_cot.scoring import resolve_scorer
+from llava_cot.search.sample import Scored
 from llava_cot.search.search import Search
 
 
 @dataclass(frozen=True)
-class BestOfNConfig(Decoding):
+class BestOfNConfig(Scored):
     n: int = 4
-    scorer: str | Scorer = "confidence"
 
     def __post_init__(self):
         super().__post_init__()

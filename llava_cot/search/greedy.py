@@ -1,15 +1,19 @@
 """Greedy decoding: the most likely token, to EOS or the token limit."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from llava_cot.engine.branch import SamplingParams
+from llava_cot.core import SamplingParams
 from llava_cot.search.sample import Limits
 from llava_cot.search.search import Search
 
 
 @dataclass(frozen=True)
 class GreedyConfig(Limits):
-    pass
+    """It has the limits of every search and no settings of its own."""
+
+    samples: ClassVar[bool] = False
+    streams_tokens: ClassVar[bool] = True
 
 
 def greedy(search: Search, config: GreedyConfig):

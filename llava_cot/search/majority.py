@@ -5,15 +5,16 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
-from llava_cot.scoring import Scorer, normalise, resolve_scorer
-from llava_cot.search.sample import Decoding
+from llava_cot.scoring import resolve_scorer
+from llava_cot.search.sample import Scored
 from llava_cot.search.search import Search
 from llava_cot.search.tree import Node
 from llava_cot.stages import Outcome
+from llava_cot.text import normalise
 
 
 @dataclass(frozen=True)
-class MajorityConfig(Decoding):
+class MajorityConfig(Scored):
     """``n`` whole answers vote for their conclusions, as ``normalise`` spells them; the best answer of the winners by
     score is returned, then those of the runners-up for ``num_return_sequences``.
 
@@ -24,7 +25,6 @@ class MajorityConfig(Decoding):
     n: int = 8
     weight: Literal["count", "confidence"] = "count"  # of a vote: 1, or exp(mean log-prob) of the answer's tokens
     keep_fraction: float = 1.0  # of the voters, the best by score, whose votes count (DeepConf, arXiv 2508.15260)
-    scorer: str | Scorer = "confidence"
 
     def __post_init__(self):
         super().__post_init__()
@@ -57,4 +57,4 @@ def majority(search: Search, config: MajorityConfig):
 def _weight(group: list[Node], config: MajorityConfig) -> float:
     if config.weight == "count":
         return len(group)
-    return math.fsum(math.exp(fmean(node.branch.logprobs)) for node in group)
+    return math.fsum(math.exp(fmean(node.logprobs)) for node in group)

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from llava_cot.scoring import Scorer, normalise, resolve_scorer
+from llava_cot.scoring import resolve_scorer
 from llava_cot.scoring.scorer import is_groupwise
-from llava_cot.search.sample import Decoding
+from llava_cot.search.sample import Staged
 from llava_cot.search.search import NEXT, Scope, Search, ranked_score
 from llava_cot.search.tree import Node, stages_of
-from llava_cot.stages import LLAVA_COT, STAGES, Grammar
+from llava_cot.stages import STAGES
+from llava_cot.text import normalise
 
 # InternLM-XComposer2.5-7B-reward on REASONING (appendix D): mean + z * std, z of the 60th percentile
 XCOMPOSER_REWARD_Z = 0.2533
@@ -25,7 +26,7 @@ def _stages(summary, caption, reasoning, conclusion) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class SwiresConfig(Decoding):
+class SwiresConfig(Staged):
     """The general form by default; ``published``, ``released`` and ``prose`` are the three sources' algorithms.
 
     A stage is sampled ``candidates[stage]`` times in all, spread evenly over its parents (at least once each), and the
@@ -49,10 +50,8 @@ class SwiresConfig(Decoding):
     cutoff_agreement: float | None = None
     accumulate: Collection[str] | None = None  # stages whose pool outlives a retrace; None: all
     accept_after: int | None = None  # draw so many of a stage first, and the others only if these do not pass
-    scorer: str | Scorer = "confidence"
     final_scope: Scope = "stage"  # the last pick is by the CONCLUSION's or by the whole text's score
     max_stage_tokens: Mapping[str, int] = field(default_factory=dict)  # cut a stage that does not close by then
-    grammar: Grammar = LLAVA_COT
 
     def __post_init__(self):
         super().__post_init__()

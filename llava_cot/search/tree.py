@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
-from llava_cot.engine.branch import Branch
+from llava_cot.core import Continuation, Finish
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,8 +36,7 @@ class Node:
     stage: str | None
     round: int
     index: int
-    branch: Branch
-    text: str = ""  # what it added, tags included
+    continuation: Continuation
     score: float | None = None
     kept: bool = False
     seconds: float = 0.0  # from the start of the search to its last token
@@ -45,6 +44,28 @@ class Node:
     violation: str | None = None
     error: str | None = None
     notes: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """What it added, tags included."""
+        return self.continuation.text
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return self.continuation.tokens
+
+    @property
+    def logprobs(self) -> tuple[float, ...]:
+        """Of its tokens under the model, in nats."""
+        return self.continuation.logprobs
+
+    @property
+    def finish(self) -> Finish | None:
+        return self.continuation.finish
+
+    def path_tokens(self) -> tuple[int, ...]:
+        """Every token from the end of the prompt to here."""
+        return tuple(token for node in self.path() for token in node.tokens)
 
     def path(self) -> list["Node"]:
         """The nodes from the first stage to this one, without the root."""
@@ -57,20 +78,20 @@ class Node:
         return (not self.closed, -self.score, self.round, self.parent.id, self.index)
 
     def to_dict(self) -> dict[str, Any]:
-        branch = self.branch
+        continuation = self.continuation
         return {
             "id": self.id,
             "parent": self.parent.id if self.parent else None,
             "stage": self.stage and str(self.stage),
             "round": self.round,
             "index": self.index,
-            "seed": branch.seed,
+            "seed": continuation.seed,
             "text": self.text,
-            "tokens": branch.tokens,
-            "logprobs": branch.logprobs,
-            "sampling_logprobs": branch.sampling_logprobs,
-            "entropies": branch.entropies,
-            "finish": branch.finish and branch.finish.value,
+            "tokens": [*continuation.tokens],
+            "logprobs": [*continuation.logprobs],
+            "sampling_logprobs": [*continuation.sampling_logprobs],
+            "entropies": [*continuation.entropies],
+            "finish": continuation.finish and continuation.finish.value,
             "closed": self.closed,
             "violation": self.violation,
             "score": self.score,

@@ -5,10 +5,9 @@ import math
 from dataclasses import asdict
 
 from helpers.scripted import PROMPT_LENGTH, Draft, Play, play
-from llava_cot.engine.branch import Finish
-from llava_cot.engine.budget import Budget
-from llava_cot.engine.job import Usage
+from llava_cot.core import Finish, Usage
 from llava_cot.search import SentenceBeamConfig, SwiresConfig
+from llava_cot.search.budget import Budget
 from llava_cot.search.run import run as run_search
 from llava_cot.search.sentence_beam import sentence_beam
 from llava_cot.search.swires import swires
@@ -44,7 +43,7 @@ def trace_of(played, name="swires", question=f"How many? {HOSTILE}", config=None
     usage = Usage(
         prompt_tokens=PROMPT_LENGTH,
         decoded_tokens=7,
-        generated_tokens=sum(len(node.branch.tokens) for node in nodes),
+        generated_tokens=sum(len(node.tokens) for node in nodes),
         generations=len(nodes),
         image_encodings=1,
         scorer_calls=search.usage.scorer_calls,

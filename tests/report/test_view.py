@@ -7,7 +7,7 @@ import pytest
 from helpers.scripted import Draft, play
 from helpers.traces import LOOP, loop, run, sentences, spent, trace_of, two_retraces
 
-from llava_cot.engine.branch import Finish
+from llava_cot.core import Finish
 from llava_cot.report import view
 from llava_cot.report.numbers import number
 from llava_cot.report.view import read

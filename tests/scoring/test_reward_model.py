@@ -11,8 +11,8 @@ from transformers import AutoProcessor
 
 from llava_cot import tiny_path
 from llava_cot.checkpoint import checkpoint_sha256
+from llava_cot.core import Call
 from llava_cot.data import shapes
-from llava_cot.engine.branch import Call
 from llava_cot.scoring import Span
 from llava_cot.scoring.reward_model import RewardModel, RewardModelScorer, verify_policy
 from llava_cot.small_world.scorers import JUDGED, World, judge

@@ -5,12 +5,11 @@ import time
 import pytest
 
 from llava_cot import SwiresConfig
+from llava_cot.core import Call, SamplingParams, Usage
 from llava_cot.data import shapes
-from llava_cot.engine.branch import Call, SamplingParams
-from llava_cot.engine.budget import Budget
-from llava_cot.engine.job import Usage
 from llava_cot.scoring import JudgeScorer, confidence, look_ahead
 from llava_cot.search import POLICIES
+from llava_cot.search.budget import Budget
 
 SAMPLE = shapes.sample(802_001)
 WIDTH = {  # the most candidates that grow in one step: what a step may draw

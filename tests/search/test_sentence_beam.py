@@ -5,8 +5,9 @@ import random
 import pytest
 from helpers.scripted import PROMPT_LENGTH
 
+from llava_cot.core import Finish
 from llava_cot.data import shapes
-from llava_cot.engine.branch import Branch, Finish
+from llava_cot.engine.branch import Branch
 from llava_cot.search import SentenceBeamConfig
 from llava_cot.search.search import SENTENCE_ENDS, Search
 from llava_cot.search.sentence_beam import sentence_beam
