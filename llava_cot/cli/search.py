@@ -160,7 +160,7 @@ def _run(image, question, search, model, device, settings, json, trace, gold=Non
     from transformers.utils import logging
 
     from llava_cot.generator import SwiresGenerator
-    from llava_cot.prompt import open_image
+    from llava_cot.image import open_image
 
     logging.disable_progress_bar()
     generator = SwiresGenerator.from_pretrained(model, device=device)
