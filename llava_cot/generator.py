@@ -19,7 +19,8 @@ from llava_cot.checkpoint import checkpoint_sha256
 from llava_cot.custom_generate import arguments, refuse_unknown
 from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.engine import Engine
-from llava_cot.prompt import MODEL_INPUTS, Bos, ImageLike, build_inputs, open_image, split_rows
+from llava_cot.families import family_of
+from llava_cot.prompt import Bos, ImageLike, build_inputs, open_image, split_rows
 from llava_cot.scoring import Calibration
 from llava_cot.scoring.scorer import name_of
 from llava_cot.search import Plan, Search, SearchLike, SwiresConfig, make_plan
@@ -297,7 +298,7 @@ class SwiresGenerator:
         that ``torch.manual_seed`` makes a run repeatable. A search that returns several sequences has the best first,
         and fewer than ``num_return_sequences`` where it found fewer that differ.
         """
-        names = MODEL_INPUTS[self.model.config.model_type]
+        names = family_of(self.model.config).inputs
         inputs = {name: kwargs.pop(name) for name in names if name in kwargs}
         rows = split_rows({"input_ids": input_ids, **inputs}, self.model.config)  # type: ignore[dict-item]
         assert input_ids is not None

@@ -10,7 +10,7 @@ import torch
 from llava_cot import STAGES, BestOfNConfig, Finished, MajorityConfig, StageBeamConfig, SwiresConfig, SwiresGenerator
 from llava_cot.core import SamplingParams
 from llava_cot.data import shapes
-from llava_cot.prompt import MODEL_INPUTS
+from llava_cot.families import family_of
 from llava_cot.scoring import confidence
 from llava_cot.search.events import StageFinal, TextDelta
 from llava_cot.search.tree import Node, candidate_seed
@@ -440,4 +440,4 @@ def test_the_engine_has_no_weights_of_its_own(tiny):
 
 
 def test_what_the_processor_gives_is_what_generate_takes(tiny):
-    assert set(batch(tiny, [SAMPLE])) == set(MODEL_INPUTS["mllama"])
+    assert set(batch(tiny, [SAMPLE])) == set(family_of(tiny.model.config).inputs)

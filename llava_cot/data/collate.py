@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from transformers.models.mllama.processing_mllama import get_cross_attention_token_mask
 
 from llava_cot.data.example import IGNORE_INDEX, Example
+from llava_cot.families import training_of
 from llava_cot.image import open_image
 
 
@@ -22,7 +21,7 @@ from llava_cot.image import open_image
 class Batch:
     """Rows of tokens, and what each token is to predict."""
 
-    inputs: dict[str, Tensor]  # keyword arguments of MllamaModel; cross_rows is for install_cross_rows
+    inputs: dict[str, Tensor]  # keyword arguments of the model, once its family's ``prepare`` has seen it
     targets: Tensor  # int64 [batch, tokens]: the label of the next token of the same sequence, else IGNORE_INDEX
     stages: Tensor  # int64 [batch, tokens]: the stage of that token, -1 if none
     ends: Tensor  # int64 [examples]: the place of each one's last token, of batch * tokens
@@ -42,26 +41,17 @@ class Batch:
         return replace(self, inputs=inputs, **tensors)
 
 
-@dataclass(frozen=True)
-class Image:
-    pixels: Tensor  # float32 [max_tiles, 3, height, width]
-    tiles: int
-    aspect_ratio_id: int
-
-
 class Collator:
-    """Makes a batch of rows of examples, with an Mllama's processor.
+    """Makes a batch of rows of examples, with a processor and the config of its model.
 
-    What comes out of the model is what comes out of unmodified transformers for each example alone, given
-    ``install_cross_rows``: a token before its sequence's images, which transformers lets see all their tiles, sees
-    those of its own sequence, and a sequence without an image passes the cross-attention layers untouched.
+    What comes out of the model is what comes out of unmodified transformers for each example alone.
     """
 
-    def __init__(self, processor, *, pad_to_multiple_of: int = 1):
+    def __init__(self, processor, config, *, pad_to_multiple_of: int = 1):
         if pad_to_multiple_of < 1:
             raise ValueError(f"pad_to_multiple_of must be >= 1, got {pad_to_multiple_of}")
         self.processor = processor
-        self.max_tiles: int = processor.image_processor.max_image_tiles
+        self.training = training_of(config)
         self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, rows: Sequence[Sequence[Example]]) -> Batch:
@@ -77,19 +67,14 @@ class Collator:
         lengths = [sum(len(example.input_ids) for example in row) for row in rows]
         multiple = self.pad_to_multiple_of
         tokens = max(1, -(-max(lengths) // multiple)) * multiple
-        layouts = [_lay_out(row) for row in rows]
-        images = self._load({path for places in layouts for path, _ in places})
-        slots = max(1, *map(len, layouts))
+        images = self._load({path for row in rows for example in row for path in example.images})
 
         input_ids = torch.full((len(rows), tokens), self.processor.tokenizer.pad_token_id or 0)
         position_ids = torch.zeros_like(input_ids)  # of padding too: a sequence of one token each
         targets = torch.full_like(input_ids, IGNORE_INDEX)
         stages = torch.full_like(input_ids, -1)
-        # uint8, since transformers repeats it for every image token in its own type.
-        cross_mask = torch.zeros(len(rows), tokens, slots, self.max_tiles, dtype=torch.uint8)
-        cross_rows = torch.zeros(len(rows), tokens, 2)
         ends = []
-        for index, (row, places) in enumerate(zip(rows, layouts)):
+        for index, row in enumerate(rows):
             start = 0
             for example in row:
                 end = start + len(example.input_ids)
@@ -97,16 +82,13 @@ class Collator:
                 position_ids[index, start:end] = torch.arange(end - start)
                 targets[index, start : end - 1] = torch.tensor(example.labels[1:])
                 stages[index, start : end - 1] = torch.tensor(example.stages[1:])
-                self._look(example, places, images, cross_mask[index, start:end], cross_rows[index, start:end])
                 ends.append(index * tokens + end - 1)
                 start = end
         values = [math.nan if example.value is None else example.value for row in rows for example in row]
         inputs = {
             "input_ids": input_ids,
             "position_ids": position_ids,
-            **self._place(layouts, images, slots),
-            "cross_attention_mask": cross_mask,
-            "cross_rows": cross_rows,
+            **self.training.pack(self.processor, rows, images, tokens),
         }
         num_tokens = int((targets != IGNORE_INDEX).sum())
         return Batch(
@@ -119,64 +101,11 @@ class Collator:
             num_padding=len(rows) * tokens - sum(lengths),
         )
 
-    def _look(
-        self, example: Example, places: dict[Any, int], images: dict[str, Image], mask: Tensor, rows: Tensor
-    ) -> None:
-        """Fill in what the tokens of one example see: ``mask`` [tokens, images, tiles], ``rows`` [tokens, 2]."""
-        spans = get_cross_attention_token_mask(example.input_ids, self.processor.image_token_id)
-        if len(spans) != len(example.images):
-            raise ValueError(
-                f"input_ids must have an image token for each of images={example.images}, got {len(spans)} image tokens"
-            )
-        if not example.images:
-            return
-        own = [places[key] for key in _numbered(example.images)]
-        for (first, last), path, slot in zip(spans, example.images, own):
-            mask[first : None if last == -1 else last, slot, : images[path].tiles] = 1
-        sees = mask.flatten(1).any(1).bool()  # any() of uint8 is uint8
-        rows[:, 0] = 1
-        rows[:, 1] = sees
-        for slot in own:
-            mask[~sees, slot] = 1  # padding tiles too, as in transformers
-
-    def _place(self, layouts: list[dict[Any, int]], images: dict[str, Image], slots: int) -> dict[str, Tensor]:
-        """The vision inputs; where there is no image, zeros of aspect ratio id 0, as the processor pads."""
-        size = self.processor.image_processor.size
-        pixels = torch.zeros(len(layouts), slots, self.max_tiles, 3, size["height"], size["width"])
-        ids = torch.zeros(len(layouts), slots, dtype=torch.int64)
-        mask = torch.zeros(len(layouts), slots, self.max_tiles, dtype=torch.int64)
-        mask[..., 0] = 1
-        if not images:
-            ids[0, 0] = 1  # the dummy
-        for index, places in enumerate(layouts):
-            for (path, _), slot in places.items():
-                image = images[path]
-                pixels[index, slot] = image.pixels
-                ids[index, slot] = image.aspect_ratio_id
-                mask[index, slot, : image.tiles] = 1
-        return {"pixel_values": pixels, "aspect_ratio_ids": ids, "aspect_ratio_mask": mask}
-
-    def _load(self, paths: set[str]) -> dict[str, Image]:
+    def _load(self, paths: set[str]) -> dict[str, Any]:
         images = {}
         for path in sorted(paths):
             try:
-                made = self.processor.image_processor(images=[[open_image(path)]], return_tensors="pt")
+                images[path] = self.training.read_image(self.processor, open_image(path))
             except Exception as error:  # a decoder raises what it likes on a broken file
                 raise ValueError(f"image {path!r} must be readable: {error}") from error
-            tiles = int(np.asarray(made["num_tiles"]).item())
-            images[path] = Image(made["pixel_values"][0, 0], tiles, int(made["aspect_ratio_ids"].item()))
         return images
-
-
-def _numbered(paths: Sequence[str]) -> list[tuple[str, int]]:
-    """Each path and how many times it came before: an example that shows an image twice attends to two."""
-    return [(path, paths[:at].count(path)) for at, path in enumerate(paths)]
-
-
-def _lay_out(row: Sequence[Example]) -> dict[Any, int]:
-    """The places of a row's images; a file that several of its examples show has one."""
-    places: dict[Any, int] = {}
-    for example in row:
-        for key in _numbered(example.images):
-            places.setdefault(key, len(places))
-    return places

@@ -22,8 +22,9 @@ def compile_layer(layer: nn.Module) -> Callable[..., Any]:
 
     What is compiled depends on nothing but shapes, so that all layers of a kind share it: the layer forgets its number.
     """
-    attention: Any = layer.cross_attn if hasattr(layer, "cross_attn") else layer.self_attn
-    attention.layer_idx = 0
+    for module in layer.modules():
+        if hasattr(module, "layer_idx"):
+            module.layer_idx = 0  # type: ignore[assignment]
     return partial(_call, torch.compile(layer.forward, dynamic=True))
 
 

@@ -11,21 +11,20 @@ from llava_cot.engine.batch import Batch, shared_prefixes
 from llava_cot.engine.branch import Branch
 from llava_cot.engine.capture import open_recorder
 from llava_cot.engine.config import EngineConfig
-from llava_cot.engine.model import Prompt, open_view
+from llava_cot.engine.model import ModelView
 from llava_cot.engine.replay import Replay
+from llava_cot.families import Prompt
 from llava_cot_kernels.page_pool import OutOfPages, PagePool
 from llava_cot_kernels.paged_kv import copy_pages
 
-# Of several prompts or branches together: what a pass holds besides keys and values is bounded by them.
-PIXEL_VALUES_PER_PASS = {"cpu": 4 << 20, "cuda": 40 << 20}  # an image of 4 tiles has 3.8 million
-TOKENS_PER_PASS = 8192
+TOKENS_PER_PASS = 8192  # of several prompts or branches together: what a pass holds besides keys and values
 
 
 class ModelRunner:
     """Computes tokens of branches; raises ``OutOfPages`` before anything has changed."""
 
     def __init__(self, model: PreTrainedModel, config: EngineConfig):
-        self.view = open_view(model, config)
+        self.view = ModelView(model, config)
         self.pool = PagePool(self.view.num_pages, config.page_size)
         self.recorder = open_recorder(self.view.device)
         self.replay = Replay(self.view, self.recorder)
@@ -48,7 +47,7 @@ class ModelRunner:
         """Compute prompts, in one pass those whose images have one shape, if that is not too much at once."""
         passes: dict[tuple[int, ...], list[list[int]]] = {}
         for row, prompt in enumerate(prompts):
-            alike = passes.setdefault(prompt["pixel_values"].shape[1:], [[]])
+            alike = passes.setdefault(self.view.family.image_shape(prompt), [[]])
             if alike[-1] and self._is_too_much([prompts[other] for other in (*alike[-1], row)]):
                 alike.append([])
             alike[-1].append(row)
@@ -97,9 +96,10 @@ class ModelRunner:
         return self.view.decode(read[0], read[1], batch, with_logits=with_logits)
 
     def _is_too_much(self, prompts: list[Prompt]) -> bool:
-        pixel_values = sum(prompt["pixel_values"].numel() for prompt in prompts)
+        family = self.view.family
+        pixel_values = sum(map(family.pixel_values, prompts))
         padded = len(prompts) * max(prompt["input_ids"].shape[1] for prompt in prompts)
-        return pixel_values > PIXEL_VALUES_PER_PASS[self.view.device.type] or padded > TOKENS_PER_PASS
+        return pixel_values > family.pixel_values_per_pass[self.view.device.type] or padded > TOKENS_PER_PASS
 
     def page_out(self, branches: Iterable[Branch]) -> None:
         """Take back the pages of branches that are not computed next."""

@@ -18,6 +18,7 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llava_cot.families import training_of
 from llava_cot.train.config import Optimizer, TrainConfig
 from llava_cot.train.model import build_model
 from llava_cot.train.sharding import build_mesh, checkpoint_activations, shard
@@ -92,18 +93,12 @@ def _run(root: "_LossOf", config: TrainConfig, rows: int, row_tokens: int, image
 
 
 def step_inputs(settings, *, rows: int, row_tokens: int, images_per_row: int) -> dict[str, Tensor]:
-    """Keyword arguments of ``MllamaModel`` in the form of the ``Collator``'s: two sequences a row, all tiles used."""
-    vision = settings.vision_config
-    tiles, size = vision.max_num_tiles, vision.image_size
+    """Keyword arguments of the model in the form of the ``Collator``'s: two sequences a row, the largest images."""
     positions = torch.arange(row_tokens).remainder(max(1, row_tokens // 2)).repeat(rows, 1)
     return {
         "input_ids": torch.zeros(rows, row_tokens, dtype=torch.int64),
         "position_ids": positions,
-        "pixel_values": torch.zeros(rows, images_per_row, tiles, vision.num_channels, size, size),
-        "aspect_ratio_ids": torch.ones(rows, images_per_row, dtype=torch.int64),
-        "aspect_ratio_mask": torch.ones(rows, images_per_row, tiles, dtype=torch.int64),
-        "cross_attention_mask": torch.ones(rows, row_tokens, images_per_row, tiles, dtype=torch.uint8),
-        "cross_rows": torch.ones(rows, row_tokens, 2),
+        **training_of(settings).full_images(rows=rows, row_tokens=row_tokens, images_per_row=images_per_row),
     }
 
 

@@ -15,6 +15,7 @@ from transformers import AutoProcessor
 from llava_cot.atomic import replacing
 from llava_cot.data.batches import BatchPlan
 from llava_cot.data.collate import Batch, Collator
+from llava_cot.families import training_of
 from llava_cot.train.checkpoints import Checkpoints
 from llava_cot.train.config import TrainConfig
 from llava_cot.train.distributed import process_group
@@ -85,7 +86,7 @@ class Trainer:
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
         )
-        collator, pin_memory = Collator(self.processor), self.device.type == "cuda"
+        collator, pin_memory = Collator(self.processor, self.root.model.config), self.device.type == "cuda"
         loader = Loader(rows, plan, collator, workers=config.workers, pin_memory=pin_memory)
         if self.objective.reference is not None:
             values = reference_values(rows, self.root, plan, loader, self.device, config)
@@ -122,7 +123,7 @@ class Trainer:
         config = self.config
         metrics, progress = self._records(start)
         with metrics, progress, stop_requested() as stop:
-            throughput = Throughput(config, self.root.model.config, self.device)
+            throughput = Throughput(config, training_of(self.root.model.config), self.device)
             for step, batches in enumerate(self.loader.steps(start, self.last_step), start + 1):
                 values, stopping = self._step(batches, stop.is_set())
                 values |= throughput.after(batches)

@@ -17,6 +17,7 @@ from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.engine import Engine
 from llava_cot.engine.runner import ModelRunner
 from llava_cot.engine.schedule import PROMPTS_PER_PREFILL
+from llava_cot.families import Family
 from llava_cot.prompt import split_rows
 from llava_cot_kernels import OutOfPages
 from llava_cot_kernels.stage_tags import StageTags
@@ -113,7 +114,7 @@ def test_one_pass_for_many(exact, monkeypatch):
 def test_no_pass_is_too_large(exact, monkeypatch):
     """Two images of four tiles are as much as may be at once."""
     inputs = [random_inputs(exact, length=9, ratio_id=6, seed=seed) for seed in range(5)]
-    monkeypatch.setitem(runner.PIXEL_VALUES_PER_PASS, "cpu", 2 * inputs[0]["pixel_values"].numel())
+    monkeypatch.setitem(Family.pixel_values_per_pass, "cpu", 2 * inputs[0]["pixel_values"].numel())
     engine, passes = Engine(exact, TAGS, config=EngineConfig(page_size=4, num_pages=400)), []
     prefill = engine.view.prefill
     monkeypatch.setattr(
@@ -121,10 +122,10 @@ def test_no_pass_is_too_large(exact, monkeypatch):
     )
     run(engine, [Job(split_rows(each, exact.config)[0], growing) for each in inputs])
     assert passes == [2, 2, 1]
-    monkeypatch.setitem(runner.PIXEL_VALUES_PER_PASS, "cpu", 1)
+    monkeypatch.setitem(Family.pixel_values_per_pass, "cpu", 1)
     run(engine, [Job(split_rows(each, exact.config)[0], growing) for each in inputs[:2]])
     assert passes == [2, 2, 1, 1, 1]
-    monkeypatch.setitem(runner.PIXEL_VALUES_PER_PASS, "cpu", 1 << 30)
+    monkeypatch.setitem(Family.pixel_values_per_pass, "cpu", 1 << 30)
     monkeypatch.setattr(runner, "TOKENS_PER_PASS", 3 * 9)
     run(engine, [Job(split_rows(each, exact.config)[0], growing) for each in inputs])
     assert passes[5:] == [3, 2]
@@ -133,7 +134,7 @@ def test_no_pass_is_too_large(exact, monkeypatch):
 def test_a_large_memory_is_not_filled_with_room_for_images(random_model, monkeypatch):
     """Engines of small models share a GPU with others: a fifth of its memory each would be all of it soon."""
     monkeypatch.setattr(model_module, "CPU_BYTES", 1 << 40)
-    view = model_module.open_view(random_model, EngineConfig(page_size=4, num_pages=10))
+    view = model_module.ModelView(random_model, EngineConfig(page_size=4, num_pages=10))
     assert view.images.capacity == model_module.MAX_IMAGE_TOKENS
 
 

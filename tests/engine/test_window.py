@@ -18,7 +18,7 @@ from llava_cot.engine.capture import Recorder, Shape
 from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.draw import Row, grow
 from llava_cot.engine.engine import Engine
-from llava_cot.engine.model import open_view
+from llava_cot.engine.model import ModelView
 from llava_cot.engine.session import Slot
 from llava_cot.engine.window import Buffers, Window
 from llava_cot.prompt import split_rows
@@ -198,7 +198,7 @@ def test_a_step_needs_no_host(monkeypatch, tags, family, prefixes):
     """On tensors without data a value cannot be looked at, and what comes from the host is seen: it can be captured."""
     monkeypatch.setattr(backend, "available", lambda op, device_type: ("native",))
     model = build_random_mllama(**TINY_SHAPE, seed=0) if family == "mllama" else FAMILIES[family][0](seed=0)
-    view = open_view(model.to("meta"), EngineConfig(num_pages=32))
+    view = ModelView(model.to("meta"), EngineConfig(num_pages=32))
     window = Window(view, Recorder(), tags.to("meta"), frozenset({2}), 4)
     shape = Shape(rows=8, pages=16, segments=4, prefixes=prefixes)
     buffers, others = Buffers(shape, 4, len(tags.tags), view.device), replay.Buffers(shape, view)

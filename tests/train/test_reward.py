@@ -99,7 +99,10 @@ def test_what_is_trained_is_the_scorers_score(tiny, folder, rows, config):
     torch.nn.init.normal_(model.head.weight)
     examples = [encode(row, tiny.processor, folder) for row in rows[:3]]
     examples[2] = [replace(examples[2][0], value=0.5), *examples[2][1:]]  # which no score can be right about
-    objective, batch = Reward(), Collator(tiny.processor)([[*examples[0], *examples[1]], [], examples[2]])
+    objective, batch = (
+        Reward(),
+        Collator(tiny.processor, tiny.model.config)([[*examples[0], *examples[1]], [], examples[2]]),
+    )
     assert objective.weight(batch) == 12
     losses = objective(model, batch)
     losses.total.backward()
@@ -119,7 +122,7 @@ def test_what_is_trained_is_the_scorers_score(tiny, folder, rows, config):
 
 
 def test_an_empty_batch_has_a_loss_of_zero(tiny, config):
-    losses = Reward()(build_model(config, empty=False), Collator(tiny.processor)([[]]))
+    losses = Reward()(build_model(config, empty=False), Collator(tiny.processor, tiny.model.config)([[]]))
     losses.total.backward()
     assert losses.total == 0 and not losses.parts.any()
 
