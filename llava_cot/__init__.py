@@ -4,8 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llava_cot.answer import Answer, Finished, SearchOutput
+    from llava_cot.answer import Answer, Finished
     from llava_cot.core import Extend, SamplingParams
+    from llava_cot.custom_generate import SearchOutput
     from llava_cot.engine.config import EngineConfig
     from llava_cot.generator import SwiresGenerator
     from llava_cot.scoring import Calibration
@@ -53,7 +54,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "llava_cot.answer": ("Answer", "Finished", "SearchOutput"),
+    "llava_cot.answer": ("Answer", "Finished"),
+    "llava_cot.custom_generate": ("SearchOutput",),
     "llava_cot.core": ("Extend", "SamplingParams"),
     "llava_cot.engine.config": ("EngineConfig",),
     "llava_cot.generator": ("SwiresGenerator",),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_cot.answer import Answer, Finished
 from llava_cot.engine.aio import AsyncEngine
-from llava_cot.prompt import ImageLike
+from llava_cot.image import ImageLike
 from llava_cot.search import SearchLike
 from llava_cot.search.events import Event
 from llava_cot.search.stream import EventStream

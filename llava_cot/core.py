@@ -7,7 +7,9 @@ continuations. The same policy therefore runs on the local engine, on a remote s
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+Bos = Literal["one", "released"]  # how many BOS tokens a prompt begins with: the released weights were trained with two
 
 
 class Finish(StrEnum):

@@ -1,9 +1,24 @@
 """What transformers hands to a custom function, as arguments of ``SwiresGenerator.generate``."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+from transformers.utils import ModelOutput
+
+from llava_cot.answer import Answer
 from llava_cot.families import FAMILIES, family_of
+
+
+@dataclass
+class SearchOutput(ModelOutput):
+    """``generate(..., return_dict_in_generate=True)``: what it returns otherwise, and every row's answer."""
+
+    sequences: torch.Tensor | None = None  # int64 [B, T + new]
+    sequences_scores: torch.Tensor | None = None  # float32 [B], of a search that scores what it returns
+    answers: tuple[Answer, ...] | None = None  # of B rows
+
 
 # What transformers itself makes of its arguments before it calls a custom function
 KNOWN = {

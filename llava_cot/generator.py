@@ -14,13 +14,15 @@ from PIL.Image import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from llava_cot.aio import AsyncGenerator
-from llava_cot.answer import Answer, Finished, SearchOutput
+from llava_cot.answer import Answer, Finished
 from llava_cot.checkpoint import checkpoint_sha256
-from llava_cot.custom_generate import arguments, refuse_unknown
+from llava_cot.core import Bos
+from llava_cot.custom_generate import SearchOutput, arguments, refuse_unknown
 from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.engine import Engine
 from llava_cot.families import family_of
-from llava_cot.prompt import Bos, ImageLike, build_inputs, open_image, split_rows
+from llava_cot.image import ImageLike, open_image
+from llava_cot.prompt import build_inputs, split_rows
 from llava_cot.scoring import Calibration
 from llava_cot.scoring.scorer import name_of
 from llava_cot.search import Plan, Search, SearchLike, SwiresConfig, make_plan

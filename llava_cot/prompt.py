@@ -1,13 +1,10 @@
 """From an image and a question to what the model is fed, one sample at a time."""
 
-from typing import Literal
-
 import torch
 
+from llava_cot.core import Bos
 from llava_cot.families import Prompt, family_of
 from llava_cot.image import ImageLike, open_image
-
-Bos = Literal["one", "released"]
 
 
 def build_inputs(processor, image: ImageLike, question: str, bos: Bos) -> Prompt:

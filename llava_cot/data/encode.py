@@ -9,9 +9,9 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava_cot.core import Bos
 from llava_cot.data.conversations import Conversation
 from llava_cot.data.example import IGNORE_INDEX, Example
-from llava_cot.prompt import Bos
 from llava_cot.stages import LLAVA_COT, Grammar
 
 # Llama 3.2's template tells a conversation without an image today's date; this is its own default, the same every day.

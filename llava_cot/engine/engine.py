@@ -13,11 +13,12 @@ from llava_cot.engine.call import call_together
 from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.draw import Row, draw_rows, grow
 from llava_cot.engine.extend import read_extensions
+from llava_cot.engine.graphs import Window
 from llava_cot.engine.model import Prompt
 from llava_cot.engine.runner import ModelRunner
 from llava_cot.engine.schedule import Schedule
 from llava_cot.engine.session import Extension, Job, Pending, Session
-from llava_cot.engine.window import Window
+from llava_cot.engine.threads import at_most, threads_for
 from llava_cot_kernels.page_pool import OutOfPages
 from llava_cot_kernels.stage_tags import StageTags
 
@@ -58,6 +59,7 @@ class Engine:
             steps_per_look = CUDA_STEPS_PER_LOOK if self.view.device.type == "cuda" else 1
         self.window = Window(self.view, self.runner.recorder, self.tags, self.eos_token_ids, steps_per_look)
         self.schedule = Schedule(self.runner, decode)
+        self.num_threads = config.num_threads or threads_for(model, self.view.device)
         self._turn = threading.Condition()
         self._leader: int | None = None  # the thread that steps
         self._is_cut_short = False  # whether a step has begun and not ended
@@ -127,7 +129,8 @@ class Engine:
                 if is_done():
                     return
                 outer, self._leader = self._leader, me
-            self._step_once(is_nested=outer is not None)
+            with at_most(self.num_threads):
+                self._step_once(is_nested=outer is not None)
         except BaseException as error:
             if self._leader == me:
                 self.schedule.fail_all(error)

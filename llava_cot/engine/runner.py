@@ -9,10 +9,9 @@ from transformers import PreTrainedModel
 
 from llava_cot.engine.batch import Batch, shared_prefixes
 from llava_cot.engine.branch import Branch
-from llava_cot.engine.capture import open_recorder
 from llava_cot.engine.config import EngineConfig
+from llava_cot.engine.graphs import Replay, open_recorder
 from llava_cot.engine.model import ModelView
-from llava_cot.engine.replay import Replay
 from llava_cot.families import Prompt
 from llava_cot_kernels.page_pool import OutOfPages, PagePool
 from llava_cot_kernels.paged_kv import copy_pages

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from llava_cot.prompt import Bos
+from llava_cot.core import Bos
 from llava_cot.stages import STAGES
 
 Part = Literal["vision", "projector", "language", "cross"]

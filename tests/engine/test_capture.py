@@ -10,10 +10,10 @@ from helpers.jobs import Job, run
 from helpers.random_mllama import random_inputs
 
 from llava_cot.core import Expand, SamplingParams
-from llava_cot.engine import capture, runner
-from llava_cot.engine.capture import CapturedSteps, CudaRecorder, Recorder, Shape
+from llava_cot.engine import graphs, runner
 from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.engine import Engine
+from llava_cot.engine.graphs import CapturedSteps, CudaRecorder, Recorder, Shape
 from llava_cot.prompt import split_rows
 from llava_cot_kernels.stage_tags import StageTags
 
@@ -25,9 +25,9 @@ TAGS = StageTags([b"a", b"</x>"], ["</x>"])
 def cuda(monkeypatch):
     """CUDA's rules on the CPU, and every engine captures its steps by them."""
     monkeypatch.setattr(runner, "open_recorder", lambda device: CudaRecorder(DEVICE))
-    capture._capture_stream.cache_clear()
+    graphs._capture_stream.cache_clear()
     yield FakeCuda(monkeypatch)
-    capture._capture_stream.cache_clear()
+    graphs._capture_stream.cache_clear()
 
 
 def draw(model, engine: Engine) -> list[list[int]]:

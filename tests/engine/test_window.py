@@ -12,15 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llava_cot.core import Expand, Finish, Limit, SamplingParams
-from llava_cot.engine import replay, runner
+from llava_cot.engine import graphs, runner
 from llava_cot.engine.branch import Branch
-from llava_cot.engine.capture import Recorder, Shape
 from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.draw import Row, grow
 from llava_cot.engine.engine import Engine
+from llava_cot.engine.graphs import Recorder, Shape, StepBuffers, Window
 from llava_cot.engine.model import ModelView
 from llava_cot.engine.session import Slot
-from llava_cot.engine.window import Buffers, Window
 from llava_cot.prompt import split_rows
 from llava_cot_kernels import backend
 from llava_cot_kernels.page_pool import PagePool
@@ -201,10 +200,10 @@ def test_a_step_needs_no_host(monkeypatch, tags, family, prefixes):
     view = ModelView(model.to("meta"), EngineConfig(num_pages=32))
     window = Window(view, Recorder(), tags.to("meta"), frozenset({2}), 4)
     shape = Shape(rows=8, pages=16, segments=4, prefixes=prefixes)
-    buffers, others = Buffers(shape, 4, len(tags.tags), view.device), replay.Buffers(shape, view)
+    buffers, others = StepBuffers(shape, 4, len(tags.tags), view.device), graphs.PassBuffers(shape, view)
     with torch.inference_mode(), _Watch() as watch:
         window.step(buffers)
-        replay.Replay(view, Recorder()).step(others)
+        graphs.Replay(view, Recorder()).step(others)
     assert watch.with_host == [] and watch.count > 100
     with pytest.raises(RuntimeError), torch.inference_mode():
         buffers.token.tolist()  # or a look would have gone unnoticed

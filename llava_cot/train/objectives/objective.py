@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from llava_cot.core import Bos
 from llava_cot.data.collate import Batch
 from llava_cot.data.example import Example
-from llava_cot.prompt import Bos
 
 Reference = Callable[[PreTrainedModel, Batch], torch.Tensor]
 

@@ -8,10 +8,10 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import PreTrainedModel
 
+from llava_cot.core import Bos
 from llava_cot.data.collate import Batch
 from llava_cot.data.encode import check_counts
 from llava_cot.data.example import IGNORE_INDEX, Example
-from llava_cot.prompt import Bos
 from llava_cot.stages import STAGES
 from llava_cot.train.objectives.objective import Losses
 from llava_cot.train.objectives.rows import image_files

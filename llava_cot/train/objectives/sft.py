@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from llava_cot.core import Bos
 from llava_cot.data.collate import Batch
 from llava_cot.data.conversations import parse_conversation
 from llava_cot.data.encode import encode
 from llava_cot.data.example import Example
-from llava_cot.prompt import Bos
 from llava_cot.stages import STAGES
 from llava_cot.train.objectives.objective import Losses
 
