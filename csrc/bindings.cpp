@@ -1,5 +1,6 @@
-// Which ops exist. Every op fills outputs that its Python wrapper allocated and returns nothing, so that a schema and
-// its implementations cannot drift apart. Each csrc/{cpu,cuda}/<stem> ends with the registration of its own kernels.
+// The list of all ops. Every op fills outputs that its Python wrapper allocated and returns nothing, so that a schema
+// and its implementations cannot drift apart. Each csrc/{cpu,cuda}/<stem> ends with the registration of its own
+// kernels.
 #include "registration.h"
 
 DEFINE_OPS(m) {

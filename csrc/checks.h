@@ -1,4 +1,4 @@
-// What memory safety needs of an op's arguments; the public Python functions say the same in the user's words first.
+// Checks that memory safety needs. The public Python functions check the same first, with messages for the user.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -1,5 +1,5 @@
-// The arithmetic of a draw, which every device does bit for bit alike: float32 operations that each round once (no fused
-// multiply-add), and integers. llava_cot_kernels/reference/sampling.py has the same in PyTorch.
+// The arithmetic of a draw, which gives the same bits on every device: float32 operations that each round once (no
+// fused multiply-add), and integers. llava_cot_kernels/reference/sampling.py has the same in PyTorch.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,8 @@ HOST_DEVICE float exp_nonpositive(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  // A mask, not `x < -87 ? 0 : p * scale`: GCC joins that with the clamp into one branch and vectorises no loop over it.
+  // A mask, not `x < -87 ? 0 : p * scale`: GCC joins that with the clamp into one branch and vectorises no loop over
+  // it.
   const int32_t in_range = -static_cast<int32_t>(x >= -87.0f);
   const float scale = __builtin_bit_cast(float, ((static_cast<int32_t>(n) + 127) << 23) & in_range);
   return p * scale;
@@ -44,7 +45,7 @@ HOST_DEVICE uint64_t mass_of(float weight) {
 #endif
 }
 
-// Ascends as x <= 0 descends; 0 and -0 are one key.
+// The key ascends as x <= 0 descends. 0 and -0 have the same key.
 HOST_DEVICE uint32_t key_of(float x) { return __builtin_bit_cast(uint32_t, x) & 0x7fffffff; }
 
 // Words 1 and 0 of Philox4x32-10 (Salmon et al., 2011) as one 64-bit uniform.

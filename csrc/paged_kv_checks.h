@@ -1,4 +1,4 @@
-// What memory safety needs of store_kv's tensors, on every device.
+// The checks of store_kv's tensors that memory safety needs on every device.
 #pragma once
 
 #include "checks.h"

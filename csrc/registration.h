@@ -1,5 +1,5 @@
-// The namespace of the ops. The host build of the CUDA kernels (tests/fibers) registers the same ops a second time, under
-// a name of its own and for CPU tensors.
+// The namespace of the ops. The host build of the CUDA kernels (tests/fibers) registers the same ops again, under a
+// different name and for CPU tensors.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

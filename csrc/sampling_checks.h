@@ -1,4 +1,4 @@
-// What sample's two kernels make of its tensors, once they are checked.
+// Checks the tensors of sample and collects them for its two kernels.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -70,7 +70,7 @@ inline void check_logits(const torch::stable::Tensor& logits) {
   STD_TORCH_CHECK(vocabulary == 1 || logits.stride(1) == 1, "logits must have stride 1 in dimension 1");
 }
 
-// Without a table: no tokens, so that nothing ever closes.
+// Without a table there are no tokens, so no tag ever closes.
 inline StageTags check_tags(const std::optional<torch::stable::Tensor>& table,
                             const std::optional<torch::stable::Tensor>& ends,
                             const std::optional<torch::stable::Tensor>& bytes,

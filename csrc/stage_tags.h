@@ -26,7 +26,7 @@ struct TagStep {
 };
 
 // Tokens outside [0, num_tokens) are empty: idle slots, and rows of the head that pad the vocabulary. A walk that
-// leaves the tables, which the CPU refuses beforehand, ends there: on CUDA nothing can be refused without waiting.
+// leaves the tables ends there. The CPU rejects such tables beforehand; CUDA could not without waiting.
 LLAVA_COT_HOST_DEVICE inline TagStep advance(const StageTags& tags, int32_t state, int64_t token) {
   TagStep step{state, -1, 0};
   if (token < 0 || token >= tags.num_tokens || state < 0 || state >= tags.num_states) return step;

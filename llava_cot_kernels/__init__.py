@@ -1,7 +1,7 @@
-"""Forkable paged KV, seeded multi-candidate sampling with stop tags, and log-probs without a softmax.
+"""Forkable paged KV caches, seeded multi-candidate sampling with stop tags, and log-probs without a softmax.
 
-Without the compiled extension, ``StageTags`` and the modules of ``llava_cot_kernels.reference`` work; every other name
-raises ``ImportError`` on first use, which says how to build it.
+``StageTags`` and the modules of ``llava_cot_kernels.reference`` work without the compiled extension. Every other name
+then raises ``ImportError`` on first use. The error says how to build the extension.
 """
 
 from importlib import import_module

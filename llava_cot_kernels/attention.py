@@ -1,4 +1,4 @@
-"""Attention of many candidates to the keys they share: paged text, and images that are stored once."""
+"""Attention of many candidates to shared keys: paged text, and images that are stored once."""
 
 from itertools import pairwise
 
@@ -24,11 +24,10 @@ def paged_attention(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Causal attention of ``B`` sequences' newest queries to their paged keys and values.
+    """Compute causal attention of the newest queries of ``B`` sequences to their paged keys and values.
 
-    Query ``i`` of the ``n`` queries of sequence ``b`` sits at position ``p = seq_lens[b] - n + i``; its head ``h``
-    reads key head ``h // (Hq // Hkv)``; key ``j`` is at offset ``j % page_size`` of page
-    ``page_table[b, j // page_size]``:
+    Query ``i`` of the ``n`` queries of sequence ``b`` is at position ``p = seq_lens[b] - n + i``. Its head ``h`` reads
+    key head ``h // (Hq // Hkv)``. Key ``j`` is at offset ``j % page_size`` of page ``page_table[b, j // page_size]``::
 
         out = sum over j <= p of softmax_j(softmax_scale * query . key_j) * value_j
 
@@ -36,19 +35,19 @@ def paged_attention(
         query: ``[T, Hq, D]``, float32, bfloat16 or float16; ``Hq`` is a multiple of ``Hkv``.
         key_cache, value_cache: ``[num_pages, page_size, Hkv, D]`` of the same dtype, contiguous.
         page_table: int32 ``[B, P]``, padded with 0.
-        seq_lens: int32 ``[B]``, tokens of each sequence, those of ``query`` included.
+        seq_lens: int32 ``[B]``, the number of tokens of each sequence, including those of ``query``.
         softmax_scale: usually ``D ** -0.5``.
-        cu_seqlens_q: int32 ``[B + 1]``, the queries of ``b`` are rows ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``;
-            None: one query per sequence.
-        prefix_group: int32 ``[B]``, the group that a sequence shares its leading pages with, -1 for none.
-        prefix_lens: int32 ``[G]``, the leading tokens that the members of a group share. Both are hints that change
-            the speed, never the result: only pages that the table shows to be the same are read together.
-        return_lse: also return the logsumexp of the scaled scores.
+        cu_seqlens_q: int32 ``[B + 1]``. The queries of ``b`` are rows ``cu_seqlens_q[b]`` to ``cu_seqlens_q[b + 1]``.
+            None means one query per sequence.
+        prefix_group: int32 ``[B]``, the group that a sequence shares its leading pages with, or -1 for none.
+        prefix_lens: int32 ``[G]``, the number of leading tokens that the members of a group share. Both are hints:
+            they change the speed and never the result. Only pages that are equal in the table are read together.
+        return_lse: whether to return the logsumexp of the scaled scores too.
         backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``.
 
     Returns:
-        ``[T, Hq, D]`` of the query's dtype and, if asked, ``lse`` float32 ``[T, Hq]`` (natural log). A query without
-        a key (its position is negative) gives 0 and -inf.
+        ``out [T, Hq, D]`` in the query's dtype. With ``return_lse`` also ``lse``, float32 ``[T, Hq]`` (natural log). A
+        query that has no key, because its position is negative, gives 0 and -inf.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit, or (on CPU) an index is out of range.
@@ -112,10 +111,10 @@ def shared_attention(
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of ``N`` query rows to the packed keys of the image that each belongs to, without a mask.
+    """Compute attention of ``N`` query rows to the packed keys of the image that each belongs to, without a mask.
 
-    Row ``n`` reads the keys ``j`` from ``cu_seqlens_k[group[n]]`` to ``cu_seqlens_k[group[n] + 1]``; the rows of one
-    group are stacked, wherever they stand, so that an image is read once for all of them:
+    Row ``n`` reads the keys ``j`` from ``cu_seqlens_k[group[n]]`` to ``cu_seqlens_k[group[n] + 1]``. The rows of one
+    group are stacked, in whatever order they come, so an image is read once for all of them::
 
         out = sum over j of softmax_j(softmax_scale * query . key_j) * value_j
 
@@ -123,14 +122,14 @@ def shared_attention(
         query: ``[N, Hq, D]``, float32, bfloat16 or float16; ``Hq`` is a multiple of ``Hkv``.
         key, value: ``[S, Hkv, D]`` of the same dtype; views with a dense last dimension are read in place.
         group: int32 ``[N]``, the image of each row; -1 is an idle row.
-        cu_seqlens_k: int32 or int64 ``[G + 1]``, where each image's keys start; a group may have no rows.
+        cu_seqlens_k: int32 or int64 ``[G + 1]``, where the keys of each image start. A group may have no rows.
         softmax_scale: usually ``D ** -0.5``.
-        return_lse: also return the logsumexp of the scaled scores.
+        return_lse: whether to return the logsumexp of the scaled scores too.
         backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``.
 
     Returns:
-        ``[N, Hq, D]`` of the query's dtype and, if asked, ``lse`` float32 ``[N, Hq]`` (natural log). An idle row and
-        a row of an empty image give 0 and -inf.
+        ``out [N, Hq, D]`` in the query's dtype. With ``return_lse`` also ``lse``, float32 ``[N, Hq]`` (natural log). An
+        idle row and a row of an empty image give 0 and -inf.
 
     Raises:
         ValueError, TypeError: a shape, dtype or device does not fit, or (on CPU) an index is out of range.
@@ -172,7 +171,7 @@ def _check_heads(query_heads: int, kv_heads: int) -> None:
 
 
 def _check_offsets(name: str, offsets: Tensor, end: int, *, whole: bool) -> None:
-    """Non-decreasing within ``[0, end]``, and from 0 to ``end`` if ``whole``, where the values can be read."""
+    """Check that offsets do not decrease and are in ``[0, end]``. ``whole`` ones start at 0 and stop at ``end``."""
     if not can_read(offsets):
         return
     got = offsets.tolist()

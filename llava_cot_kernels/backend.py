@@ -1,4 +1,4 @@
-"""Which back end runs an op: the compiled one, Triton's, or the reference."""
+"""Choose the back end of an op: the compiled one, Triton's, or the reference."""
 
 import warnings
 from functools import cache
@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import torch
 
-from llava_cot_kernels import _C  # noqa: F401  (an op without the extension is an error, not the reference)
+from llava_cot_kernels import _C  # noqa: F401  (without the extension an op is an error; it does not fall back)
 
 OPS = {"native": torch.ops.llava_cot_kernels, "triton": torch.ops.llava_cot_kernels_triton}
 """The namespaces whose ops fill outputs: same names, same arguments."""
@@ -21,10 +21,10 @@ _TRITON_MODULES: dict[str, str] = {  # op: module of llava_cot_kernels.triton th
 
 @cache
 def available(op: str, device_type: str) -> tuple[str, ...]:
-    """The back ends that can run ``op`` on tensors of ``device_type`` here, the fastest first.
+    """Return the back ends that can run ``op`` on tensors of ``device_type`` on this machine, the fastest first.
 
-    Triton runs on CUDA, and on the CPU when its interpreter is on (TRITON_INTERPRET=1) and works: that of Triton 3.6
-    does not with numpy 2.5.
+    Triton runs on CUDA. It also runs on the CPU if its interpreter is on (TRITON_INTERPRET=1) and works. The
+    interpreter of Triton 3.6 does not work with numpy 2.5.
     """
     found = []
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"llava_cot_kernels::{op}", device_type.upper()):
@@ -37,7 +37,11 @@ def available(op: str, device_type: str) -> tuple[str, ...]:
 
 @torch.compiler.assume_constant_result
 def choose(op: str, device_type: str, backend: str) -> str:
-    """The back end for ``op``: ``"auto"`` is the fastest, an explicit choice that can't run raises ``ValueError``."""
+    """Return the back end for ``op``: for ``"auto"`` the fastest, otherwise ``backend`` itself.
+
+    Raises:
+        ValueError: an explicit choice that cannot run here.
+    """
     candidates = available(op, device_type)
     if backend == "auto":
         return candidates[0]

@@ -1,4 +1,4 @@
-"""Argument checks of the public functions: each error names the argument, what it must be and what it was."""
+"""Argument checks of the public functions. Each error names the argument, what it must be and what it was."""
 
 import torch
 
@@ -6,7 +6,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Sizes:
-    """Named sizes shared by several tensors; the first tensor that shows a name binds it.
+    """Named sizes that several tensors share. The first tensor that has a name binds its size.
 
     >>> sizes = Sizes()
     >>> sizes.check("key", key, "T Hkv D", FLOATS)
@@ -27,7 +27,10 @@ class Sizes:
         dtype: torch.dtype | tuple[torch.dtype, ...],
         device: torch.device | None = None,
     ) -> None:
-        """``dims`` has a word per dimension: a name to bind or compare, a number, or ``_`` for any size."""
+        """Check type, dtype, shape and device of ``tensor``.
+
+        ``dims`` has one word per dimension: a name to bind or compare, a number, or ``_`` for any size.
+        """
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a tensor [{dims.replace(' ', ', ')}], got {type(tensor).__name__}")
         dtypes = dtype if isinstance(dtype, tuple) else (dtype,)
@@ -49,7 +52,7 @@ class Sizes:
 
 
 def check_last_dim_contiguous(name: str, tensor: torch.Tensor) -> None:
-    """Views into a bigger tensor are welcome as long as the innermost vectors are dense."""
+    """Accept views into a bigger tensor as long as the innermost vectors are dense."""
     if tensor.numel() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         raise ValueError(f"{name} must have stride 1 in its last dimension, got strides {tensor.stride()}")
 
@@ -60,12 +63,15 @@ def check_contiguous(name: str, tensor: torch.Tensor) -> None:
 
 
 def can_read(tensor: torch.Tensor) -> bool:
-    """Whether looking at values is free: not on a device, which it would wait for, nor in a graph being compiled."""
+    """Return whether values can be read for free.
+
+    On a device a read would wait for the device, and in a graph that is being compiled there are no values.
+    """
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_range(name: str, tensor: torch.Tensor, low: int, high: int) -> None:
-    """All values in ``[low, high]``, where they can be read."""
+    """Check that all values are in ``[low, high]``, if they can be read for free."""
     if not can_read(tensor) or not tensor.numel():
         return
     smallest, largest = (int(bound) for bound in torch.aminmax(tensor))

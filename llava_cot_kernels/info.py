@@ -1,4 +1,4 @@
-"""What was built and what each op uses here: ``python -m llava_cot_kernels.info``."""
+"""Print what was built and which back end each op uses: ``python -m llava_cot_kernels.info``."""
 
 import platform
 import sys
@@ -22,7 +22,10 @@ DEVICE_TYPES = ("cpu", "cuda")
 
 
 def info() -> dict[str, Any]:
-    """Versions, the extension, threads, CUDA devices, and each op's back ends by device type, that of "auto" first."""
+    """Return versions, the extension, threads, CUDA devices and the back ends of each op.
+
+    Back ends are listed by device type. The first is the one that "auto" uses.
+    """
     return {
         "versions": {"llava-cot": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "extension": {
@@ -37,7 +40,7 @@ def info() -> dict[str, Any]:
 
 
 def render(found: dict[str, Any]) -> str:
-    """``info()`` as text; a cell of the table shows what "auto" uses and, in brackets, the other choices."""
+    """Format ``info()`` as text. A cell of the table shows what "auto" uses, and the other choices in brackets."""
     extension = found["extension"]
     lines = [
         *(f"{name:16} {text}" for name, text in found["versions"].items()),
@@ -59,7 +62,7 @@ def _cell(choices: list[str]) -> str:
 
 
 def _target_abi(target: int | None) -> str:
-    """The oldest LibTorch the extension runs on: 0x020b000000000000 is 2.11."""
+    """Return the oldest LibTorch that the extension runs on: 0x020b000000000000 is 2.11."""
     return "unknown" if target is None else f"LibTorch {target >> 56}.{target >> 48 & 0xFF}"
 
 

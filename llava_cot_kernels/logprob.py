@@ -1,4 +1,4 @@
-"""Log-probs of given tokens without a softmax tensor: from logits, or from hidden states and the output embedding."""
+"""Log-probs of given tokens without a softmax tensor, from logits or from hidden states and the output embedding."""
 
 import math
 
@@ -12,15 +12,15 @@ from llava_cot_kernels.reference.logprob import IGNORE_INDEX
 
 
 def token_logprobs(logits: torch.Tensor, targets: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
-    """Log-probs of one token per row of logits, differentiable in the logits.
+    """Return the log-prob of one token per row of logits, differentiable in the logits.
 
-    ``logprobs[t] = logits[t, targets[t]] - logsumexp(logits[t])``; no softmax is stored on the way forward (the
-    gradient of the logits is itself [T, V]).
+    ``logprobs[t] = logits[t, targets[t]] - logsumexp(logits[t])``. The forward pass stores no softmax. The gradient of
+    the logits is itself a [T, V] tensor.
 
     Args:
-        logits: [T, V], float32, bfloat16 or float16. ``-inf`` is a masked token: as a target it gives ``-inf``. A row
-            with a NaN, with ``+inf`` or of only ``-inf`` gives NaN.
-        targets: int64 [T], token ids in [0, V), or -100 for a row to leave out: it gives 0 and no gradient.
+        logits: [T, V], float32, bfloat16 or float16. ``-inf`` masks a token; as a target it gives ``-inf``. A row that
+            has a NaN or ``+inf``, or nothing but ``-inf``, gives NaN.
+        targets: int64 [T], token ids in [0, V), or -100 to leave a row out. Such a row gives 0 and no gradient.
         backend: ``"auto"``, ``"native"`` or ``"reference"``.
 
     Returns:
@@ -49,22 +49,25 @@ def linear_logprobs(
     entropy: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs of one token per hidden state under a linear output layer, differentiable in both.
+    """Return the log-prob of one token per hidden state under a linear output layer, differentiable in both.
 
-    ``logits = hidden @ weight.T / temperature``; ``logprobs[t] = logits[t, targets[t]] - logsumexp(logits[t])``;
-    ``entropy[t] = -sum_v p[t, v] log p[t, v]``. [T, V] never exists: a running maximum, sum and entropy are carried
-    over vocabulary tiles, whose logits the backward computes again from the saved logsumexp. Products and sums are
-    float32 in every dtype, in a fixed order: with the same number of threads, equal inputs give equal bits. Where the
-    hardware multiplies 16-bit numbers (Triton's; bfloat16 on CPUs with AVX512-BF16), the backward rounds the logits'
-    gradient to the inputs' dtype, as plain PyTorch does.
+        logits = hidden @ weight.T / temperature
+        logprobs[t] = logits[t, targets[t]] - logsumexp(logits[t])
+        entropy[t] = -sum_v p[t, v] log p[t, v]
+
+    The [T, V] tensor is never materialised. The forward carries a running maximum, sum and entropy over tiles of the
+    vocabulary. The backward recomputes the logits of a tile from the saved logsumexp. Products and sums are float32 for
+    every dtype and have a fixed order: with the same number of threads, equal inputs give equal bits. Where the
+    hardware multiplies 16-bit numbers (Triton, and bfloat16 on CPUs with AVX512-BF16), the backward rounds the gradient
+    of the logits to the dtype of the inputs, as plain PyTorch does.
 
     Args:
         hidden: [T, H], float32, bfloat16 or float16.
-        weight: [V, H], dtype of ``hidden``.
-        targets: int64 [T], token ids in [0, V), or -100 for a row to leave out: it costs nothing and gives 0 and no
-            gradient. On a GPU nobody looks: what is neither gives NaN.
-        temperature: divides the logits; finite, > 0.
-        entropy: also return the entropy of the whole distribution.
+        weight: [V, H], in the dtype of ``hidden``.
+        targets: int64 [T], token ids in [0, V), or -100 to leave a row out. Such a row costs nothing and gives 0 and no
+            gradient. On a GPU targets are not checked, and any other value gives NaN.
+        temperature: the divisor of the logits; finite and > 0.
+        entropy: whether to return the entropy of the whole distribution too.
         backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``.
 
     Returns:
@@ -146,7 +149,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 def _unit_stride(matrix: torch.Tensor) -> torch.Tensor:
-    """The kernels read rows anywhere, each row's elements side by side."""
+    """Return a matrix whose rows are contiguous. The kernels accept any distance between rows."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 

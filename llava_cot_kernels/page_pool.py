@@ -1,4 +1,4 @@
-"""Which pages hold which sequence: host bookkeeping for a paged KV cache whose sequences fork."""
+"""Host bookkeeping for a paged KV cache whose sequences fork: which pages hold which sequence."""
 
 from llava_cot_kernels import _C
 

@@ -28,8 +28,8 @@ def store_kv(
         key, value: ``[T, Hkv, D]``, float32, bfloat16 or float16; views with a dense last dimension are read in place.
         key_cache, value_cache: ``[num_pages, page_size, Hkv, D]`` of the same dtype, contiguous, for instance
             ``kv_cache[0, layer]`` and ``kv_cache[1, layer]``.
-        slot_mapping: int64 ``[T]``, page * page_size + offset; -1 is padding and writes nothing. Slots are distinct:
-            of two tokens with one slot, either may win.
+        slot_mapping: int64 ``[T]``, page * page_size + offset; -1 is padding and writes nothing. Slots should be
+            distinct. If two tokens have the same slot, either may be the one that is stored.
         backend: ``"auto"``, ``"native"`` or ``"reference"``.
 
     Raises:
@@ -55,15 +55,15 @@ def store_kv(
 
 
 def copy_pages(kv_cache: Tensor, copies: Tensor, *, backend: str = "auto") -> None:
-    """Copy whole pages, for all layers, keys and values at once, in place.
+    """Copy whole pages in place, for all layers and for keys and values at once.
 
         for source, target in copies:
             kv_cache[:, :, target] = kv_cache[:, :, source]
 
     Args:
         kv_cache: ``[2, num_layers, num_pages, page_size, Hkv, D]``, float32, bfloat16 or float16, contiguous.
-        copies: int32 ``[m, 2]``, (source page, target page) as ``PagePool.append`` returns them, on the CPU or on
-            the cache's device. Targets are distinct and never sources, so the order of copies is free.
+        copies: int32 ``[m, 2]``, pairs (source page, target page) as ``PagePool.append`` returns them, on the CPU or on
+            the device of the cache. Targets must be distinct and never be sources. The copies have no fixed order.
         backend: ``"auto"``, ``"native"`` or ``"reference"``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Seeded sampling of many candidates, with their scores and the stage tags that they close, in one pass."""
+"""Seeded sampling of many candidates in one pass, with their scores and the stage tags that they close."""
 
 import math
 from collections.abc import Callable
@@ -16,12 +16,12 @@ MAX_VOCABULARY = 2**23  # masses of at most 2^40 each must sum within 63 bits
 
 
 class SampleOutput(NamedTuple):
-    """What ``sample`` gives for each of N candidates."""
+    """The result of ``sample``: tensors with one entry for each of N candidates."""
 
     token: torch.Tensor  # int64, -1 for an idle slot or a bad row
     logprob: torch.Tensor  # float32, nats: log softmax(logits)[token], before temperature and filters
-    entropy: torch.Tensor  # float32, nats: of softmax(logits)
-    sampling_logprob: torch.Tensor  # float32, nats: of the distribution the token was drawn from; 0 at temperature 0
+    entropy: torch.Tensor  # float32, nats: entropy of softmax(logits)
+    sampling_logprob: torch.Tensor  # float32, nats: under the distribution the token was drawn from; 0 if greedy
     tag_state: torch.Tensor  # int32, the automaton's state after the token
     tag: torch.Tensor  # int32, the first tag closed inside the token, or -1
     overhang: torch.Tensor  # int32, the token's bytes after that tag
@@ -68,36 +68,38 @@ def sample(
         keep  = x >= kth_largest(x, top_k)                                     # top_k
         keep &= x >= max(t : mass(keep, x >= t) >= top_p * mass(keep))         # top_p
         keep &= exp(x) >= min_p                                                # min_p
-        mass  = trunc(exp(x) * 2^40) where keep, else 0                        # integers: their sum has no order
+        mass  = trunc(exp(x) * 2^40) where keep, else 0                        # integers: any order gives the same sum
         u     = Philox4x32-10(key=seed, counter=position), words 1 and 0       # 64 bits
         token = first i with mass[0] + ... + mass[i] > floor(u * sum(mass) / 2^64)
 
-    Every token tied with the last one kept is kept, and the largest always is. A token less likely than the largest by
-    more than a factor of 2^40 is never drawn. The draw depends on the row's logits, the parameters, seed and position
-    alone: not on batch, slot, thread count or device.
+    Every token that is tied with the last one kept is kept too. The largest token is always kept. A token that is less
+    likely than the largest by more than a factor of 2^40 is never drawn. The draw depends only on the logits of the
+    row, the parameters, the seed and the position. It does not depend on batch, slot, thread count or device.
 
     Args:
         logits: [R, V] float32, bfloat16 or float16; ``-inf`` masks a token.
-        row: int64 [N], the row that each candidate draws from, -1 for an idle slot; ``None`` means N = R, in order.
-        temperature: >= 0; 0 takes the largest logit, ties to the lower id, and ignores the filters.
-        top_k: >= 0, tokens; 0 is off.
+        row: int64 [N], the row that each candidate draws from, or -1 for an idle slot. ``None`` means N = R, in order.
+        temperature: >= 0. 0 takes the largest logit and ignores the filters; ties go to the lower id.
+        top_k: >= 0, a number of tokens; 0 turns the filter off.
         top_p: in (0, 1].
         min_p: in [0, 1], relative to the most likely token.
         seed: in [0, 2**63).
-        position: in [0, 2**63), the token's place in its candidate: each draw of a seed has its own.
-        tags: the automaton, on the logits' device; ``None`` looks for no tags.
-        tag_state: int32 [N] or a number, the state before the token; ``None`` is ``tags.start_state``. Not mutated.
+        position: in [0, 2**63), the position of the token in its candidate. Each draw with one seed needs its own.
+        tags: the automaton, on the device of the logits; ``None`` finds no tags.
+        tag_state: int32 [N] or a number, the state before the token; ``None`` is ``tags.start_state``. It is not
+            modified.
         backend: ``"auto"``, ``"native"`` or ``"reference"``.
 
-        Each parameter is a number or an [N] tensor; real ones are rounded to float32.
+        Each parameter from ``temperature`` to ``position`` is a number or an [N] tensor. Real ones are rounded to
+        float32.
 
     Returns:
-        ``SampleOutput``, [N] each. An idle slot has token -1, tag -1, zeros, and keeps its tag_state.
+        ``SampleOutput`` of [N] tensors. An idle slot has token -1 and tag -1, keeps its tag_state, and is 0 elsewhere.
 
     Raises:
-        ValueError, TypeError: an argument has the wrong shape, dtype, device or value, or, on CPU, a row holds NaN or
-            +inf or only -inf. On CUDA, and inside torch.compile, nothing waits for values: a bad row gives token -1 and
-            status 1.
+        ValueError, TypeError: an argument has the wrong shape, dtype, device or value. On CPU also: a row has NaN or
+            +inf, or nothing but -inf. On CUDA and inside torch.compile no value is read back. A bad row then gives
+            token -1 and status 1.
 
     Source: Philox, Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
     """
@@ -138,7 +140,7 @@ def _candidate_rows(row: torch.Tensor | None, logits: torch.Tensor, sizes: Sizes
 
 
 def _per_candidate(name: str, value: float | torch.Tensor, sizes: Sizes, device: torch.device) -> torch.Tensor:
-    """``value`` checked and as an [N] tensor of the parameter's own dtype."""
+    """Check ``value`` and return it as an [N] tensor of the parameter's dtype."""
     dtype, accepted, expected, is_valid = _PARAMETERS[name]
     if isinstance(value, torch.Tensor):
         sizes.check(name, value, "N", accepted, device)
@@ -158,7 +160,7 @@ def _per_candidate(name: str, value: float | torch.Tensor, sizes: Sizes, device:
 def _initial_state(
     tag_state: int | torch.Tensor | None, tags: StageTags | None, sizes: Sizes, device: torch.device
 ) -> torch.Tensor:
-    """A new int32 [N] tensor: the op advances it in place."""
+    """Return a new int32 [N] tensor, which the op advances in place."""
     if tags is None:
         if tag_state is not None:
             raise ValueError("tag_state must be None without tags, since a state belongs to an automaton")

@@ -1,4 +1,4 @@
-"""Byte strings that end a stage, found in sampled tokens whatever the cut of the tokens."""
+"""Find the byte strings that end a stage in sampled tokens, also where a string spans several tokens."""
 
 import copy
 import json
@@ -12,19 +12,19 @@ import torch
 class StageTags:
     """An Aho-Corasick byte automaton over ``tags`` and the bytes of every token.
 
-    One step reads one byte: ``state = table[state, byte]``; ``ends[state]`` is the tag that closes there. The sampler
-    walks the bytes of the one token it drew, so nothing of size states x vocabulary is ever built.
+    One step reads one byte: ``state = table[state, byte]``. ``ends[state]`` is the tag that closes in this state. The
+    sampler walks only the bytes of the token that it drew, so a table of size states x vocabulary is never built.
 
     Args:
         token_bytes: the bytes that each token id adds to the text, in id order; ``b""`` for special tokens. It may be
-            longer than the vocabulary of the logits; ids past its end are empty tokens (padding rows of the head).
-        tags: distinct, not empty byte strings, or text to be encoded as UTF-8. A tag's number is its place here.
+            longer than the vocabulary of the logits. Ids past its end are empty tokens (padding rows of the head).
+        tags: distinct, non-empty byte strings, or text that is encoded as UTF-8. The number of a tag is its index here.
 
-    Tensors, on one device (``to`` moves them):
+    Attributes: all are tensors on one device, which ``to`` changes.
         table: int32 [num_states, 256], the next state.
-        ends: int32 [num_states], the tag closed on entering the state (the longest if several close), or -1.
-        token_bytes: uint8 [total], all tokens' bytes.
-        token_offsets: int64 [num_tokens + 1], where each token's bytes start.
+        ends: int32 [num_states], the tag that closes on entering the state (the longest if several close), or -1.
+        token_bytes: uint8 [total], the bytes of all tokens.
+        token_offsets: int64 [num_tokens + 1], where the bytes of each token start.
 
     Raises:
         ValueError: a tag is empty or occurs twice.
@@ -52,10 +52,13 @@ class StageTags:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: Any, tags: Sequence[str | bytes]) -> "StageTags":
-        """The automaton for a Hugging Face fast tokenizer: byte-level BPE, or SentencePiece-style pieces.
+        """Build the automaton for a Hugging Face fast tokenizer with byte-level BPE or SentencePiece-style pieces.
 
-        Special tokens are empty, since they never reach the text. Raises ``TypeError`` for a slow tokenizer and
-        ``ValueError`` for a vocabulary whose pieces are not bytes in disguise.
+        Special tokens are empty, since they never reach the text.
+
+        Raises:
+            TypeError: the tokenizer is a slow one.
+            ValueError: its decoder is neither byte-level nor SentencePiece-style.
         """
         return cls(_vocabulary_bytes(tokenizer), tags)
 
@@ -68,17 +71,20 @@ class StageTags:
         return len(self._ends)
 
     def to(self, device: torch.device | str) -> "StageTags":
-        """The same automaton with its tensors on ``device``; the host's tables are shared."""
+        """Return the same automaton with its tensors on ``device``. The tables on the host are shared."""
         moved = copy.copy(self)
         for name in ("table", "ends", "token_bytes", "token_offsets"):
             setattr(moved, name, getattr(self, name).to(device))
         return moved
 
     def advance(self, state: int, token: int) -> tuple[int, int, int]:
-        """``(state, tag, overhang_bytes)`` after ``token``, on the host: the definition that the kernels follow.
+        """Return ``(state, tag, overhang_bytes)`` after ``token``. The kernels follow this definition.
 
-        ``tag`` is the first one closed inside the token, else -1, and ``overhang_bytes`` how many of the token's bytes
-        come after it, else 0; the state has run on over them. An empty token changes nothing and reports nothing.
+        ``tag`` is the first tag that closes inside the token, or -1. ``overhang_bytes`` is the number of the token's
+        bytes after that tag, or 0; the state includes them. An empty token changes nothing and reports nothing.
+
+        Raises:
+            ValueError: ``state`` or ``token`` is out of range.
         """
         if not 0 <= state < self.num_states:
             raise ValueError(f"state must be in [0, num_states={self.num_states}), got {state}")
@@ -94,7 +100,7 @@ class StageTags:
 
 
 def _build_automaton(tags: Sequence[bytes]) -> tuple[list[list[int]], list[int]]:
-    """``table`` and ``ends``: the trie of the tags, then breadth first each missing edge is that of the fallback."""
+    """Return ``table`` and ``ends``: build the trie of the tags, then fill missing edges breadth first by fallback."""
     table, ends = [[-1] * 256], [-1]
     for i, tag in enumerate(tags):
         state = 0
@@ -122,7 +128,7 @@ def _build_automaton(tags: Sequence[bytes]) -> tuple[list[list[int]], list[int]]
 
 
 def _vocabulary_bytes(tokenizer: Any) -> list[bytes]:
-    """The bytes of every token id of a fast tokenizer; special tokens and unused ids are empty."""
+    """Return the bytes of every token id of a fast tokenizer. Special tokens and unused ids are empty."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise TypeError(f"tokenizer must be a Hugging Face fast tokenizer, got {type(tokenizer).__name__}")
@@ -147,7 +153,7 @@ def _vocabulary_bytes(tokenizer: Any) -> list[bytes]:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's character for each byte, inverted: printable Latin-1 stands for itself, the rest for U+0100 upwards."""
+    """Invert GPT-2's map of bytes to characters: printable Latin-1 is itself, other bytes are U+0100 and above."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -159,7 +165,7 @@ _BYTE_OF_CHARACTER = _byte_alphabet()
 def _byte_level_piece(piece: str) -> bytes:
     if all(character in _BYTE_OF_CHARACTER for character in piece):
         return bytes(_BYTE_OF_CHARACTER[character] for character in piece)
-    return piece.encode()  # as the tokenizers library decodes a piece outside the alphabet
+    return piece.encode()  # the tokenizers library decodes a piece outside the alphabet this way
 
 
 def _sentencepiece_piece(piece: str) -> bytes:

@@ -1,10 +1,10 @@
 // paged_attention and shared_attention: one online softmax over blocks of keys serves both.
 //
-// A work item is a tile of query rows that read the same keys of one kv head. A row is a (query token, query head) pair;
-// 16 rows advance together, one per vector lane, so that a key is loaded once for all of them and no sum crosses lanes.
-// Rows of several sequences are stacked while they read a shared prefix; then each sequence goes on in its own pages.
-// Blocks start at multiples of KEY_BLOCK from a sequence's first key whatever the tile, the prefix or the number of
-// threads, so that none of them changes a bit of the result.
+// A work item is a tile of query rows that read the same keys of one kv head. A row is a (query token, query head)
+// pair; 16 rows advance together, one per vector lane, so that a key is loaded once for all of them and no sum crosses
+// lanes. Rows of several sequences are stacked while they read a shared prefix. Then each sequence continues in its own
+// pages. Blocks always start at multiples of KEY_BLOCK from the first key of a sequence. So neither the tile, the
+// prefix nor the number of threads changes a bit of the result.
 #include "checks.h"
 #include "cpu/attention_tile.h"
 
@@ -30,13 +30,13 @@ Rows strided_rows(const Tensor& tensor) {
           tensor.stride(1) * item_size};
 }
 
-// From the sizes: where a size is 1, even a contiguous tensor may have any stride.
+// Computed from the sizes: a dimension of size 1 may have any stride, even in a contiguous tensor.
 Rows cache_rows(const Tensor& cache) {
   const int64_t head_bytes = cache.size(3) * static_cast<int64_t>(cache.element_size());
   return {static_cast<const char*>(cache.const_data_ptr()), cache.size(2) * head_bytes, head_bytes};
 }
 
-// Not inlined, or its address would be looked up again at every use.
+// Not inlined: otherwise its address would be looked up again at every use.
 __attribute__((noinline)) Scratch& thread_scratch() {
   static thread_local Scratch scratch;
   return scratch;
@@ -53,7 +53,8 @@ void run(const Call& call, Plan& plan) {
   while (static_cast<int64_t>(plan.tiles.size()) * num_kv_heads < num_workers && rows_per_tile > LANES) {
     plan.cut(call.heads_per_kv, rows_per_tile /= 2);
   }
-  // Workers draw tiles, since the later tiles of a causal chunk cost more: from the back, so that the small come last.
+  // Workers take tiles one by one, since the later tiles of a causal chunk cost more. They start at the back, so that
+  // the small tiles come last.
   const int64_t num_tiles = static_cast<int64_t>(plan.tiles.size()), num_items = num_tiles * num_kv_heads;
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, std::min(num_workers, num_items), 1, [&](int64_t, int64_t) {
@@ -86,7 +87,7 @@ void check_tensors(const Tensor& query, const Tensor& key, const Tensor& value, 
                   "query, keys and values must have stride 1 in their last dimension");
 }
 
-// Reads and checks the sequences: afterwards every key that a query sees is inside the cache.
+// Reads and checks the sequences. Afterwards every key that a query sees is inside the cache.
 void plan_sequences(Plan& plan, const Tensor& page_table, const Tensor& seq_lens, const Tensor& cu_seqlens_q,
                     int64_t num_tokens, int64_t num_pages, int64_t page_size) {
   const int64_t num_sequences = seq_lens.size(0), row_stride = page_table.stride(0);
@@ -107,7 +108,7 @@ void plan_sequences(Plan& plan, const Tensor& page_table, const Tensor& seq_lens
   }
 }
 
-// Stacks the sequences [begin, end) over the leading pages that they really have in common.
+// Stacks the sequences [begin, end) over the leading pages that their tables have in common.
 void plan_unit(Plan& plan, const int64_t* begin, const int64_t* end, const int32_t* lens, const int32_t* starts,
                int64_t prefix_len, int64_t page_size) {
   const int64_t leader = *std::max_element(begin, end, [&](int64_t a, int64_t b) { return lens[a] < lens[b]; });
@@ -130,7 +131,7 @@ void plan_unit(Plan& plan, const int64_t* begin, const int64_t* end, const int32
   plan.units.push_back(unit);
 }
 
-// One unit for each group, and for each sequence without one.
+// Makes one unit for each group, and one for each sequence without a group.
 void plan_units(Plan& plan, const int32_t* groups, const int32_t* prefix_lens, const int32_t* lens,
                 const int32_t* starts, int64_t page_size) {
   std::vector<int64_t>& order = plan.order;
@@ -211,7 +212,7 @@ void shared_attention(Tensor query, Tensor key, Tensor value, Tensor group, Tens
                     "cu_seqlens_k must not decrease and be in [0, ", key.size(0), "]");
     plan.sequences.push_back({&ONLY_PAGE, starts[i]});
   }
-  plan.sequences.push_back({&ONLY_PAGE, 0});  // of the idle rows, which see none of it
+  plan.sequences.push_back({&ONLY_PAGE, 0});  // for the idle rows, which see no key of it
   for (int64_t row = 0; row < num_rows; ++row) {
     STD_TORCH_CHECK(-1 <= groups[row] && groups[row] < num_groups, "group must be in [-1, ", num_groups - 1, "], got ",
                     groups[row]);

@@ -6,9 +6,9 @@
 namespace llava_cot {
 namespace {
 
-// A register tile: N vectors of query rows by some keys (or dimensions of values). Each number broadcast feeds N
-// multiply-adds, and as many sums are under way as the registers hold. How rows are grouped changes no row's sums. Not
-// inlined, for the loop needs every register and a caller would keep some.
+// A register tile: N vectors of query rows by some keys (or dimensions of values). Each broadcast number feeds N
+// multiply-adds, and the registers hold as many sums as possible. Grouping rows changes no row's sums. The function is
+// not inlined, because the loop needs every register and a caller would keep some.
 #define NO_INLINE __attribute__((noinline))
 template <int N>
 constexpr int COLS = VECTOR_BYTES < 64 || N == 4 ? 4 : 8;
@@ -19,7 +19,7 @@ typedef FloatPart LanesPart __attribute__((may_alias));
 template <int N>
 struct Size {};
 
-// Of several slabs' Lanes arrays, vector `first` and the ones after it; element d of one is at [d * PARTS].
+// Vector `first` and the following ones in the Lanes arrays of several slabs. Element d of one is at [d * PARTS].
 template <int N>
 struct Vectors {
   LanesPart* of[N];
@@ -31,7 +31,7 @@ struct Vectors {
   }
 };
 
-// The UNROLL keys and the UNROLL values that are wanted next, fetched on the side: each lies alone, a token apart.
+// Prefetches the next UNROLL keys and the next UNROLL values, each of which lies a token apart from the last.
 struct Ahead {
   const char* rows[2 * UNROLL];
   int64_t item_size;

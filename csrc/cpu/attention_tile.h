@@ -1,4 +1,4 @@
-// A tile of query rows at work: from the plan (who reads what) through blocks of keys to finished rows of `out`.
+// The work of a tile of query rows: from the plan (which rows read which keys) through blocks of keys to rows of `out`.
 #pragma once
 
 #include "cpu/dtype.h"
@@ -56,12 +56,12 @@ struct Call {
 };
 
 struct Query {
-  int64_t token, sequence, limit;  // sees the keys [0, limit) of its sequence
+  int64_t token, sequence, limit;  // the query sees the keys [0, limit) of its sequence
 };
 
-// Queries that are stacked: of one sequence, or of several that share the keys [0, shared).
+// Stacked queries of one sequence, or of several that share the keys [0, shared).
 struct Unit {
-  int64_t begin, end;  // of Plan::queries
+  int64_t begin, end;  // indices into Plan::queries
   int64_t leader, shared;
 };
 
@@ -70,13 +70,13 @@ struct Tile {
   int64_t first_row, end_row;  // row r of a unit is its query r / heads_per_kv, head r % heads_per_kv of the kv head
 };
 
-// Who reads what. Tiles point into units, which must therefore be complete before they are cut.
+// Which rows read which keys. Tiles point into units, so all units must exist before tiles are cut.
 struct Plan {
   std::vector<Keys> sequences;
   std::vector<Query> queries;
   std::vector<Unit> units;
   std::vector<Tile> tiles;
-  std::vector<int64_t> order;  // of the sequences, by group
+  std::vector<int64_t> order;  // the sequences, sorted by group
 
   void clear() {
     sequences.clear();
@@ -96,7 +96,7 @@ struct Plan {
   }
 };
 
-// The rows at work. Lanes beyond num_rows compute too, on whatever they find, and are never read.
+// The rows of a tile. Lanes beyond num_rows compute too, on arbitrary data, and are never read.
 struct Stack {
   int64_t num_rows;
   std::vector<Lanes> memory;

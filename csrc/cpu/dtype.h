@@ -1,4 +1,4 @@
-// A tensor's dtype, as the loops of isa.h name it.
+// Converts the dtype of a tensor to the Dtype of isa.h.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -5,8 +5,8 @@
 //   isa/<name>.cpp  includes them all for one instruction set and fills a table with them
 //
 // All tables split work into the same 16 lanes and never let the compiler fuse a multiply-add on its own
-// (-ffp-contract=off); where none is written, as in sampling, they give the same bits. AVX-512 with bfloat16 products is
-// a table of its own, the only one with `pairs`.
+// (-ffp-contract=off). Code without explicit ones, as in sampling, gives the same bits on all. AVX-512 with bfloat16
+// products has a table of its own, the only one with `pairs`.
 #pragma once
 
 #include <cstdint>
@@ -21,10 +21,11 @@ enum class Dtype { FLOAT32, BFLOAT16, FLOAT16 };
 
 // ---- sampling ----
 
-constexpr int64_t BLOCK = 256;  // tokens: float32 sums and integer masses are kept for so many at a time
+constexpr int64_t BLOCK = 256;  // tokens that share one float32 sum and one integer mass
 constexpr int BIN_BITS = 10;
 constexpr int NUM_BINS = 1 << BIN_BITS;
-constexpr int BIN_COPY_BITS = 2;  // neighbours count into different copies, or equal ones would wait for each other
+// Neighbours count into different copies, so that equal ones do not wait for each other.
+constexpr int BIN_COPY_BITS = 2;
 constexpr int BIN_COPIES = 1 << BIN_COPY_BITS;
 
 struct RowSums {
@@ -57,28 +58,29 @@ struct Compacted {
 
 // ---- log-probs ----
 
-// Of some logits scale * x: the largest x and, with d = scale * (x - max), the sums of exp(d) and of exp(d) * d, which
-// the entropy needs. The largest has d = 0 exactly. A NaN makes the sums NaN, never the maximum; all -inf: sums of 0.
+// A summary of some logits scale * x: the largest x and, with d = scale * (x - max), the sums of exp(d) and of exp(d) *
+// d, which the entropy needs. The largest has d = 0 exactly. A NaN makes the sums NaN, never the maximum; all -inf:
+// sums of 0.
 struct Piece {
   float max, sum, weighted;
 };
 
-// Of one row: what its logits' gradient is made of.
+// The values of one row that the gradient of its logits needs.
 struct RowGradient {
   float scale, lse, entropy, grad_logprob, grad_entropy;
 };
 
 // ---- products of bfloat16, summed in float32 ----
 
-// Two values that follow each other along the summed dimension are one uint32_t, a pair: what one instruction multiplies.
-// The right side of a product lies in panels of columns, [num_panels][num_pairs][PANEL].
+// Two values that follow each other along the summed dimension are one uint32_t, a pair: what one instruction
+// multiplies. The right side of a product lies in panels of columns, [num_panels][num_pairs][PANEL].
 constexpr int64_t PANEL = 4 * LANES;
-constexpr int64_t PRODUCT_ROWS = 6;  // that are multiplied with a panel at a time
+constexpr int64_t PRODUCT_ROWS = 6;  // rows that are multiplied with a panel at a time
 
 enum class Sum { STORE, ADD, STORE_BFLOAT16 };
 
 struct PairProduct {
-  const char* left;  // pair k of row m is m * row_stride + k * pair_stride bytes behind, at any address
+  const char* left;  // pair k of row m is m * row_stride + k * pair_stride bytes later, at any address
   int64_t row_stride, pair_stride;
   const uint32_t* panel;
   int64_t num_rows, num_columns, num_pairs;  // num_columns <= PANEL
@@ -94,7 +96,7 @@ struct LogitColumns {
   float scale;
 };
 
-// Of those rows, what makes their logits' gradient; target counts from the first token, and may be none of them.
+// The values of those rows that the gradient needs. `target` counts from the first token and may be outside of them.
 struct ColumnGradient {
   float lse[LANES], entropy[LANES], grad_logprob[LANES], grad_entropy[LANES];
   int32_t target[LANES];
@@ -112,7 +114,7 @@ struct PairLoops {
 // ---- attention ----
 
 constexpr int KEY_BLOCK = 64;
-constexpr int UNROLL = 8;  // keys or dimensions that are summed side by side: what hides a multiply-add's latency
+constexpr int UNROLL = 8;  // keys or dimensions that are summed side by side, to hide the latency of a multiply-add
 constexpr int MAX_SLABS = 4;
 
 struct alignas(64) Lanes {
@@ -149,7 +151,7 @@ struct Loops {
   void (*widen)(Dtype dtype, const void* source, int64_t n, float* target);
 
   // sampling
-  float (*largest)(Dtype dtype, const void* logits, int64_t n);  // NaN if there is any
+  float (*largest)(Dtype dtype, const void* logits, int64_t n);  // NaN if there is one
   int64_t (*find)(Dtype dtype, const void* logits, int64_t n, float logit);
   RowSums (*row_sums)(Dtype dtype, const void* logits, int64_t n, float largest);
   uint64_t (*shape)(Dtype dtype, const void* logits, int64_t n, float largest, float temperature, float* x,
@@ -166,13 +168,13 @@ struct Loops {
   // attention
   void (*attend_block)(const KeyBlock& block, Slab* const* slabs, int64_t num_slabs);
 
-  const PairLoops* pairs;  // or null: then bfloat16 is widened
+  const PairLoops* pairs;  // null if bfloat16 is widened instead
 };
 
-extern const Loops AVX512_BF16_LOOPS, AVX512_LOOPS, AVX2_LOOPS, BASELINE_LOOPS;  // the last one on every machine
+extern const Loops AVX512_BF16_LOOPS, AVX512_LOOPS, AVX2_LOOPS, BASELINE_LOOPS;  // every machine has the last one
 
 std::vector<const Loops*> available_loops();  // on this CPU, best first
-const Loops& loops();                         // the best, until use_loops chooses another
+const Loops& loops();                         // the best one, until use_loops chooses another
 bool use_loops(std::string_view name);        // false if this CPU has none of that name
 
 }  // namespace llava_cot

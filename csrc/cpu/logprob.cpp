@@ -15,9 +15,9 @@ namespace {
 // Two passes (maximum, then sum) read a piece: 16 KiB of float32 are still in L1 at the second. The pieces are the
 // same for every thread count, and so is the result.
 constexpr int64_t kPiece = 4096;
-// Of each buffer (the weight tile as float32, its gradient; the logits and a partial product are smaller at the usual
-// sizes). Small, so that what one step wrote is still in L2 or L3 when the next reads it; but below 4 MiB (512 tokens at
-// H = 2048) the GEMM itself was measured to slow down. A float32 weight is read where it lies and may take twice that.
+// The size of each buffer: the weight tile as float32, and its gradient. The logits and a partial product are smaller
+// at the usual sizes. Small buffers are still in L2 or L3 when the next step reads them. But below 4 MiB (512 tokens at
+// H = 2048) the GEMM itself was measured to slow down. A float32 weight is read in place and may take twice that.
 constexpr int64_t kTileBytes = 6 << 20;
 // Merging a piece costs about as much as reducing this many elements.
 constexpr int64_t kMergeCost = 64;
@@ -84,7 +84,7 @@ void token_logprobs(Tensor logits, Tensor targets, Tensor logprobs) {
 
 // ---- linear_logprobs ----
 
-// A float32 matrix over memory that someone else holds; being new, it has no autograd history.
+// Makes a float32 matrix over memory that the caller owns. Being new, it has no autograd history.
 Tensor view_matrix(const float* data, int64_t rows, int64_t cols, int64_t row_stride) {
   return torch::stable::from_blob(const_cast<float*>(data), {rows, cols}, {row_stride, 1},
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU), ScalarType::Float);
@@ -97,11 +97,11 @@ void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(out)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  (void)torch::stable::detail::to<Tensor>(stack[0]);  // the returned handle to out is ours to free
+  (void)torch::stable::detail::to<Tensor>(stack[0]);  // frees the returned handle to out
 }
 
 struct Tile {
-  int64_t row, token;  // of the first: among the kept rows, in the vocabulary
+  int64_t row, token;  // the first of the tile, counted in the kept rows and in the vocabulary
   Tensor hidden;       // [rows, H]
   Tensor weight;       // [tokens, H]
   Tensor logits;       // [rows, tokens], before the temperature; the visitor may overwrite them
@@ -145,7 +145,7 @@ class LogitTiles {
   }
 
   const std::vector<int64_t>& kept;
-  int64_t tile_rows, tile_tokens;  // of a full tile
+  int64_t tile_rows, tile_tokens;  // the size of a full tile
 
  private:
   Tensor gather(const FloatRows& source) const {
@@ -174,7 +174,7 @@ class LogitTiles {
 
   FloatRows weight_;
   int64_t vocab_size_, hidden_size_;
-  Tensor hidden_;  // float32 [num_kept, H]: the caller's where that will do, else gathered
+  Tensor hidden_;  // float32 [num_kept, H]: the caller's if it can be used as it is, else gathered
 };
 
 // visit(kept row, its logits) for each row of the tile, in parallel.
@@ -221,8 +221,8 @@ void linear_logprobs(Tensor hidden, Tensor weight, Tensor targets, double temper
 
 // ---- linear_logprobs_backward ----
 
-// Float32 sums of a gradient: the gradient itself where it has that dtype, else memory of its own, cast into place at
-// the end.
+// Float32 sums of a gradient. If the gradient is float32 it is its own sum. Otherwise the sum has memory of its own and
+// is cast into place at the end.
 Tensor sums_of(const Tensor& gradient, int64_t rows) {
   return gradient.scalar_type() == ScalarType::Float ? gradient : empty_float32(rows, gradient.size(1));
 }

@@ -1,4 +1,4 @@
-// What the log-prob ops share: the running softmax, the rows that count, and checks.
+// Code that the log-prob ops share: the running softmax, the kept rows, and checks.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -22,7 +22,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t kIgnoreIndex = -100;
 constexpr float kInf = std::numeric_limits<float>::infinity();
-// Elements per task below which a thread costs more than it brings.
+// Below so many elements per task, a thread costs more than it saves.
 constexpr int64_t kGrain = 32768;
 
 inline int64_t grain(int64_t elements) { return kGrain / std::clamp<int64_t>(elements, 1, kGrain); }
@@ -61,7 +61,7 @@ inline void check_row_vector(const Tensor& vector, const char* name, int64_t row
   STD_TORCH_CHECK(vector.scalar_type() == dtype, name, " has the wrong dtype");
 }
 
-// The rows whose target is a token, in order.
+// Returns the rows whose target is a token, in order.
 inline std::vector<int64_t> kept_rows(const Tensor& targets, int64_t rows, int64_t vocab_size) {
   check_row_vector(targets, "targets", rows, ScalarType::Long);
   const int64_t* target = targets.const_data_ptr<int64_t>();
@@ -117,11 +117,11 @@ inline void check_gradient(const Tensor& grad, const Tensor& of, const char* nam
 struct Linear {
   const Tensor &hidden, &weight;
   const std::vector<int64_t>& kept;  // the rows of hidden that have a target, in order
-  const int64_t* target;             // of each row of hidden
+  const int64_t* target;             // one for each row of hidden
   float scale;                       // 1 / temperature
 };
 
-// Of each row of hidden.
+// Results for each row of hidden.
 struct RowStatistics {
   const float *lse, *entropy, *grad_logprob, *grad_entropy;
 };

@@ -1,23 +1,23 @@
-// linear_logprobs of bfloat16 where one instruction multiplies pairs of them (pair_loops.h): a tile of tokens at a time,
-//   logits.T [tokens, rows] = weight @ hidden.T           pairs along H: the weight is read as it lies in memory
+// linear_logprobs of bfloat16 where one instruction multiplies pairs of them (pair_loops.h): a tile of tokens at a
+// time,   logits.T [tokens, rows] = weight @ hidden.T           pairs along H: the weight is read in place
 //   their running softmax, or their gradient in place     sixteen rows side by side
 //   grad_weight [tokens, H] = gradient.T @ hidden         pairs along rows
 //   grad_hidden [rows, H]  += gradient @ weight           pairs along tokens
-// Products are exact and sums float32; as in plain PyTorch, the logits' gradient is rounded to bfloat16 to be multiplied.
-// Every sum has one order, whatever the number of threads.
+// Products are exact and sums are float32. As in plain PyTorch, the gradient of the logits is rounded to bfloat16
+// before it is multiplied. Every sum has a fixed order for any number of threads.
 #include "cpu/logprob.h"
 
 namespace llava_cot {
 namespace {
 
-// Tokens of a tile: about as many as fill these with float32 logits, and with pairs of the weight. What a tile leaves in
-// the caches is read three times, and each tile reads and writes the sums for grad_hidden.
+// A tile has about as many tokens as fill these sizes with float32 logits and with pairs of the weight. A tile is read
+// from the caches three times, and each tile reads and writes the sums for grad_hidden.
 constexpr int64_t kLogitBytes = 2 << 20, kWeightBytes = 4 << 20;
 constexpr int64_t kReduced = 256;  // tokens that one float32 sum runs over
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// 64-byte aligned memory of the allocator that tensors come from.
+// 64-byte aligned memory from the allocator of tensors.
 template <class T>
 class Buffer {
  public:
@@ -32,7 +32,7 @@ const uint16_t* row_of(const Tensor& matrix, int64_t row) {
   return static_cast<const uint16_t*>(matrix.const_data_ptr()) + row * matrix.stride(0);
 }
 
-// The right side of a product: pairs along the summed dimension, in panels of columns, 0 where there is nothing.
+// The right side of a product: pairs along the summed dimension, in panels of columns, padded with 0.
 struct Panels {
   int64_t num_columns, num_pairs;
   Buffer<uint32_t> pairs{ceil_div(num_columns, PANEL) * num_pairs * PANEL};
@@ -40,7 +40,7 @@ struct Panels {
   uint32_t* panel(int64_t index) const { return pairs.data() + index * num_pairs * PANEL; }
 };
 
-// Columns are the given rows, summed over their elements.
+// The columns are the given rows. Sums run over their elements.
 void fill_from_columns(const Panels& panels, const Tensor& matrix, const std::vector<int64_t>& columns) {
   parallel_for(0, ceil_div(panels.num_columns, PANEL), 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
@@ -57,7 +57,7 @@ void fill_from_columns(const Panels& panels, const Tensor& matrix, const std::ve
   });
 }
 
-// Columns are a row's elements, summed over the rows row_at(0) to row_at(num_rows - 1).
+// The columns are the elements of a row. Sums run over the rows row_at(0) to row_at(num_rows - 1).
 template <class RowAt>
 void fill_from_rows(const Panels& panels, int64_t num_rows, const RowAt& row_at) {
   const std::vector<uint16_t> zeros(panels.num_columns);

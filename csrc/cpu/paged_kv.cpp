@@ -1,4 +1,4 @@
-// store_kv and copy_pages: pure data movement, so that everything is bytes here.
+// store_kv and copy_pages: pure data movement, so everything is handled as bytes.
 #include "paged_kv_checks.h"
 
 #include <torch/csrc/stable/library.h>

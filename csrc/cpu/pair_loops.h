@@ -1,5 +1,5 @@
-// Products of bfloat16 with float32 sums, which ATen's matrix product would round to bfloat16, and what becomes of them
-// in linear_logprobs. For AVX-512 with bfloat16 products alone: the only instruction set with something to gain.
+// Products of bfloat16 with float32 sums, which ATen's matrix product would round to bfloat16, and their use in
+// linear_logprobs. They are for AVX-512 with bfloat16 products, the only instruction set that gains from them.
 #pragma once
 
 #include "cpu/logprob_loops.h"
@@ -31,7 +31,7 @@ template <int VECTORS>
 ALWAYS_INLINE void multiply_columns(const PairProduct& p) {
   for (int64_t row = 0; row < p.num_rows; row += PRODUCT_ROWS) {
     const char* left[PRODUCT_ROWS];
-    for (int64_t i = 0; i < PRODUCT_ROWS; ++i) {  // behind the last row, the last row again
+    for (int64_t i = 0; i < PRODUCT_ROWS; ++i) {  // past the last row, repeat the last row
       left[i] = p.left + (row + i < p.num_rows ? row + i : p.num_rows - 1) * p.row_stride;
     }
     __m512 sum[PRODUCT_ROWS][VECTORS];
@@ -99,7 +99,7 @@ void reduce(const LogitColumns& logits, Piece* pieces) {
   for (int lane = 0; lane < LANES; ++lane) pieces[lane] = {of_lane[0][lane], of_lane[1][lane], of_lane[2][lane]};
 }
 
-// Here with the onehot.
+// This one includes the onehot.
 void to_gradient(const LogitColumns& logits, const ColumnGradient& of, uint16_t* by_row, uint32_t* by_pair) {
   const Vec lse = load(of.lse), entropy = load(of.entropy);
   const Vec grad_logprob = load(of.grad_logprob), grad_entropy = load(of.grad_entropy);

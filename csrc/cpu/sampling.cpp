@@ -1,8 +1,8 @@
-// Seeded sampling; llava_cot_kernels/sampling.py has the definition. A candidate takes three steps:
+// Seeded sampling, as defined in llava_cot_kernels/sampling.py. A candidate takes three steps:
 //   load   its row: largest logit, and the raw distribution's partition function and entropy
 //   filter x = (l - largest) / temperature, integer masses of blocks of tokens, and which keys (see isa.h) are kept
 //   draw   Philox, then the inverse CDF: first over blocks, then inside one
-// The candidates of a fork stand next to each other and share load and filter, so that a fork costs one pass.
+// The candidates of a fork are adjacent and share load and filter, so a fork costs one pass.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -25,21 +25,22 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int32_t LAST_KEY = 0x7f800000;  // of -inf
+constexpr int32_t LAST_KEY = 0x7f800000;  // the key of -inf
 
 // ---- which keys are kept ----
 
-// Finds thresholds among the keys of a row: a histogram narrows them down to one bin, whose tokens are taken out and
-// looked at alone, more closely each time. Its memory outlives the call.
+// Finds thresholds among the keys of a row. A histogram narrows them down to one bin. The tokens of that bin are copied
+// out, and a finer histogram narrows them further. The memory outlives the call.
 class KeySelect {
  public:
-  // The smallest key such that the tokens up to it are at least `count`.
+  // Returns the smallest key such that there are at least `count` tokens up to it.
   int32_t by_count(const Tokens& tokens, int64_t count) {
     tokens_ = tokens;
     return select(LAST_KEY, false, static_cast<double>(count), 0);
   }
 
-  // The smallest such that they have that share of the mass `total` of all; those beyond `limit` weigh 0.
+  // Returns the smallest key such that the tokens up to it have that share of the mass `total` of all. Tokens beyond
+  // `limit` weigh 0.
   int32_t by_mass(const Tokens& tokens, int32_t limit, double share, uint64_t total) {
     tokens_ = tokens;
     const double needed = share * static_cast<double>(total);
@@ -48,8 +49,8 @@ class KeySelect {
   }
 
  private:
-  // Near the largest logit bins are fine, far from it coarse: 64 for each power of two from 2^-10 to 2^6, as a row may
-  // spread over hundredths or over tens.
+  // Bins are fine near the largest logit and coarse far from it: 64 for each power of two from 2^-10 to 2^6, since a
+  // row may spread over hundredths or over tens.
   static constexpr Bins ALL_BINS{std::bit_cast<int32_t>(0x1p-10f), 17};
 
   struct Range {
@@ -73,8 +74,8 @@ class KeySelect {
     }
   }
 
-  // Of a flat row most tokens would go through the histogram. Every eighth block says where the threshold will lie, and
-  // exact sums whether it does: then only the tokens there are left to look at. Returns the mass of those before them.
+  // In a flat row most tokens would go through the histogram. So every eighth block is used to predict a range with the
+  // threshold, and exact sums verify it. Only tokens in the range remain. Returns the mass of the tokens before it.
   uint64_t take_out_likely(int32_t limit, double share, double needed) {
     constexpr double MARGIN = 1.0 / 32;
     const Tokens all = tokens_;
@@ -101,7 +102,7 @@ class KeySelect {
   }
 
   Compacted take_out(Range range) {
-    // The padding may be moved too, and more is added.
+    // The padding may be copied too; more is added anyway.
     for (auto* list : {&x_, &weight_}) list->resize(std::max<size_t>(list->size(), tokens_.count + 2 * LANES));
     return loops().compact(tokens_, range.first, range.last, x_.data(), weight_.data());
   }
@@ -112,7 +113,7 @@ class KeySelect {
     return range;
   }
 
-  // The bin in which the running sum reaches `needed`; `below` becomes the sum before it.
+  // Returns the bin in which the running sum reaches `needed`, and sets `below` to the sum before it.
   int32_t find_bin(double needed, uint64_t& below) const {
     for (int32_t bin = 0;; ++bin) {
       const uint64_t* copies = &histogram_[bin * BIN_COPIES];
@@ -129,8 +130,8 @@ class KeySelect {
   std::vector<uint64_t> block_masses_;
 };
 
-// Beyond this key lies less than the share 1 - top_p of the mass `total`, so that top_p's threshold does not: n tokens
-// there weigh at most n exp(x) together, which leaves 1 % for rounding.
+// Returns a key beyond which there is less than the share 1 - top_p of the mass `total`, so the threshold of top_p is
+// not there: n tokens weigh at most n exp(x) together. 1 % is left for rounding.
 int32_t last_key_that_matters(double top_p, uint64_t total, int64_t n) {
   const double x = std::log((1.0 - top_p) * static_cast<double>(total) * 0x1p-40 / static_cast<double>(n)) - 0.01;
   return x < 0.0 ? std::bit_cast<int32_t>(static_cast<float>(-x)) : LAST_KEY;
@@ -151,12 +152,12 @@ struct Draw {
   double sampling_logprob;
 };
 
-// One thread's candidates. Its memory outlives the call, what it knows of the row does not: see forget.
+// The candidates of one thread. Its memory outlives the call, but its knowledge of the row does not; see forget.
 class Candidate {
  public:
   void forget() { row_ = -1; }
 
-  // False if the row holds NaN or +inf, or only -inf.
+  // Returns false if the row has NaN or +inf, or nothing but -inf.
   bool load(Dtype dtype, const void* logits, int64_t row, int64_t vocabulary) {
     if (row == row_) return std::isfinite(largest_);
     row_ = row;
@@ -227,7 +228,7 @@ class Candidate {
   std::vector<uint64_t> block_masses_;
   uint64_t total_ = 0;
   Kept kept_{LAST_KEY, 0.0f};
-  std::optional<Shape> shape_;  // that the masses have now
+  std::optional<Shape> shape_;  // the shape that the masses have now
   KeySelect select_;
 };
 
@@ -260,7 +261,7 @@ void sample_candidate(const Arguments& a, Candidate& candidate, int64_t n) {
   a.entropy[n] = static_cast<float>(candidate.entropy());
 }
 
-// A few bytes per token: not worth a thread, and here a bad automaton may still raise.
+// There are only a few bytes per token, not enough for a thread. A bad automaton can still raise here.
 void advance_tags(const StageTags& tags, const Candidates& c, int64_t num_candidates) {
   if (!tags.table) {
     std::fill_n(c.tag, num_candidates, -1);

@@ -69,7 +69,7 @@ float largest(Dtype dtype, const void* logits, int64_t n) {
   return with_dtype(dtype, [=]<Dtype D>() { return largest_of<D>(logits, n); });
 }
 
-// The first token with that logit, which there is.
+// Returns the first token with that logit, which must exist.
 int64_t find(Dtype dtype, const void* logits, int64_t n, float logit) {
   return with_dtype(dtype, [=]<Dtype D>() {
     int64_t i = 0;
@@ -79,7 +79,7 @@ int64_t find(Dtype dtype, const void* logits, int64_t n, float logit) {
   });
 }
 
-// Over d = logit - largest. Blocks are summed in float32 and added in double.
+// Sums over d = logit - largest. Blocks are summed in float32 and added in double.
 RowSums row_sums(Dtype dtype, const void* logits, int64_t n, float largest) {
   return with_dtype(dtype, [=]<Dtype D>() {
     RowSums sums{0.0, 0.0};
@@ -123,7 +123,7 @@ ALWAYS_INLINE Vec kept_weight(Tokens tokens, int64_t i, Kept kept) {
   return select((key_of(load(tokens.x + i)) <= Ints(kept.limit)) & (weight >= Vec(kept.min_p)), weight, 0.0f);
 }
 
-// The masses of blocks as the filters leave them; returns their sum.
+// Computes the masses of blocks after the filters and returns their sum.
 uint64_t keep(Tokens tokens, Kept kept, uint64_t* block_masses) {
   uint64_t total = 0;
   for (int64_t begin = 0; begin < tokens.count; begin += BLOCK) {
@@ -136,14 +136,14 @@ uint64_t keep(Tokens tokens, Kept kept, uint64_t* block_masses) {
   return total;
 }
 
-// The mass of each token, and of those that fill the last vector.
+// Computes the mass of each token, including those that pad the last vector.
 void masses(Tokens tokens, Kept kept, uint64_t* masses) {
   for (int64_t i = 0; i < tokens.count; i += LANES) Mass(kept_weight(tokens, i, kept)).store_to(masses + i);
 }
 
 // Adds each token with a key up to the limit, its mass or 1, to a copy of its bin: histogram[NUM_BINS][BIN_COPIES].
-// A block at a time: those tokens are moved together, then come vectors of bins and amounts, then the additions, so
-// that no step waits for another.
+// It works on one block at a time. It first compacts those tokens, then computes vectors of bins and amounts, and then
+// adds them, so no step waits for another.
 template <bool BY_MASS>
 ALWAYS_INLINE void add_to_histogram(Tokens tokens, int32_t limit, Bins bins, uint64_t* histogram) {
   float x[BLOCK + LANES], weight[BLOCK + LANES];
@@ -179,7 +179,7 @@ void histogram(Tokens tokens, int32_t limit, bool by_mass, Bins bins, uint64_t* 
           : add_to_histogram<false>(tokens, limit, bins, histogram);
 }
 
-// Copies the tokens with keys in [first, last] to x and weight, where they may lie already, and pads them with a vector
+// Copies the tokens with keys in [first, last] to x and weight, which may be their source, and pads them with a vector
 // of -inf.
 Compacted compact(Tokens tokens, int32_t first, int32_t last, float* x, float* weight) {
   int64_t count = 0;
@@ -187,7 +187,7 @@ Compacted compact(Tokens tokens, int32_t first, int32_t last, float* x, float* w
     const Vec v = load(tokens.x + i);
     const Ints key = key_of(v);
     const uint32_t inside = lanes_of((Ints(first) <= key) & (key <= Ints(last)));
-    if (VECTOR_BYTES < 64 && !inside) continue;  // AVX-512 does better without a branch
+    if (VECTOR_BYTES < 64 && !inside) continue;  // AVX-512 is faster without a branch
     store_lanes(load(tokens.weight + i), inside, weight + count);
     count += store_lanes(v, inside, x + count);
   }

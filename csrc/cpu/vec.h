@@ -1,8 +1,8 @@
 // 16 floats, as the vectors of one instruction set: VECTOR_BYTES is 64, 32 or 16. Written with the compiler's own
 // vector types, so that only what they lack needs intrinsics, and the same source serves machines other than x86.
 //
-// Included by isa/<name>.cpp alone, after every standard header: what is compiled here for one instruction set must not
-// replace, at link time, what others share. Hence the unnamed namespace, and nothing from std::.
+// Only isa/<name>.cpp includes this, after every standard header. Code that is compiled here for one instruction set
+// must not replace, at link time, code that others share. So it is in an unnamed namespace and uses nothing from std::.
 #pragma once
 
 #include "cpu/isa.h"
@@ -19,7 +19,7 @@ typedef float FloatPart __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t IntPart __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint16_t HalfPart __attribute__((vector_size(VECTOR_BYTES / 2)));
 
-// The same, anywhere in memory.
+// The same at any address.
 typedef FloatPart AnyFloatPart __attribute__((aligned(4), may_alias));
 typedef IntPart AnyIntPart __attribute__((aligned(4), may_alias));
 typedef HalfPart AnyHalfPart __attribute__((aligned(2), may_alias));
@@ -100,7 +100,7 @@ ALWAYS_INLINE Vec select(Ints mask, Vec yes, Vec no) {
   return yes;
 }
 
-// One rounding where the instruction set has it.
+// Rounds once if the instruction set has fused multiply-adds.
 ALWAYS_INLINE FloatPart multiply_add(FloatPart a, FloatPart b, FloatPart c) {
 #if VECTOR_BYTES == 64
   return (FloatPart)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -157,7 +157,7 @@ ALWAYS_INLINE void store(Ints v, int32_t* x) {
   for (int i = 0; i < PARTS; ++i) reinterpret_cast<AnyIntPart*>(x)[i] = v.part[i];
 }
 
-// Writes the lanes whose bit is set one after the other and returns how many there are; may write LANES all the same.
+// Writes the lanes whose bit is set one after the other and returns their number. It may write up to LANES anyway.
 ALWAYS_INLINE int64_t store_lanes(Vec v, uint32_t lanes, float* out) {
 #if VECTOR_BYTES == 64
   // In a register first: compressing into memory is many times slower.
@@ -201,7 +201,7 @@ ALWAYS_INLINE Vec load(const void* x, int64_t i) {
 
 constexpr int32_t LANE[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-// The same, with `fill` where x has ended.
+// The same, with `fill` past the end of x.
 template <Dtype D>
 ALWAYS_INLINE Vec load(const void* x, int64_t i, int64_t n, float fill) {
   if (i + LANES <= n) return load<D>(x, i);

@@ -1,5 +1,5 @@
-// All that the kernels use of CUDA beyond the language: launches, counted access to global memory, and teams of blocks.
-// tests/fibers has the same for a host build, which runs every thread as a fiber; docs/kernels.md lists what it covers.
+// Everything that the kernels use of CUDA beyond the language: launches, counted access to global memory, and teams of
+// blocks. tests/fibers has the same for a host build that runs every thread as a fiber; docs/kernels.md lists it.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -11,11 +11,11 @@
 
 namespace llava_cot {
 
-// How a kernel is run. Blocks of one team stand next to each other in the grid and can read each other's shared memory.
+// The launch of a kernel. Blocks of one team are adjacent in the grid and can read each other's shared memory.
 struct Launch {
   int64_t num_blocks;
-  int num_threads;         // of a block, a multiple of 32
-  int64_t shared_bytes = 0;  // of a block: a kernel's only shared memory, at shared_memory()
+  int num_threads;         // per block, a multiple of 32
+  int64_t shared_bytes = 0;  // per block: all shared memory of a kernel, at shared_memory()
   int team_size = 1;       // num_blocks is a multiple of it
 };
 
@@ -86,11 +86,11 @@ class OnDeviceOf {
   cudaStream_t stream_ = nullptr;
 };
 
-// What the device offers; asked once for each device.
+// The limits of a device, which are queried once per device.
 struct DeviceLimits {
   int num_multiprocessors = 1;
   int max_team_size = 1;
-  int64_t max_shared_bytes = 48 * 1024;  // of a block
+  int64_t max_shared_bytes = 48 * 1024;  // per block
 };
 
 inline DeviceLimits device_limits(const torch::stable::Tensor& tensor) {
@@ -117,7 +117,7 @@ __device__ __forceinline__ T load(const T* address) {
   return *address;
 }
 
-// Of an address that is the same for the whole warp, which is therefore read once.
+// Loads from an address that is the same for the whole warp, so it is read once.
 template <class T>
 __device__ __forceinline__ T load_uniform(const T* address) {
   return *address;

@@ -1,4 +1,4 @@
-// token_logprobs: one block a row, one read of the logits, a softmax that runs along.
+// token_logprobs: one block per row, one read of the logits, and a running softmax.
 #include "checks.h"
 #include "cuda/device.h"
 #include "draw.h"
@@ -18,7 +18,7 @@ constexpr int kWarps = kThreads / 32;
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
-// Of some logits: the largest, and the sum of exp(x - max). A NaN makes the sum NaN, never the maximum.
+// The largest of some logits, and the sum of exp(x - max). A NaN makes the sum NaN, never the maximum.
 struct Softmax {
   float max = -kInf;
   float sum = 0.0f;

@@ -9,7 +9,7 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr int kThreads = 256;
-constexpr int kInFlight = 4;  // words that a thread has loaded before it stores the first: what hides the latency
+constexpr int kInFlight = 4;  // words that a thread loads before it stores the first, to hide the latency
 
 struct alignas(16) Word16 {
   uint32_t of[4];

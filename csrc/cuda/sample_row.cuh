@@ -1,10 +1,10 @@
-// The steps of one candidate: what the blocks of its team do, from its row to its token.
-//   load    the row, once, into the team's shared memory as float32: the largest logit
+// The steps that the blocks of a team take for one candidate, from its row to its token.
+//   load    reads the row once, into the team's shared memory as float32, and finds the largest logit
 //   score   d = l - max(l): the raw distribution's partition function and entropy; x = d / temperature takes l's place
 //   select  the smallest x that top_k and top_p keep (select.cuh)
-//   keep    the masses of what the filters keep, of runs of consecutive tokens
+//   keep    the masses that the filters keep, summed over runs of consecutive tokens
 //   draw    Philox, then the inverse CDF: over blocks, runs, tokens; scores and the tag automaton
-// Whatever is summed over threads is an integer, so no result depends on the size of the team. Blocks of a team meet
+// All sums over threads are integers, so no result depends on the size of the team. Blocks of a team meet
 // once after load, once in every histogram (usually two for a filter) and once after keep.
 #pragma once
 
@@ -15,30 +15,30 @@
 
 namespace llava_cot {
 
-constexpr int kMaxThreads = 512;          // of a block; two blocks fit on a multiprocessor
+constexpr int kMaxThreads = 512;          // per block; two blocks fit on a multiprocessor
 constexpr int kStep = 4 * kWarp;          // tokens that a warp handles at a time
-constexpr int kRuns = 4;                  // of tokens, of each warp
+constexpr int kRuns = 4;                  // runs of tokens per warp
 constexpr float kInfinity = INFINITY;
 constexpr int kNone = 0x7fffffff;  // above all positions
 
 struct Arguments : Candidates {
   StageTags tags;
   int64_t num_rows, vocabulary, row_stride;
-  int slice, num_cached;  // tokens of a block, padded; and those of them in shared memory
+  int slice, num_cached;  // tokens of a block, padded, and how many are in shared memory
 };
 
-// What a block shares with its team; the cached part of its slice of the row follows.
+// The data that a block shares with its team. The cached part of its slice of the row follows in memory.
 struct Board {
   Selection selection;
-  Sum partition, weighted, kept;  // of exp(d), of exp(d) (-d), of masses, with 40 bits behind the point
+  Sum partition, weighted, kept;  // sums of exp(d), of exp(d) (-d) and of masses, with 40 fractional bits
   uint64_t run[kMaxThreads / kWarp * kRuns];  // masses of runs, in token order
-  uint32_t largest;                           // as ordered() has it
+  uint32_t largest;                           // as ordered() gives it
   int best;                                   // position of the first logit that is the largest of the row, or kNone
   uint64_t seed, position;
 };
 static_assert(sizeof(Board) % sizeof(Quad) == 0);
 
-// Ascends with x; NaN is above all.
+// Ascends with x; NaN is above all numbers.
 __device__ __forceinline__ uint32_t ordered(float x) {
   const uint32_t bits = __float_as_uint(x);
   return x != x ? 0xffffffffu : bits >> 31 ? ~bits : bits | 0x80000000u;
@@ -67,16 +67,17 @@ __device__ __forceinline__ Packed<T> load_packed(const T* address) {
   return load(reinterpret_cast<const Packed<T>*>(address));
 }
 
-// A block's slice of a row, at positions from 0; -inf behind its end. kFits: all of it is in shared memory.
+// A block's slice of a row, at positions from 0, with -inf after its end. kFits: all of it is in shared memory.
 template <class T, bool kFits>
 struct Slice {
-  static constexpr int kInFlight = kFits || sizeof(T) == 2 ? 8 : 4;  // loads before the first is used; registers end it
+  // Loads before the first is used; registers limit them.
+  static constexpr int kInFlight = kFits || sizeof(T) == 2 ? 8 : 4;
   const T* logits;
-  int num_tokens;  // <= 0 if the row ends before
-  int num_quads;   // positions before this one begin four tokens that one load can read
+  int num_tokens;  // <= 0 if the row ends before the slice
+  int num_quads;   // below this, each position starts four tokens that one load can read
   float* cached;   // l until score has run, then x
   int num_cached;
-  int begin, end;  // of this warp
+  int begin, end;  // this warp's positions
   float largest = 0.0f, temperature = 1.0f;
 
   __device__ __forceinline__ bool is_cached(int position) const { return kFits || position < num_cached; }
@@ -182,7 +183,7 @@ __device__ __forceinline__ void load_slice(const Row& row, Board& board) {
       if (base + i * kStep < end_of_quads) keep(base + i * kStep, packed[i].unpack());
     }
   }
-  // What the loop has left: the end of the row, all of a row whose address no quad has, and padding.
+  // The rest after the loop: the end of the row, a whole row whose address is not aligned for quads, and padding.
   const int num_steps = begin < end_of_quads ? (end_of_quads - begin - 1) / kStep + 1 : 0;
 #pragma unroll 2
   for (int position = begin + num_steps * kStep; position < row.end; position += kStep) {
@@ -223,7 +224,7 @@ __device__ __forceinline__ void score_slice(const Row& row, Board& board, bool i
   }
 }
 
-// Consecutive tokens, of which the block has kRuns a warp.
+// A run of consecutive tokens. A block has kRuns of them per warp.
 struct Run {
   int begin, end;
 };
@@ -253,16 +254,16 @@ __device__ __forceinline__ void keep_slice(const Row& row, Board& board, const S
 }
 
 struct Draw {
-  int position;    // of the token; kNone in blocks that do not hold it
-  uint64_t total;  // mass of all that is kept
+  int position;    // the token's, or kNone in blocks that do not hold it
+  uint64_t total;  // the mass of all kept tokens
 };
 
-// One warp of each block; the target's token is in one of the blocks.
+// Run by one warp of each block. The target's token is in one of the blocks.
 template <class Row>
 __device__ __forceinline__ Draw draw(const Row& row, const Board& board, const Shape& shape) {
   const int lane = lane_index();
   const uint64_t of_block = lane < team_size() ? team_peer(&board.kept, lane)->value() : 0;
-  const uint64_t uniform = philox(board.seed, board.position);  // while the peers' masses are on their way
+  const uint64_t uniform = philox(board.seed, board.position);  // overlaps with the loads of the peers' masses
   const uint64_t total = sum_warp(of_block);
   uint64_t target = __umul64hi(uniform, total);
   const auto is_beyond = [&](uint64_t sum) { return target < sum; };
@@ -304,7 +305,7 @@ struct Scores {
   float logprob = 0.0f, entropy = 0.0f, sampling_logprob = 0.0f;
 };
 
-// One thread of the team.
+// Run by one thread of the team.
 __device__ __forceinline__ void write(const Arguments& a, int64_t n, int64_t token, const Scores& scores,
                                       int32_t status) {
   store(a.token + n, token);
@@ -321,7 +322,7 @@ __device__ __forceinline__ void write(const Arguments& a, int64_t n, int64_t tok
   store(a.overhang + n, step.overhang);
 }
 
-// One warp of each block; nothing in blocks that do not hold the token.
+// Run by one warp of each block. It does nothing in blocks that do not hold the token.
 template <class Row>
 __device__ __forceinline__ void finish(const Row& row, const Board& board, const Shape& shape, const Arguments& a,
                                        int64_t n) {
@@ -361,7 +362,7 @@ __device__ __forceinline__ void sample_row(const T* logits, const Arguments& a, 
                       a.num_cached,
                       warp_index() * of_warp,
                       (warp_index() + 1) * of_warp};
-  // Parameters are on their way while the row is.
+  // The loads of the parameters overlap with that of the row.
   const float temperature = load_uniform(a.temperature + n), top_p = load_uniform(a.top_p + n);
   const float min_p = load_uniform(a.min_p + n);
   const int64_t top_k = load_uniform(a.top_k + n);
@@ -384,7 +385,7 @@ __device__ __forceinline__ void sample_row(const T* logits, const Arguments& a, 
   if (!shape.is_greedy) row.temperature = temperature;
   score_slice(row, board, shape.is_greedy);
   if (!shape.is_greedy) {
-#pragma unroll 1  // so that the code, which a launch may find in no cache, is there once
+#pragma unroll 1  // keeps the code small, since it may be in no instruction cache at a launch
     for (int filter = 0; filter < 2; ++filter) {
       const bool by_mass = filter == 1;
       const bool is_on = by_mass ? shape.top_p < 1.0f : shape.top_k > 0.0f;

@@ -1,6 +1,6 @@
-// Seeded sampling; llava_cot_kernels/sampling.py has the definition, sample_row.cuh the steps. One launch, in which a
-// team of blocks takes one candidate. What does not fit in the team's shared memory (V > 390,000 where a team has 8
-// blocks; V > 32,000 before sm_90, where it has one) is read again by each step.
+// Seeded sampling. llava_cot_kernels/sampling.py has the definition, and sample_row.cuh the steps. There is one launch,
+// in which a team of blocks takes one candidate. What does not fit in the team's shared memory (V > 390,000 where a
+// team has 8 blocks; V > 32,000 before sm_90, where it has one) is read again by each step.
 #include "cuda/sample_row.cuh"
 #include "registration.h"
 
@@ -9,12 +9,12 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int64_t kTokensOfBlock = 4096;  // a team grows only while its blocks have more
+constexpr int64_t kTokensOfBlock = 4096;  // a team is enlarged only while its blocks have more
 
 template <class T, bool kFits>
 __global__ void __launch_bounds__(kMaxThreads, 2) sample_kernel(const T* logits, Arguments a) {
   const int64_t n = static_cast<int64_t>(blockIdx.x) / team_size(), row = load_uniform(a.row + n);
-  if (row < 0 || row >= a.num_rows) {  // an idle slot, or one that only its status can report
+  if (row < 0 || row >= a.num_rows) {  // an idle slot, or a bad row that only the status can report
     if (team_rank() == 0 && threadIdx.x == 0) write(a, n, -1, {}, row >= a.num_rows);
     return;
   }
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) sample_kernel(const T* logits,
 
 // ---- the op ----
 
-// As few blocks as keep every multiprocessor busy, with slices that leave room for a second block beside them.
+// Chooses as few blocks as keep every multiprocessor busy, with slices that leave room for a second block.
 Launch plan(const DeviceLimits& limits, Arguments& arguments, int64_t num_candidates) {
   Launch launch{num_candidates, 256};
   const int64_t vocabulary = arguments.vocabulary, item = sizeof(float);

@@ -9,11 +9,11 @@
 namespace llava_cot {
 
 constexpr int kWarp = 32;
-constexpr int kBins = 1024;  // of one histogram: a warp's lanes, each with a group of 32
+constexpr int kBins = 1024;  // bins of one histogram: each lane of a warp has a group of 32
 constexpr uint32_t kNoLimit = 0xffffffffu;
-constexpr uint32_t kLastKey = 0x7f800000u;  // of -inf
+constexpr uint32_t kLastKey = 0x7f800000u;  // the key of -inf
 
-struct alignas(16) Quad {  // of consecutive tokens: what a lane handles at a time
+struct alignas(16) Quad {  // four consecutive tokens, which a lane handles at a time
   float of[4];
 };
 
@@ -22,7 +22,7 @@ struct alignas(16) Quad {  // of consecutive tokens: what a lane handles at a ti
 __device__ __forceinline__ int lane_index() { return static_cast<int>(threadIdx.x) % kWarp; }
 __device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x) / kWarp; }
 
-// The result of an operation, which must not depend on order, on the values of all lanes.
+// Reduces the values of all lanes. The result of the operation must not depend on their order.
 template <class T, class Operation>
 __device__ __forceinline__ T reduce_warp(T value, const Operation& operation) {
 #pragma unroll
@@ -51,7 +51,7 @@ struct Crossing {
   uint64_t before;  // sum of the lanes before it
 };
 
-// The first lane at which reached(sum of the lanes up to it); the last one if there is none.
+// Returns the first lane at which reached(sum of the lanes up to it) holds, or the last lane if there is none.
 template <class Reached>
 __device__ __forceinline__ Crossing find_crossing(uint64_t value, const Reached& reached) {
   uint64_t sum = value;
@@ -65,8 +65,8 @@ __device__ __forceinline__ Crossing find_crossing(uint64_t value, const Reached&
   return {lane, __shfl_sync(kFullWarp, sum - value, lane)};
 }
 
-// A 64-bit sum in shared memory. CUDA's own 64-bit atomics there are loops around a compare-and-swap, which crowd where
-// 32-bit ones do not; the carry is seen by exactly one addition.
+// A 64-bit sum in shared memory. CUDA's own 64-bit atomics there are loops around a compare-and-swap, which are slow
+// under contention; 32-bit ones are not. Exactly one addition sees the carry.
 struct alignas(8) Sum {
   uint32_t low, high;
 
@@ -83,7 +83,7 @@ struct alignas(8) Sum {
 __device__ __forceinline__ uint64_t value_of(const Sum& sum) { return sum.value(); }
 __device__ __forceinline__ uint64_t value_of(uint64_t sum) { return sum; }
 
-// Over the blocks of the team.
+// Reduces over the blocks of the team.
 template <class T>
 __device__ __forceinline__ uint64_t sum_team(const T* shared) {
   uint64_t sum = 0;
@@ -94,21 +94,21 @@ __device__ __forceinline__ uint64_t sum_team(const T* shared) {
 // ---- the selection ----
 
 struct Filter {
-  bool by_mass;  // sums are of masses, else of tokens
-  float amount;  // needed: a share of the sum of all masses, or tokens (below 2^23, so exact)
+  bool by_mass;  // whether to sum masses; otherwise count tokens
+  float amount;  // what is needed: a share of all mass, or a number of tokens (below 2^23, so exact)
 };
 
 struct Histogram {
   Sum bin[kBins];
-  uint32_t lowest[kBins], highest[kBins];  // key in the bin; not kept by the first histogram
+  uint32_t lowest[kBins], highest[kBins];  // keys in the bin; the first histogram does not record them
   uint64_t group[kWarp];                   // sums of 32 bins
 };
 
-// In shared memory. The team reads one histogram while its blocks fill the other.
+// Lies in shared memory. The team reads one histogram while its blocks fill the other.
 struct Selection {
   Histogram histogram[2];
-  int current;           // the histogram to be filled next, which is clear
-  uint32_t first, last;  // the keys among which the threshold is
+  int current;           // the histogram to fill next, which is clear
+  uint32_t first, last;  // the range of keys that has the threshold
   uint64_t below;        // the sum of the keys before them
   double needed;
 };
@@ -122,10 +122,10 @@ __device__ __forceinline__ void clear(Histogram& histogram) {
   }
 }
 
-// The bin of the first histogram: 0 is x = 0 alone, where peaked and flat rows end; the others are 1/32 wide.
+// Returns the bin of the first histogram. Bin 0 has only x = 0, where peaked and flat rows end; others are 1/32 wide.
 __device__ __forceinline__ int first_bin(float x) { return __float2int_ru(fminf(x * -32.0f, kBins - 1)); }
 
-// Adds four tokens of each lane. Lanes that all hit one bin, as ties make them, add their sum.
+// Adds four tokens of each lane. If all lanes hit one bin, as ties do, they add their sum once.
 __device__ __forceinline__ void add_to_bins(Sum* bins, const int (&bin)[4], const uint64_t (&amount)[4]) {
   int some_bin = -1;
 #pragma unroll
@@ -178,7 +178,7 @@ __device__ __forceinline__ void narrow(Selection& selection, const Filter& filte
     if (lane_index() == 0) histogram.group[group] = sum;
   }
   team_sync();
-  clear(next);  // since the team has gone past what it last read there
+  clear(next);  // safe: the team has finished reading it
   if (warp_index() == 0) {
     const int bin = crossing_bin(selection, histogram, filter, is_first);
     uint32_t first, last;
@@ -203,8 +203,8 @@ __device__ __forceinline__ uint64_t amount_of(float x, const Filter& filter) {
   return filter.by_mass ? mass_of(exp_nonpositive(x)) : 1;
 }
 
-// The smallest key such that the tokens up to it sum to what the filter needs, a share of the tokens up to limit. The
-// whole team calls it; row.for_each(visit) calls visit(position, x) for every four tokens of the warp.
+// Returns the smallest key such that the tokens up to it sum to what the filter needs, a share of the tokens up to
+// limit. The whole team calls it; row.for_each(visit) calls visit(position, x) for every four tokens of the warp.
 template <class Row>
 __device__ __forceinline__ uint32_t select_key(const Row& row, Selection& selection, const Filter& filter,
                                                uint32_t limit) {
@@ -221,7 +221,8 @@ __device__ __forceinline__ uint32_t select_key(const Row& row, Selection& select
   narrow(selection, filter, true);
   while (selection.first < selection.last) {
     const uint32_t first = selection.first, width = selection.last - first;
-    const int excess = kWarp - __clz(static_cast<int>(width)) - 10;  // bits of width beyond those of a bin's number
+    // Bits of the width that exceed the number of a bin.
+    const int excess = kWarp - __clz(static_cast<int>(width)) - 10;
     const int shift = excess > 0 ? excess : 0;
     Histogram& histogram = selection.histogram[selection.current];
     row.for_each([&](int, const Quad& x) {

@@ -78,8 +78,8 @@ std::vector<PagePool::Extension> PagePool::extensions(std::span<const int64_t> s
   return extended;
 }
 
-// Decides who copies the partial page it shares: each holder in turn gives up its reference, and one that finds itself
-// alone writes in place. Throws OutOfPages with every reference restored if the free pages do not suffice.
+// Decides which sequences copy their shared partial page. Each holder in turn gives up its reference, and one that is
+// the last writes in place. If there are too few free pages, it restores every reference and throws OutOfPages.
 void PagePool::reserve_pages(std::span<Extension> extensions) {
   uint64_t needed = 0;
   for (auto& [sequence, count, copies_tail] : extensions) {
@@ -88,7 +88,7 @@ void PagePool::reserve_pages(std::span<Extension> extensions) {
     if (count > room) needed += (count - room - 1) / page_size_ + 1;
     copies_tail = count > 0 && room > 0 && ref_count_[pages.back()] > 1;
     if (copies_tail) --ref_count_[pages.back()], ++needed;
-    needed = std::min(needed, uint64_t{1} << 62);  // absurd counts must not wrap around
+    needed = std::min(needed, uint64_t{1} << 62);  // huge counts must not wrap around
   }
   if (needed <= free_.size()) return;
   for (const auto& [sequence, count, copies_tail] : extensions) {
@@ -157,7 +157,7 @@ using llava_cot::PagePool;
 using Handles = std::vector<int64_t>;
 using TableArray = py::array_t<int32_t, py::array::c_style>;
 
-// The stable ABI has no Python binding of its tensors, so that results travel as numpy arrays; no bytes are copied.
+// The stable ABI has no Python binding of its tensors, so results are passed as numpy arrays. No bytes are copied.
 py::object as_tensor(const py::array& array) {
   PYBIND11_CONSTINIT static py::gil_safe_call_once_and_store<py::object> from_numpy;
   from_numpy.call_once_and_store_result([] { return py::module_::import("torch").attr("from_numpy"); });
@@ -177,7 +177,7 @@ py::tuple append(PagePool& pool, const Handles& seqs, const Handles& counts) {
   return py::make_tuple(as_tensor(slots), as_tensor(copies));
 }
 
-// The memory of a caller's table, checked.
+// Checks a caller's table and returns its memory.
 py::array_t<int32_t> writable_table(const py::object& out, py::ssize_t rows, py::ssize_t width) {
   const py::object array = out.attr("numpy")();
   if (!py::isinstance<py::array_t<int32_t>>(array)) {
@@ -233,7 +233,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("available_isas", &available_isas, "The instruction sets to choose from on this CPU, best first.");
   m.def("set_isa", &set_isa, py::arg("isa"), "Makes the CPU ops run the loops of another instruction set, for tests.");
   py::register_exception<llava_cot::OutOfPages>(m, "OutOfPages", PyExc_RuntimeError).doc() =
-      "An append needs more pages than are free; it has changed nothing.";
+      "Raised when an append needs more pages than are free. The append has then changed nothing.";
   py::register_exception_translator([](std::exception_ptr error) {
     try {
       if (error) std::rethrow_exception(error);
@@ -241,39 +241,42 @@ PYBIND11_MODULE(_C, m) {
       py::set_error(PyExc_KeyError, unknown.what());
     }
   });
-  py::class_<PagePool>(m, "PagePool", R"(Pages of a KV cache, held by sequences that fork without copying.
+  py::class_<PagePool>(m, "PagePool", R"(Assigns the pages of a KV cache to sequences, which fork without copying.
 
-A sequence is an integer handle, never reused. Its token t is in slot page * page_size + t % page_size of the
-cache, where page is entry t // page_size of its row in page_table. Forked sequences share pages; only the last,
+A sequence is an integer handle, which is never reused. Its token t is in slot page * page_size + t % page_size of
+the cache, where page is entry t // page_size of its row in page_table. Forked sequences share pages. Only the last,
 partial page is ever copied, when one of its holders writes. At any time, free pages + pages with a reference ==
 num_pages. A freed or unknown handle raises KeyError.
 
 Source: block tables and copy-on-write of PagedAttention, arXiv:2309.06180.)")
       .def(py::init<int64_t, int64_t>(), py::arg("num_pages"), py::arg("page_size"))
-      .def("create", &PagePool::create, "A new, empty sequence.")
+      .def("create", &PagePool::create, "Creates an empty sequence and returns its handle.")
       .def("fork", &PagePool::fork, py::arg("seq"), py::arg("n"),
-           "n new sequences with the tokens of seq, which stays usable. Only references are counted; no page is taken.")
+           "Creates n sequences with the tokens of seq, which stays usable. It counts references and takes no page.")
       .def("append", &append, py::arg("seqs"), py::arg("counts"),
            R"(Makes room for counts[i] more tokens in seqs[i].
 
-Returns (slots, copies): CPU int64 [sum(counts)], where the new tokens go, sequence by sequence; CPU int32 [m, 2],
-(source page, target page) of the shared partial pages, to be copied before any new token is written. When several
-of seqs share a partial page, the last in list order that leaves it at reference count 1 writes in place, so k
-sharers alone make k - 1 copies. Count 0 is a no-op. Raises OutOfPages exactly when fewer pages are free than that
-needs, ValueError for repeated sequences, negative counts or lists of unlike length; then nothing has changed.)")
+Returns (slots, copies). slots is a CPU int64 tensor [sum(counts)]: the slots of the new tokens, sequence by sequence.
+copies is a CPU int32 tensor [m, 2]: pairs (source page, target page) of shared partial pages. Make these copies before
+any new token is written. When several of seqs share a partial page, the last in list order that leaves it at reference
+count 1 writes in place. So k sharers alone make k - 1 copies. Count 0 is a no-op.
+
+Raises OutOfPages exactly when fewer pages are free than that needs, and ValueError for repeated sequences, negative
+counts or lists of different length. Nothing has changed then.)")
       .def("truncate", &PagePool::truncate, py::arg("seq"), py::arg("length"),
-           "Drops the tokens from length on. The page it keeps in part is copied on the next write if it is shared.")
+           "Drops the tokens from length on. If the last, partial page is shared, the next write copies it.")
       .def("free", &PagePool::free, py::arg("seq"), "Drops the sequence and its references to pages.")
       .def("page_table", &page_table, py::arg("seqs"), py::arg("out") = py::none(),
-           R"(The pages of seqs: CPU int32 [len(seqs), most pages, at least 1], padded with 0.
+           R"(Returns the pages of seqs: CPU int32 [len(seqs), P], padded with 0, where P >= 1 is the most pages of any.
 
-With out, a CPU int32 tensor [len(seqs), at least as wide], fills and returns that one.)")
-      .def("length", &PagePool::length, py::arg("seq"), "Tokens in the sequence.")
-      .def("sequences", &PagePool::sequences, "The handles created and not yet freed, oldest first.")
-      .def("ref_count", &PagePool::ref_count, py::arg("page"), "How many sequences hold the page; 0 if it is free.")
+If out is given, fills and returns it. It must be a CPU int32 tensor [len(seqs), at least P].)")
+      .def("length", &PagePool::length, py::arg("seq"), "Returns the number of tokens in the sequence.")
+      .def("sequences", &PagePool::sequences, "Returns the handles that are not freed, oldest first.")
+      .def("ref_count", &PagePool::ref_count, py::arg("page"),
+           "Returns how many sequences hold the page; 0 if it is free.")
       .def_property_readonly("num_pages", &PagePool::num_pages)
       .def_property_readonly("page_size", &PagePool::page_size)
       .def_property_readonly("num_free", &PagePool::num_free)
-      .def_property_readonly("num_sequences", &PagePool::num_sequences, "Sequences created and not yet freed.")
+      .def_property_readonly("num_sequences", &PagePool::num_sequences, "The number of sequences that are not freed.")
       .def("__repr__", &repr);
 }

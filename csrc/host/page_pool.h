@@ -18,8 +18,8 @@ struct UnknownSequence : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// A sequence of `length` tokens holds ceil(length / page_size) pages. Sequences share pages after a fork: full ones for
-// ever, a partial last page until one of its holders writes. Token t of a sequence is in slot
+// A sequence of `length` tokens holds ceil(length / page_size) pages. After a fork, sequences share full pages for
+// good, and a partial last page until one of its holders writes. Token t of a sequence is in slot
 // pages[t / page_size] * page_size + t % page_size. At any time, free pages + pages with a reference == num_pages.
 class PagePool {
  public:
@@ -27,8 +27,8 @@ class PagePool {
     int32_t source, target;
   };
   struct Appended {
-    std::vector<int64_t> slots;  // of all new tokens, sequence by sequence
-    std::vector<Copy> copies;    // all to be done before any write; targets are distinct, fresh and never sources
+    std::vector<int64_t> slots;  // slots of all new tokens, sequence by sequence
+    std::vector<Copy> copies;    // make all before any write; targets are distinct, fresh and never sources
   };
 
   PagePool(int64_t num_pages, int64_t page_size);
@@ -52,7 +52,7 @@ class PagePool {
   struct Sequence {
     std::vector<int32_t> pages;
     int64_t length = 0;
-    uint64_t last_append = 0;  // finds a sequence that one append names twice
+    uint64_t last_append = 0;  // detects a sequence that one append names twice
   };
   struct Extension {
     Sequence* sequence;

@@ -1,1 +1,1 @@
-"""The meaning of every op in plain PyTorch: the definition of right."""
+"""The reference of every op in plain PyTorch, which defines the correct result."""

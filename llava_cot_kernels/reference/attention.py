@@ -1,6 +1,6 @@
-"""Paged and shared attention in plain PyTorch; arguments as in ``llava_cot_kernels.attention``.
+"""Paged and shared attention in plain PyTorch. The arguments are those of ``llava_cot_kernels.attention``.
 
-Everything is computed in float32 (float64 if the inputs are), one sequence or image at a time.
+Everything is computed in float32 (in float64 for float64 inputs), one sequence or image at a time.
 """
 
 import torch
@@ -53,12 +53,15 @@ def _empty_results(query: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, softmax_scale: float) -> tuple[Tensor, Tensor]:
-    """``[n, Hq, D]`` queries, ``[s, Hkv, D]`` keys and values, ``[n or 1, s]`` mask -> ``[n, Hq, D]``, ``[n, Hq]``."""
+    """Attend with queries ``[n, Hq, D]`` to keys and values ``[s, Hkv, D]`` under a mask ``[n or 1, s]``.
+
+    Returns ``out [n, Hq, D]`` and ``lse [n, Hq]``.
+    """
     dtype = torch.promote_types(query.dtype, torch.float32)
     grouped = query.to(dtype).unflatten(1, (key.shape[1], -1))  # [n, Hkv, Hq // Hkv, D]
     scores = torch.einsum("nhgd,shd->nhgs", grouped, key.to(dtype)) * softmax_scale
     visible = visible[:, None, None, :]
     scores = scores.masked_fill(~visible, -torch.inf)
-    weights = scores.softmax(-1).masked_fill(~visible, 0)  # a row without keys is NaN in softmax and 0 here
+    weights = scores.softmax(-1).masked_fill(~visible, 0)  # softmax gives NaN for a row without keys; it must be 0
     out = torch.einsum("nhgs,shd->nhgd", weights, value.to(dtype))
     return out.flatten(1, 2).to(query.dtype), scores.logsumexp(-1).flatten(1, 2)

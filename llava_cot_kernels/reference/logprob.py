@@ -1,16 +1,16 @@
-"""Log-probs of given tokens, from logits or from hidden states, in plain PyTorch: holds [T, V] and says what is meant.
+"""Log-probs of given tokens in plain PyTorch, from logits or from hidden states. It materialises [T, V].
 
-Everything is computed in float32 whatever the inputs' dtype (float64 stays float64, for gradcheck).
+Everything is computed in float32 for every input dtype, except that float64 stays float64 for gradcheck.
 """
 
 import torch
 
 IGNORE_INDEX = -100
-"""A target that is no token: its row is dropped before any arithmetic, its log-prob is 0 and it has no gradient."""
+"""The target that leaves a row out. The row takes part in no arithmetic; its log-prob is 0 and it has no gradient."""
 
 
 def token_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """``log_softmax(logits)[t, targets[t]]``: logits [T, V], targets int64 [T] -> [T]."""
+    """Return ``log_softmax(logits)[t, targets[t]]``: logits [T, V], targets int64 [T] -> [T]."""
     kept = targets != IGNORE_INDEX
     logprobs = torch.log_softmax(_widen(logits[kept]), dim=-1)
     return _scatter(kept, _pick(logprobs, targets[kept]))
@@ -24,7 +24,10 @@ def linear_logprobs(
     temperature: float = 1.0,
     entropy: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """``log_softmax(hidden @ weight.T / temperature)`` at the targets: [T, H] x [V, H] -> [T] (and its entropy [T])."""
+    """Return ``log_softmax(hidden @ weight.T / temperature)`` at the targets: [T, H] x [V, H] -> [T].
+
+    With ``entropy`` also return the entropy [T] of the distribution.
+    """
     kept = targets != IGNORE_INDEX
     logits = _widen(hidden[kept]) @ _widen(weight).T / temperature
     logprobs = torch.log_softmax(logits, dim=-1)

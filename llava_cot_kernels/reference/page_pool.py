@@ -1,19 +1,19 @@
-"""The page pool in plain Python: the definition of right, not used at run time."""
+"""The page pool in plain Python. It defines the correct behaviour and is not used at run time."""
 
 from collections.abc import Sequence
 
 import torch
 
 try:
-    from llava_cot_kernels._C import OutOfPages  # one class, whichever pool raises it
+    from llava_cot_kernels._C import OutOfPages  # both pools raise the same class
 except ImportError:  # the extension is not built
 
     class OutOfPages(RuntimeError):  # type: ignore[no-redef]
-        """Fewer pages are free than an append needs."""
+        """Raised when fewer pages are free than an append needs."""
 
 
 class PagePool:
-    """Forkable sequences over ``num_pages`` pages of ``page_size`` tokens; see ``llava_cot_kernels.page_pool``."""
+    """Store forkable sequences in ``num_pages`` pages of ``page_size`` tokens; see ``llava_cot_kernels.PagePool``."""
 
     def __init__(self, num_pages: int, page_size: int):
         if not 0 <= num_pages < 2**31 or not 1 <= page_size < 2**31:
@@ -118,7 +118,10 @@ class PagePool:
         return seq
 
     def _pages_needed(self, seqs: Sequence[int], counts: Sequence[int]) -> int:
-        """The last of k sharers of a partial page writes in place only if nobody outside ``seqs`` holds the page."""
+        """Return how many pages an append takes, including copies of shared partial pages.
+
+        The last of k sharers of a partial page writes in place only if no sequence outside ``seqs`` holds the page.
+        """
         needed, copied = 0, [0] * self.num_pages
         for seq, count in zip(seqs, counts):
             pages, length = self._pages[seq], self._length[seq]

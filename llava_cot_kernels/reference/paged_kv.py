@@ -1,4 +1,4 @@
-"""Writes and copies of KV pages in plain PyTorch; arguments as in ``llava_cot_kernels.paged_kv``."""
+"""Writes and copies of KV pages in plain PyTorch. The arguments are those of ``llava_cot_kernels.paged_kv``."""
 
 from torch import Tensor
 

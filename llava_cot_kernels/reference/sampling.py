@@ -1,4 +1,4 @@
-"""Seeded sampling in plain PyTorch, equal on every device: float32 operations round once, sums are integers."""
+"""Seeded sampling in plain PyTorch, equal on every device: float32 operations round once, and sums are integers."""
 
 import torch
 
@@ -6,9 +6,10 @@ _WORD = 0xFFFFFFFF
 
 
 def philox4x32(counter: list[torch.Tensor], key: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Philox4x32-10 (Salmon et al., 2011): four 32-bit words, each in an int64 tensor, from 4 counter and 2 key words.
+    """Return the four words of Philox4x32-10 (Salmon et al., 2011) for 4 counter words and 2 key words.
 
-    A 32 x 32-bit product wraps around in int64; its bits are right, so the halves are taken with masks.
+    Each 32-bit word is in an int64 tensor. A 32 x 32-bit product wraps around in int64, but its bits are right, so
+    masks give its halves.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -20,7 +21,10 @@ def philox4x32(counter: list[torch.Tensor], key: list[torch.Tensor]) -> list[tor
 
 
 def scale_uniform(high: torch.Tensor, low: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    """``floor((high * 2^32 + low) * total / 2^64)``: a 64-bit uniform scaled to [0, total), from 32-bit halves."""
+    """Scale a 64-bit uniform, given as 32-bit halves, to [0, total).
+
+    The result is ``floor((high * 2^32 + low) * total / 2^64)``.
+    """
     total_high, total_low = total >> 32, total & _WORD
     ll, hl, lh = low * total_low, high * total_low, low * total_high
     carry = ((ll >> 32) & _WORD) + (hl & _WORD) + (lh & _WORD)
@@ -28,7 +32,10 @@ def scale_uniform(high: torch.Tensor, low: torch.Tensor, total: torch.Tensor) ->
 
 
 def exp_nonpositive(x: torch.Tensor) -> torch.Tensor:
-    """exp(x) of float32 x <= 0: csrc/cpu/vec.h operation by operation, since torch.exp differs between devices."""
+    """Return exp(x) for float32 x <= 0.
+
+    It repeats csrc/cpu/vec.h operation by operation, since torch.exp differs between devices.
+    """
     clamped = x.clamp(min=-87.0)
     n = (clamped * 1.44269504088896341 - 0.5).trunc()
     r = (clamped - n * 0.693359375) - n * -2.12194440e-4
@@ -43,9 +50,9 @@ def exp_nonpositive(x: torch.Tensor) -> torch.Tensor:
 def masses(
     x: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor, ranked: bool
 ) -> torch.Tensor:
-    """Integer mass [N, V] of every token, ``trunc(exp(x) * 2^40)``, and 0 where a filter drops it.
+    """Return the integer mass [N, V] of every token: ``trunc(exp(x) * 2^40)``, or 0 where a filter drops the token.
 
-    ``ranked``: whether any candidate may use top_k or top_p, which is what needs the sort.
+    ``ranked`` says whether any candidate may use top_k or top_p. Only these need the sort.
     """
     weight = exp_nonpositive(x)
     mass = (weight * 2.0**40).long()
@@ -75,12 +82,15 @@ def sample(
     *,
     ranked: bool = True,
 ) -> tuple[torch.Tensor, ...]:
-    """``llava_cot_kernels.sampling.sample`` without tags: (token, logprob, entropy, sampling_logprob, status)."""
+    """Sample as ``llava_cot_kernels.sample`` does, without tags.
+
+    Returns (token, logprob, entropy, sampling_logprob, status).
+    """
     if logits.shape[0] == 0:
         logits = logits.new_zeros(1, logits.shape[1])
     idle = row < 0
     raw = logits.index_select(0, row.clamp(min=0)).float()
-    largest, best = raw.max(dim=1)  # NaN counts as the largest
+    largest, best = raw.max(dim=1)  # max returns NaN if there is one
     bad = ~largest.isfinite() & ~idle
     d = torch.where((idle | bad)[:, None], 0.0, raw - largest[:, None])  # [N, V], <= 0
 

@@ -1,4 +1,4 @@
-"""The tag automaton over a batch of tokens, a byte of every token at a time."""
+"""Advance the tag automaton over a batch of tokens, one byte of every token at a time."""
 
 import torch
 import torch.nn.functional as F
@@ -9,14 +9,17 @@ from llava_cot_kernels.stage_tags import StageTags
 def advance(
     tags: StageTags, state: torch.Tensor, token: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``StageTags.advance`` for state int32 [N] and token int64 [N] (-1: empty): state, tag and overhang, int32 [N]."""
+    """Apply ``StageTags.advance`` to state int32 [N] and token int64 [N], where -1 is an empty token.
+
+    Returns state, tag and overhang, each int32 [N].
+    """
     known = (token >= 0) & (token < tags.num_tokens)
     token = token.where(known, 0)
     if tags.num_tokens == 0 or tags.token_bytes.numel() == 0:
         return state.clone(), torch.full_like(state, -1), torch.zeros_like(state)
     start = tags.token_offsets[token]
     length = torch.where(known, tags.token_offsets[token + 1] - start, 0)
-    # On a GPU the longest token of the vocabulary bounds the loop, so that nothing waits for the drawn lengths.
+    # On a GPU the longest token of the vocabulary bounds the loop, so that the host need not wait for the drawn ones.
     longest = tags.max_token_bytes if state.is_cuda else int(length.max()) if len(length) else 0
     place = torch.arange(longest, device=state.device)
     inside = place < length[:, None]  # [N, longest]

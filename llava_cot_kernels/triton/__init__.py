@@ -1,1 +1,1 @@
-"""The ops that are written in Triton; imported only when one is first asked for."""
+"""The ops that are written in Triton. A module is imported when one of its ops is first used."""

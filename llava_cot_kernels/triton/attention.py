@@ -1,17 +1,18 @@
 """Paged and shared attention in Triton.
 
-Queries that read the same keys are stacked into one tile: the candidates of a group over the pages they share, the rows
-of an image over its keys, the queries of a chunk over their own sequence. A row of a tile is a (query, query head) pair
-of one key head. The keys are cut into splits, a program attends with one tile to one split, and ``merge`` folds the
-states of a row's splits in the order of the keys.
+Queries that read the same keys are stacked into one tile. These are the candidates of a group over the pages that they
+share, the rows of an image over its keys, or the queries of a chunk over their own sequence. A row of a tile is a
+(query, query head) pair of one key head. The keys are cut into splits. A program attends with one tile to one split.
+``merge`` folds the states of a row's splits in the order of the keys.
 
-Three launches at most: ``group_queries`` (who is stacked with whom), ``attend``, ``merge``. Two, where nothing is
-grouped; one, where a program may walk through all splits of its tile because there are programs enough without.
+There are at most three launches: ``group_queries`` (which queries are stacked), ``attend`` and ``merge``. Without
+groups there are two. If there are enough programs without splits, each program walks through all splits of its tile,
+and there is one launch.
 
-What holds: splits, blocks within a split and the order in which states are folded depend on the sequence (or image)
-alone, the shape of a tile on dtype, heads and head dim alone, and the rows of a tile never mix. So neither the batch,
-the slot, the group and the hints nor the number of launches change a bit. Nothing is read back to the host; grids and
-scratch depend on shapes only, so a captured graph may be replayed with other values.
+Splits, blocks within a split and the order in which states are folded depend only on the sequence (or image). The shape
+of a tile depends only on dtype, heads and head dim. Rows of a tile never mix. So batch, slot, group, hints and the
+number of launches do not change a bit of the result. Nothing is read back to the host. Grids and scratch depend only on
+shapes, so a captured graph can be replayed with other values.
 """
 
 from typing import Any
@@ -24,28 +25,28 @@ from torch import Tensor
 from llava_cot_kernels.triton.attention_tile import fold, run_tile, store_result, tile_shape
 
 SPLIT_KEYS = 256  # paged: a split starts at each multiple, and a prefix is shared in whole splits
-IMAGE_SPLITS = 16  # of an image, at most: x 8 key heads, about one program for each of an H200's 132 multiprocessors
-IMAGE_SPLIT_KEYS = 128  # and at least so many keys each
+IMAGE_SPLITS = 16  # at most; with 8 key heads, about one program for each of the 132 multiprocessors of an H200
+IMAGE_SPLIT_KEYS = 128  # the least keys of a split
 
-# (sequences per group, tokens that the page table has room for) from which grouping is worth its launch. NOT YET
-# MEASURED on a GPU with these kernels. A launch is about 2 us, in which an H200 reads 8 MB, or 2,048 tokens of 8 key
-# heads x 128 in bfloat16: N sequences save (N - 1) * prefix tokens. Rounded up, since published crossings lie higher:
-# TensorRT-LLM #14396 loses at 128 tokens and wins 2.2x at 256 (128 beams, L20); FlashInfer #595 loses at 8 x 4,000 with
-# one key head and wins 2x with eight; vLLM asks for 8 requests and 256 tokens.
+# From these numbers on (sequences per group, tokens that the page table has room for), grouping is worth its launch.
+# This is NOT YET MEASURED on a GPU with these kernels. A launch takes about 2 us, in which an H200 reads 8 MB: 2,048
+# tokens of 8 key heads x 128 in bfloat16. N sequences save (N - 1) * prefix tokens. The numbers are rounded up, since
+# published break-even points are higher. TensorRT-LLM #14396 loses at 128 tokens and wins 2.2x at 256 (128 beams, L20).
+# FlashInfer #595 loses at 8 x 4,000 with one key head and wins 2x with eight. vLLM requires 8 requests and 256 tokens.
 SHARING_PAYS = ((2, 4096), (4, 1024), (8, 512), (16, 256))
-ENOUGH_PROGRAMS = 2 * 132  # that keep an H200 busy without splits
+ENOUGH_PROGRAMS = 2 * 132  # this many keep an H200 busy without splits
 MAX_SCRATCH_BYTES = 256 << 20  # above it a program walks through the splits of its tile
-MERGE_VALUES = 512  # of a query's heads that a program merges: 16 registers of each thread, and four splits in flight
+MERGE_VALUES = 512  # values that a program merges, in 16 registers of each thread and with four splits in flight
 
-_SCAN = tl.constexpr(128)  # entries of an index that a program looks at together
+_SCAN = tl.constexpr(128)  # entries of an index that a program reads at once
 
 
 @triton.jit
 def _segment_of(starts, num_segments, at, QUERIES: tl.constexpr):
-    """The segment of the query ``at``, or, with ``QUERIES`` to a tile, of the tile in slot ``at``.
+    """Find the segment of query ``at``, or, with ``QUERIES`` to a tile, of the tile in slot ``at``.
 
-    Segment ``i`` has the slots from ``starts[i] // QUERIES + i``: room for its last, partly filled tile, found without
-    a look at the others' sizes. Some slots stay empty: their first query lies behind the segment's end.
+    Segment ``i`` has the slots from ``starts[i] // QUERIES + i`` on. That leaves room for its last, partly filled tile
+    without reading the sizes of other segments. Some slots are empty: their first query is past the segment's end.
     """
     found = 0
     for first in range(0, num_segments, _SCAN):
@@ -59,7 +60,7 @@ def _segment_of(starts, num_segments, at, QUERIES: tl.constexpr):
 
 @triton.jit
 def _image_split(num_keys, IMAGE_SPLITS: tl.constexpr, IMAGE_SPLIT_KEYS: tl.constexpr):
-    """Keys per split of an image: a multiple of 64 that takes no more than ``IMAGE_SPLITS`` splits."""
+    """Return the keys per split of an image: a multiple of 64 that needs at most ``IMAGE_SPLITS`` splits."""
     return tl.maximum(tl.cdiv(num_keys, IMAGE_SPLITS * 64) * 64, IMAGE_SPLIT_KEYS)
 
 
@@ -72,7 +73,7 @@ def _attend_paged(
     GROUPED: tl.constexpr, WALK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tiles (first those of the groups, then those of single sequences), key heads, splits."""
+    """Attend to paged keys. Grid: tiles (those of groups, then those of single sequences), key heads, splits."""
     QUERIES: tl.constexpr = BLOCK_M // HEADS  # in a tile
     slot = tl.program_id(0)
     in_group = False
@@ -89,14 +90,14 @@ def _attend_paged(
     token = begin + (slot - begin // QUERIES - segment) * QUERIES + query_in_tile
     valid = (query_in_tile < QUERIES) & (token < stop)
     sequence = tl.zeros([BLOCK_M], tl.int32) + segment
-    owner = segment  # of the pages that the tile reads
+    owner = segment  # whose pages the tile reads
     if GROUPED:
-        listed = valid & (token < tl.where(in_group, stop, 0))  # in the groups' order, where tokens are positions
+        listed = valid & (token < tl.where(in_group, stop, 0))  # tokens are positions in the order of the groups
         sequence = tl.load(order_sequence + token, mask=listed, other=segment)
         token = tl.where(listed, tl.load(order + token, mask=listed, other=0), token)
         if in_group:
             owner = tl.load(leaders + segment)
-        # A row is its group's in the splits that it shares, and its sequence's in all others.
+        # A row is computed in its group's tile for the splits that it shares, and in its sequence's for all others.
         shared = tl.load(shared_lens + sequence, mask=valid, other=0)
         first_key = tl.program_id(2) * SPLIT_KEYS
         valid &= tl.where(in_group, first_key < shared, first_key >= shared)
@@ -120,7 +121,7 @@ def _attend_image(
     GROUPED: tl.constexpr, WALK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tiles of the rows of an image, key heads, splits. With one image alone, the rows stay where they are."""
+    """Attend to images. Grid: tiles of an image's rows, key heads, splits. With one image the rows are not sorted."""
     QUERIES: tl.constexpr = BLOCK_M // HEADS  # in a tile
     slot = tl.program_id(0)
     query_in_tile = tl.arange(0, BLOCK_M) // HEADS
@@ -134,7 +135,7 @@ def _attend_image(
     valid = (query_in_tile < QUERIES) & (token < stop)
     if GROUPED:
         token = tl.load(order + token, mask=valid, other=0)
-    seeing = valid & (tl.load(group + token, mask=valid, other=-1) == image)  # not so: the idle rows
+    seeing = valid & (tl.load(group + token, mask=valid, other=-1) == image)  # false for idle rows
     real = image < num_groups
     first_token = tl.load(cu_seqlens_k + image, mask=real, other=0)
     num_keys = (tl.load(cu_seqlens_k + image + 1, mask=real, other=0) - first_token).to(tl.int32)
@@ -190,10 +191,10 @@ def _group_queries(
     num_sequences, num_groups, table_stride,
     PAGE_SIZE: tl.constexpr, SPLIT_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Sort queries by group, in their own order within one; group ``num_groups`` is that of all who have none.
+    """Sort queries by group and keep their order within a group. Group ``num_groups`` has all queries without one.
 
-    Program ``i`` places the queries of sequence ``i`` in ``order`` and finds where group ``i`` starts there. If paged,
-    it also finds how many tokens the sequence's pages have in common with those of its group's first member.
+    Program ``i`` places the queries of sequence ``i`` in ``order`` and finds where group ``i`` starts there. For pages
+    it also finds how many leading tokens the sequence shares with the first member of its group.
     """
     i = tl.program_id(0)
     own = tl.load(group + i, mask=i < num_sequences, other=-1)
@@ -249,7 +250,7 @@ def paged_attention(
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    """As ``llava_cot_kernels::paged_attention``; a prefix is shared in whole splits of ``SPLIT_KEYS`` tokens."""
+    """Run ``llava_cot_kernels::paged_attention``. A prefix is shared in whole splits of ``SPLIT_KEYS`` tokens."""
     if not query.numel():
         return
     num_queries, num_sequences = query.shape[0], seq_lens.shape[0]
@@ -262,7 +263,7 @@ def paged_attention(
     num_groups = 0 if prefix_lens is None else prefix_lens.shape[0]
     grouped = sharing_pays(num_sequences, num_groups, max_keys) and _fits(num_splits, query)
     walk = not grouped and _walks(num_splits, num_slots * kv_heads, query)
-    order = group_starts = order_sequence = leaders = shared_lens = seq_lens  # stands for what is not used
+    order = group_starts = order_sequence = leaders = shared_lens = seq_lens  # a placeholder: not read without groups
     with torch.cuda.device_of(query):
         if grouped:
             num_group_slots = num_full_tiles + num_groups + 1
@@ -301,7 +302,7 @@ def shared_attention(
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    """As ``llava_cot_kernels::shared_attention``; an image is read once for each tile of its rows."""
+    """Run ``llava_cot_kernels::shared_attention``. An image is read once for each tile of its rows."""
     if not query.numel():
         return
     num_queries, num_groups, kv_heads = query.shape[0], cu_seqlens_k.shape[0] - 1, key.shape[1]
@@ -313,7 +314,7 @@ def shared_attention(
         num_slots = num_queries // queries_per_tile + num_groups + 1
     num_splits = max(1, min(IMAGE_SPLITS, triton.cdiv(key.shape[0], IMAGE_SPLIT_KEYS)))
     walk = _walks(num_splits, num_slots * kv_heads, query)
-    order = group_starts = group  # stands for what is not used
+    order = group_starts = group  # a placeholder: not read without groups
     with torch.cuda.device_of(query):
         if grouped:
             order, group_starts = torch.empty_like(group), group.new_empty(num_groups + 2)
@@ -342,14 +343,14 @@ def _(*_) -> None:
 
 
 def sharing_pays(num_sequences: int, num_groups: int, max_keys: int) -> bool:
-    """Whether stacking is worth a launch, by ``SHARING_PAYS`` and shapes alone: a value would have to be waited for."""
+    """Return whether stacking is worth a launch by ``SHARING_PAYS``. Only shapes count: reading a value would wait."""
     if not num_groups:
         return False
     return any(num_sequences >= members * num_groups and max_keys >= keys for members, keys in SHARING_PAYS)
 
 
 def _walks(num_splits: int, num_programs: int, query: Tensor) -> bool:
-    """Whether a program walks through the splits of its tile, which then needs no scratch and no merge."""
+    """Return whether a program walks through the splits of its tile. It then needs no scratch and no merge."""
     return num_splits == 1 or num_programs >= ENOUGH_PROGRAMS or not _fits(num_splits, query)
 
 
@@ -358,13 +359,13 @@ def _fits(num_splits: int, query: Tensor) -> bool:
 
 
 def _new_states(query: Tensor, num_splits: int) -> list[Tensor]:
-    """Of each split and row: max and sum of the weights, sum of the weighted values."""
+    """Allocate, for each split and row, the max and sum of the weights and the sum of the weighted values."""
     rows = [num_splits, *query.shape[:2]]
     return [query.new_empty(size, dtype=torch.float32) for size in (rows, rows, [*rows, query.shape[2]])]
 
 
 def _merge_shape(shape: dict[str, Any]) -> dict[str, Any]:
-    """What ``_merge`` is compiled for: a warp, and so many heads that it holds ``MERGE_VALUES`` in registers."""
+    """Return the constants of ``_merge``: one warp, and as many heads as keep ``MERGE_VALUES`` in registers."""
     kept = {name: shape[name] for name in ("HEADS", "HEAD_DIM", "BLOCK_D", "INTERPRETED")}
     heads = min(triton.next_power_of_2(shape["HEADS"]), max(1, MERGE_VALUES // shape["BLOCK_D"]))
     return {**kept, "BLOCK_H": heads, "num_warps": 1}

@@ -1,4 +1,4 @@
-"""A tile of query rows at work: from the keys of its splits to states, and from states to finished rows of ``out``."""
+"""The work of a tile of query rows: from the keys of its splits to states, and from states to rows of ``out``."""
 
 from typing import Any, NamedTuple
 
@@ -16,8 +16,8 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# (bytes of an element, largest head_dim): the tile. 16-bit: 64 rows are one Hopper matrix instruction, 16 candidates
-# of 4 heads; what a lone sequence leaves empty costs nothing while reading keys is what takes the time.
+# The tile for (bytes of an element, largest head_dim). In 16 bits, 64 rows are one matrix instruction of Hopper, and 16
+# candidates of 4 heads. A single sequence leaves rows empty, which costs nothing while reading keys takes the time.
 TILES = {
     (2, 64): Tile(64, 128, 4, 3),
     (2, 128): Tile(64, 64, 4, 3),
@@ -29,7 +29,7 @@ TILES = {
 
 
 def tile_shape(query: Tensor, kv_heads: int) -> dict[str, Any]:
-    """What the kernels that attend are compiled for."""
+    """Return the constants that the attend kernels are compiled for."""
     heads, head_dim = query.shape[1] // kv_heads, query.shape[2]
     tile = next(tile for (size, dim), tile in TILES.items() if size == query.element_size() and head_dim <= dim)
     rows = max(tile.rows, triton.next_power_of_2(heads))
@@ -40,14 +40,14 @@ def tile_shape(query: Tensor, kv_heads: int) -> dict[str, Any]:
         "BLOCK_N": tile.keys,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
         "INTERPRETED": INTERPRETED,
-        "num_warps": min(tile.num_warps * rows // tile.rows, 32),  # of which a block has no more
+        "num_warps": min(tile.num_warps * rows // tile.rows, 32),  # a block has at most 32
         "num_stages": tile.num_stages,
     }
 
 
 @triton.jit
 def _narrow(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """``x`` rounded to nearest even; the interpreter by itself would cut float32 off to bfloat16."""
+    """Round ``x`` to nearest even. The interpreter by itself would truncate float32 to bfloat16."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
@@ -56,7 +56,7 @@ def _narrow(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _dot(a, b, INTERPRETED: tl.constexpr):
-    """Float32 sums; the interpreter would multiply the bits of bfloat16."""
+    """Multiply with float32 sums. The interpreter by itself would multiply the bits of bfloat16."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     return tl.dot(a, b, input_precision="ieee")
@@ -64,9 +64,9 @@ def _dot(a, b, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def fold(row_max, row_sum, total, next_max, next_sum, next_total):
-    """The state of two runs of keys from the states of each: max and sum of a row's weights, sum of weighted values.
+    """Combine the states of two runs of keys: max and sum of a row's weights, and sum of the weighted values.
 
-    ``fma``, so that both kernels which fold round alike, whatever the compiler would contract.
+    It uses ``fma`` explicitly. So both kernels that fold round alike, whatever the compiler would contract.
     """
     new_max = tl.maximum(row_max, next_max)
     finite = tl.where(new_max == float("-inf"), 0.0, new_max)  # no key yet: exp(-inf), not exp(nan)
@@ -82,7 +82,7 @@ def _attend_split(
     HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """The state of a tile's rows after keys ``begin`` to ``end``, of which row ``i`` sees those below ``limit[i]``."""
+    """Return the state of a tile's rows after keys ``begin`` to ``end``. Row ``i`` sees the keys below ``limit[i]``."""
     dims = tl.arange(0, BLOCK_D)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -95,7 +95,7 @@ def _attend_split(
             token = page.to(tl.int64) * PAGE_SIZE + index % PAGE_SIZE
         else:
             token = first_token + index
-        # Nothing is read where no row may look: the slots there may hold NaN, and 0 * NaN is NaN.
+        # Keys that no row may see are not read: their slots may hold NaN, and 0 * NaN is NaN.
         readable = inside[:, None] & (dims < HEAD_DIM)[None, :]
         keys = tl.load(key + token[:, None] * key_stride + dims[None, :], mask=readable, other=0.0)
         scores = _dot(q, tl.trans(keys), INTERPRETED) * softmax_scale
@@ -105,8 +105,8 @@ def _attend_split(
         weights = tl.exp(scores - finite[:, None])
         keep = tl.exp(row_max - finite)
         values = tl.load(value + token[:, None] * value_stride + dims[None, :], mask=readable, other=0.0)
-        # As PyTorch's own kernels do, weights are rounded to the values' dtype to multiply on tensor cores; their sum
-        # is not. Each is off by half an eps, so out by less than half an eps of the largest value.
+        # Weights are rounded to the values' dtype for the tensor cores, as in PyTorch's own kernels. Their sum is not
+        # rounded. Each weight is off by half an eps, so ``out`` is off by less than half an eps of the largest value.
         rounded = _narrow(weights, value.dtype.element_ty, INTERPRETED)
         row_sum = tl.fma(row_sum, keep, tl.sum(weights, 1))
         total = total * keep[:, None] + _dot(rounded, values, INTERPRETED)
@@ -134,12 +134,12 @@ def run_tile(
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, WALK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Attend with the ``valid`` rows of a tile to this program's split, or, if ``WALK``, to one after the other."""
+    """Attend with the ``valid`` rows of a tile to this program's split, or, with ``WALK``, to all splits in turn."""
     kv_head = tl.program_id(1).to(tl.int64)
     dims = tl.arange(0, BLOCK_D)
     head = kv_head * HEADS + tl.arange(0, BLOCK_M) % HEADS
     token = token.to(tl.int64)
-    row = token * (HEADS * tl.num_programs(1)) + head  # of out and lse, which are contiguous
+    row = token * (HEADS * tl.num_programs(1)) + head  # row of out and lse, which are contiguous
     key += kv_head * key_head_stride
     value += kv_head * value_head_stride
     stop = tl.max(limit)

@@ -1,15 +1,19 @@
-"""linear_logprobs and its backward for a GPU: [T, V] never exists, and every sum has a fixed order.
+"""linear_logprobs and its backward for a GPU: [T, V] is never materialised, and every sum has a fixed order.
 
-Forward: a program multiplies a tile of rows with a span of the vocabulary, tile by tile, and keeps a running (max, sum,
-weighted sum) per row; a second kernel merges the spans. Up to 64 rows are one row tile, so the head is read once.
-Backward: for each chunk of the vocabulary the logits' gradient is written in the inputs' dtype, to a buffer small
-enough for L2, and multiplied with the hidden states and with the weight. Chunks of few rows and all tokens, Liger's
-form, were measured up to twice as slow as plain PyTorch; these keep every row, and a chunk of grad_weight is final at
-once. All products are ours and none cuBLAS's: the number of kept rows is known to the device alone (a host that read it
-would wait), and no global flag can turn float32 into tf32.
-Beyond the results: forward 12 bytes a row and span, so 1.5 KiB a row (at most 48 KiB where rows are few); backward 16
-MiB of logits' gradient (2048 tokens' from 4096 16-bit rows up) and 8 MiB of float32 sums (or one [T, H], if larger).
-The entropy adds two operations to the 2 H of a logit: it is always computed.
+Forward: a program multiplies a tile of rows with a span of the vocabulary, tile by tile. It keeps a running (max, sum,
+weighted sum) per row, and a second kernel merges the spans. Up to 64 rows are one row tile, so the head is read once.
+
+Backward: for each chunk of the vocabulary, the gradient of the logits is written in the dtype of the inputs to a buffer
+that is small enough for L2. It is then multiplied with the hidden states and with the weight. A chunk keeps every row,
+so its part of grad_weight is final at once. Liger's form, chunks of few rows and all tokens, was measured up to twice
+as slow as plain PyTorch.
+
+No product is cuBLAS's. Only the device knows the number of kept rows, and a host that read it would wait. Own products
+also make sure that no global flag turns float32 into tf32.
+
+Memory beyond the results: the forward takes 12 bytes a row and span, so 1.5 KiB a row (at most 48 KiB for few rows).
+The backward takes 16 MiB for the gradient of logits (2048 tokens' from 4096 16-bit rows up) and 8 MiB for float32 sums
+(or one [T, H], if that is larger). The entropy is always computed: it adds two operations to the 2 H of a logit.
 """
 
 from dataclasses import dataclass
@@ -24,24 +28,24 @@ from llava_cot_kernels.reference.logprob import IGNORE_INDEX
 IGNORED = tl.constexpr(IGNORE_INDEX)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 INF = tl.constexpr(float("inf"))
-GROUP = tl.constexpr(16)  # row tiles that go through the columns side by side
+GROUP = tl.constexpr(16)  # row tiles that go through the columns together
 
-DLOGITS_BYTES = 16 << 20  # of a chunk's gradient: a third of an H200's L2
-MIN_CHUNK = 2048  # tokens, however many rows: each chunk costs a read and a write of the sums for grad_hidden
-PARTS_BYTES = 8 << 20  # up to which a chunk is summed in parts, where there are too few rows to fill the GPU
-PROGRAMS = 256  # that fill it
+DLOGITS_BYTES = 16 << 20  # the gradient of a chunk: a third of the L2 of an H200
+MIN_CHUNK = 2048  # tokens, for any number of rows: each chunk reads and writes the sums for grad_hidden once
+PARTS_BYTES = 8 << 20  # the limit of partial sums, into which a chunk is split if too few rows would not fill the GPU
+PROGRAMS = 256  # this many fill the GPU
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What a program computes: ``rows x columns`` in steps of ``depth``."""
+    """The shape of a program's work: ``rows x columns`` in steps of ``depth``."""
 
     rows: int
     columns: int
     depth: int
     num_warps: int
     num_stages: int
-    max_spans: int = 4096  # of the vocabulary, each merged by a program of its own
+    max_spans: int = 4096  # spans of the vocabulary that ``_merge_kernel`` reads for one row
 
     def constants(self) -> dict[str, int]:
         shape = {"ROWS": self.rows, "COLUMNS": self.columns, "DEPTH": self.depth}
@@ -49,7 +53,7 @@ class Tile:
 
 
 def logits_tile(num_rows: int, dtype: torch.dtype) -> Tile:
-    """Few rows: small tiles, to have many reads of the weight in flight. Many: what the tensor cores like best."""
+    """Choose small tiles for few rows, so that many reads of the weight are in flight, and large ones otherwise."""
     if dtype == torch.float32:  # tensor cores would round to tf32
         return Tile(16, 64, 64, 4, 3) if num_rows <= 16 else Tile(64, 128, 32, 8, 3, max_spans=128)
     if num_rows <= 64:
@@ -74,7 +78,7 @@ def grad_hidden_tile(num_rows: int, dtype: torch.dtype) -> Tile:
 
 @triton.jit
 def _dot(a, b, sum):
-    """sum + a @ b in float32; the interpreter would multiply the bits of bfloat16."""
+    """Return sum + a @ b in float32. The interpreter by itself would multiply the bits of bfloat16."""
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -83,13 +87,13 @@ def _dot(a, b, sum):
 
 @triton.jit
 def _bounded(d):
-    """A factor for exp(d): where that is 0, 0 * -88 is 0 and 0 * -inf would be NaN. A NaN stays."""
+    """Bound ``d`` as a factor of exp(d). Where exp(d) is 0, 0 * -88 is 0 and 0 * -inf would be NaN. A NaN stays."""
     return tl.where(d < -88.0, -88.0, d)
 
 
 @triton.jit
 def _tile_of_program(num_row_tiles, num_column_tiles):
-    """Neighbours share a column tile, which one of them brings to L2 for all, and their GROUP row tiles stay there."""
+    """Order programs so that neighbours share a column tile in L2, and their GROUP row tiles stay there too."""
     program = tl.program_id(0)
     first = program // (GROUP * num_column_tiles) * GROUP
     height = tl.minimum(num_row_tiles - first, GROUP)
@@ -102,7 +106,7 @@ def _logits(
     hidden, weight, row, token, H, hidden_stride, weight_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """hidden[row] @ weight[token].T, before the temperature."""
+    """Return hidden[row] @ weight[token].T, before the temperature."""
     h = tl.arange(0, DEPTH)
     x_at = hidden + row[:, None] * hidden_stride + h[None, :]
     w_at = weight + token[None, :] * weight_stride + h[:, None]
@@ -119,7 +123,7 @@ def _logits(
 
 @triton.jit
 def _list_kept_rows_kernel(targets, rows, num_kept, T, BLOCK: tl.constexpr):
-    """rows[:num_kept] = the rows whose target is a token, in order, by one program: nothing races."""
+    """Write the rows whose target is a token to rows[:num_kept], in order. A single program runs, so nothing races."""
     count = tl.full((), 0, tl.int32)
     for start in range(0, T, BLOCK):
         row = start + tl.arange(0, BLOCK)
@@ -145,15 +149,18 @@ def _spans_kernel(
     scale, T, V, H, hidden_stride, weight_stride, num_spans, tiles_per_span,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """Of a kept row's logits x in a span of tokens: the largest and, with d = scale * (x - largest), the sums of exp(d)
-    and of exp(d) * d. A NaN makes the sums NaN; all -inf: sums of 0."""
+    """Reduce the logits x of kept rows over a span of tokens.
+
+    The results per row are the largest and, with d = scale * (x - largest), the sums of exp(d) and of exp(d) * d. A NaN
+    makes the sums NaN. If all logits are -inf the sums are 0.
+    """
     row_tile, span = _tile_of_program(tl.cdiv(T, ROWS), num_spans)
     count = tl.load(num_kept)
     if row_tile * ROWS >= count:
         return
     k = row_tile * ROWS + tl.arange(0, ROWS)
     kept = k < count
-    row = tl.load(rows + k, mask=kept, other=0)  # the last tile's spare rows compute row 0, for nobody
+    row = tl.load(rows + k, mask=kept, other=0)  # spare rows of the last tile compute row 0 and are not stored
     target = tl.load(targets + row).to(tl.int32)
     largest = tl.full((ROWS,), -INF, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -187,7 +194,7 @@ def _merge_kernel(
     largests, totals, weighteds, target_logits, targets, logprobs, lse, entropy, scale, V, num_spans,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row: its spans, reduced as a tree. A target that is no token gives NaN, as nobody could raise on a device."""
+    """Merge the spans of one row, as a tree. A target out of range gives NaN, since a device cannot raise."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     if target == IGNORED:
@@ -250,8 +257,10 @@ def _dlogits_kernel(
     scale, T, V, H, hidden_stride, weight_stride, dlogits_stride, first_token, num_tokens,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a chunk's logits, of the kept rows: with z = scale * x, d logprob / dz = onehot - p and
-    d entropy / dz = -p (log p + entropy)."""
+    """Compute the gradient of a chunk's logits for the kept rows.
+
+    With z = scale * x, d logprob / dz = onehot - p and d entropy / dz = -p (log p + entropy).
+    """
     row_tile, token_tile = _tile_of_program(tl.cdiv(T, ROWS), tl.cdiv(num_tokens, COLUMNS))
     count = tl.load(num_kept)
     if row_tile * ROWS >= count:
@@ -279,7 +288,7 @@ def _grad_weight_kernel(
     dlogits, hidden, rows, num_kept, grad_weight, H, hidden_stride, dlogits_stride, first_token, num_tokens,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """grad_weight[chunk] = dlogits.T @ hidden[kept]."""
+    """Compute grad_weight[chunk] = dlogits.T @ hidden[kept]."""
     token_tile, h_tile = _tile_of_program(tl.cdiv(num_tokens, ROWS), tl.cdiv(H, COLUMNS))
     count = tl.load(num_kept)
     column = token_tile * ROWS + tl.arange(0, ROWS)
@@ -303,7 +312,7 @@ def _add_grad_hidden_kernel(
     dlogits, weight, rows, num_kept, parts, T, H, weight_stride, dlogits_stride, first_token, num_tokens,
     tokens_per_part, IS_FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """parts[part, kept] += dlogits @ weight[chunk], over this part of the chunk's tokens."""
+    """Add dlogits @ weight[chunk] to parts[part, kept], over this part of the chunk's tokens."""
     row_tile, h_tile = _tile_of_program(tl.cdiv(T, ROWS), tl.cdiv(H, COLUMNS))
     part = tl.program_id(1)
     count = tl.load(num_kept)
@@ -331,7 +340,7 @@ def _add_grad_hidden_kernel(
 
 @triton.jit(do_not_specialize=["T", "num_parts"])
 def _write_grad_hidden_kernel(parts, targets, grad_hidden, T, H, num_parts, BLOCK: tl.constexpr):
-    """grad_hidden[row] = the sum of its parts; 0 for an ignored row."""
+    """Set grad_hidden[row] to the sum of its parts, or to 0 for an ignored row."""
     row = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = h < H
@@ -356,7 +365,7 @@ def linear_logprobs_backward(
                 grad.zero_()
         return
     chunk = min(V, max(MIN_CHUNK, DLOGITS_BYTES // (T * hidden.element_size())))
-    # Read in whole steps: past the last chunk's tokens, zeros or an earlier chunk's values meet a weight of 0.
+    # It is read in whole steps. Past the tokens of the last chunk it has zeros or old values; their weight is 0.
     dlogits = hidden.new_zeros(T, triton.cdiv(chunk, 64) * 64)
     strides = hidden.stride(0), weight.stride(0), dlogits.stride(0)
     tile = logits_tile(T, hidden.dtype)
@@ -391,7 +400,10 @@ def _write_grad_weight(
 
 
 def _new_parts(hidden: Tensor, chunk: int) -> Tensor:
-    """Sums for grad_hidden, float32 [num_parts, T, H]: as many as fill the GPU, the budget allows and have work."""
+    """Allocate sums for grad_hidden, float32 [num_parts, T, H].
+
+    There are as many parts as fill the GPU, fit in the budget and have work to do.
+    """
     (T, H), tile = hidden.shape, grad_hidden_tile(len(hidden), hidden.dtype)
     num_tiles = triton.cdiv(T, tile.rows) * triton.cdiv(H, tile.columns)
     num_parts = min(PROGRAMS // num_tiles, PARTS_BYTES // (4 * T * H), chunk // (8 * tile.depth))
