@@ -6,8 +6,8 @@ import torch
 from transformers.utils import ModelOutput
 
 from llava_cot.core import Usage
-from llava_cot.search.tree import Trace
 from llava_cot.stages import LLAVA_COT, Grammar, StageText
+from llava_cot.trace import Trace
 
 
 @dataclass(frozen=True)
