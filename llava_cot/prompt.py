@@ -1,14 +1,12 @@
 """From an image and a question to what the model is fed, one sample at a time."""
 
-from os import PathLike
 from typing import Literal
 
-import numpy as np
 import torch
-from PIL import Image
+
+from llava_cot.image import ImageLike, open_image
 
 Bos = Literal["one", "released"]
-ImageLike = Image.Image | np.ndarray | str | PathLike
 MODEL_INPUTS = {  # what the processor makes, by the model_type of the model's config
     "mllama": (
         "input_ids",
@@ -22,25 +20,6 @@ MODEL_INPUTS = {  # what the processor makes, by the model_type of the model's c
     "qwen2_5_vl": ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids"),
 }
 OPTIONAL_INPUTS = {"attention_mask", "aspect_ratio_mask", "mm_token_type_ids"}
-
-
-def open_image(image: ImageLike) -> Image.Image:
-    """An RGB image; raises ``ValueError`` or ``TypeError`` when there is none to be had."""
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise ValueError(f"image must be a uint8 array [H, W, 3], got {image.dtype} {list(image.shape)}")
-        image = Image.fromarray(image)
-    if isinstance(image, (str, PathLike)):
-        try:
-            image = Image.open(image)
-        except (OSError, Image.DecompressionBombError) as error:
-            raise ValueError(f"image must be a readable image file, got {str(image)!r}: {error}") from None
-    if not isinstance(image, Image.Image):
-        raise TypeError(f"image must be a PIL image, an array or a path, got {type(image).__name__}")
-    try:
-        return image.convert("RGB")
-    except OSError as error:
-        raise ValueError(f"image must be a readable image, got one that breaks off: {error}") from None
 
 
 def build_inputs(processor, image: ImageLike, question: str, bos: Bos) -> dict[str, torch.Tensor]:

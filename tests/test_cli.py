@@ -1,6 +1,8 @@
 """The command line: what it prints, what it writes, and how it fails."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ from helpers.traces import two_retraces
 from llava_cot import cli
 from llava_cot.data import shapes
 from llava_cot.scoring import SCORERS
+from llava_cot.stages import render
 from llava_cot.trace import read_trace
 
 SAMPLE = shapes.sample(804_000)
@@ -46,6 +49,39 @@ def test_answer_as_json_in_a_process_of_its_own(image):
     assert list(answer["stages"]) == ["SUMMARY", "CAPTION", "REASONING", "CONCLUSION"]
     assert answer["conclusion"] == answer["stages"]["CONCLUSION"]["text"]
     assert answer["usage"]["image_encodings"] == 1 and 0 < answer["usage"]["generated_tokens"] <= 30
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--help",),
+        ("validate", "rows.jsonl", "--images", ".", "--clean", "clean.jsonl", "--quarantine", "bad.jsonl"),
+        ("annotate", "questions.jsonl", "out.jsonl", "--model", "any", "--dry-run"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_what_needs_no_model_imports_no_library_for_it(image, tmp_path, arguments):
+    """Such a library takes seconds to import, and a machine that annotates may have no use for one."""
+    turns = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": render(SAMPLE.stages)}]
+    files = {
+        "rows.jsonl": {"conversations": turns},
+        "questions.jsonl": {"question": "How many?", "answer": "3"},
+    }
+    shutil.copy(image, tmp_path / "image.png")
+    for name, row in files.items():
+        (tmp_path / name).write_text(json.dumps({"id": "1", "image": "image.png", **row}) + "\n")
+    code = """if True:
+        import sys
+        from llava_cot.cli import main
+        try:
+            main()
+        except SystemExit as ended:
+            loaded = {"torch", "transformers", "openai"} & set(sys.modules)
+            sys.exit(ended.code or ", ".join(sorted(loaded)) or None)
+    """
+    command, path = [sys.executable, "-c", code, *arguments], {"PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_answer_and_its_trace(run, image, tmp_path):

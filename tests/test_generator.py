@@ -14,10 +14,10 @@ from llava_cot.prompt import MODEL_INPUTS
 from llava_cot.scoring import confidence
 from llava_cot.search.events import StageFinal, TextDelta
 from llava_cot.search.tree import Node, candidate_seed
-from llava_cot.small_world.processor import prompt
-from llava_cot.small_world.untrained import build_model
 from llava_cot.stages import Outcome
 from llava_cot_kernels import OutOfPages
+from tools.small_world.processor import prompt
+from tools.small_world.untrained import build_model
 
 SAMPLES = [shapes.sample(seed) for seed in range(803_000, 803_005)]
 SAMPLE = SAMPLES[0]

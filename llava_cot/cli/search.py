@@ -75,7 +75,7 @@ def demo(
 ) -> None:
     """Make a fresh image, ask the bundled tiny model about it, search, and show the truth."""
     from llava_cot.data import shapes
-    from llava_cot.small_world.scorers import World, load_verifier
+    from llava_cot.scoring.verifier import load_verifier
 
     number = random.choice(shapes.TEST_SEEDS) if seed is None else seed
     sample = shapes.sample(number)
@@ -87,7 +87,7 @@ def demo(
         settings: dict[str, Any] = {"seed": 0, "max_new_tokens": 256}
         known = _settings(search) if verifier else set()
         if "scorer" in known:
-            settings["scorer"] = load_verifier(World([number]))
+            settings["scorer"] = load_verifier(lambda _: shapes.clean_view(number))
         if "cutoff" in known:
             settings["cutoff"] = 0.0  # a logit: rather right than wrong
         conclusion = _run(image, sample.question, search, "tiny", None, settings, json, trace, sample.answer)
@@ -153,7 +153,7 @@ def _run(image, question, search, model, device, settings, json, trace, gold=Non
     from transformers.utils import logging
 
     from llava_cot.generator import SwiresGenerator
-    from llava_cot.prompt import open_image
+    from llava_cot.image import open_image
 
     logging.disable_progress_bar()
     generator = SwiresGenerator.from_pretrained(model, device=device)

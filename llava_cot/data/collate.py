@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.models.mllama.processing_mllama import get_cross_attention_token_mask
 
 from llava_cot.data.example import IGNORE_INDEX, Example
-from llava_cot.prompt import open_image
+from llava_cot.image import open_image
 
 
 @dataclass(frozen=True)

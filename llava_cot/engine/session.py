@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -178,7 +179,7 @@ class Session:
             raise ValueError("the session must have answered before it is asked again")
         pending = [self._checked(request) for request in requests]
         # A bound method is held weakly: its object holds the session, and the two would keep each other alive.
-        self._done = weakref.WeakMethod(done) if hasattr(done, "__self__") else lambda: done
+        self._done = weakref.WeakMethod(done) if isinstance(done, MethodType) else lambda: done
         self._job.ask(pending)
         self._engine.take_in(self._job)
 

@@ -18,9 +18,9 @@ from transformers.models.mllama.modeling_mllama import (
 
 from llava_cot.data.collate import Collator
 from llava_cot.data.example import IGNORE_INDEX, Example
-from llava_cot.small_world.processor import VOCAB_SIZE
 from llava_cot.tiny import tiny_path
 from llava_cot.train.cross_rows import install_cross_rows
+from tools.small_world.processor import VOCAB_SIZE
 
 SIZES = [(28, 28), (28, 56), (90, 28), (56, 56), (20, 200)]  # 1, 2, 3, 4 and 4 tiles
 

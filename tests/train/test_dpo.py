@@ -14,7 +14,6 @@ from llava_cot import tiny_path
 from llava_cot.data.collate import Collator
 from llava_cot.data.example import IGNORE_INDEX
 from llava_cot.prompt import build_inputs
-from llava_cot.small_world.search_data import write_search_data
 from llava_cot.train.config import Dpo as Settings
 from llava_cot.train.config import TrainConfig
 from llava_cot.train.distributed import process_group
@@ -22,6 +21,7 @@ from llava_cot.train.metrics import read_metrics
 from llava_cot.train.model import build_model
 from llava_cot.train.objectives.dpo import Dpo, completion_logprobs
 from llava_cot.train.trainer import Trainer
+from tools.small_world.search_data import write_search_data
 
 SETTINGS = {"device": "cpu", "workers": 0, "precision": {"compute": "float32"}, "activation_checkpointing": False}
 

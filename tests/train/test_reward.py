@@ -19,11 +19,11 @@ from llava_cot.data.collate import Collator
 from llava_cot.data.example import IGNORE_INDEX
 from llava_cot.scoring.reward_model import RewardModel, RewardModelScorer, verify_policy
 from llava_cot.scoring.scorer import Span
-from llava_cot.small_world.search_data import write_search_data
 from llava_cot.train.config import TrainConfig
 from llava_cot.train.metrics import read_metrics
 from llava_cot.train.model import build_model
 from llava_cot.train.objectives.reward import Reward
+from tools.small_world.search_data import write_search_data
 
 SETTINGS = {"device": "cpu", "workers": 0, "precision": {"compute": "float32"}, "activation_checkpointing": False}
 

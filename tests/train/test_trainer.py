@@ -20,11 +20,11 @@ from llava_cot.data import shapes
 from llava_cot.data.jsonl import write_jsonl
 from llava_cot.data.world import write_world
 from llava_cot.prompt import build_inputs
-from llava_cot.small_world.processor import build_processor
-from llava_cot.small_world.untrained import build_model
 from llava_cot.stages import render
 from llava_cot.train.config import load_config
 from llava_cot.train.metrics import read_metrics
+from tools.small_world.processor import build_processor
+from tools.small_world.untrained import build_model
 
 STEPS = 6
 TIMED = {"seconds", "tokens_per_s", "memory_gib"}

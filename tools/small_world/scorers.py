@@ -1,4 +1,4 @@
-"""The shapes world as a test bed for scorers: what is true of a text, oracles that know it, the bundled verifier."""
+"""The shapes world as a test bed for scorers: what is true of a text, oracles that know it, a trained reward model."""
 
 import random
 import re
@@ -119,15 +119,6 @@ class Oracle:
         assert span.image is not None
         place = blake2b(f"{self.noise}/{span.question}/{span.path_text}".encode() + span.image.tobytes())
         return random.Random(place.digest()).gauss()
-
-
-def load_verifier(world: World, policy: Path | None = None) -> RewardModelScorer:
-    """The one of ``policy``, by default the bundled one; it sees the images of ``world`` without their noise."""
-    folder = policy or tiny_path()
-    verify_policy(folder / "verifier", folder)
-    scorer = RewardModelScorer.from_pretrained(folder / "verifier", view=world.clean_view)
-    scorer.__name__ = "verifier"  # type: ignore[attr-defined]
-    return scorer
 
 
 def load_reward_model(folder: Path) -> RewardModelScorer:

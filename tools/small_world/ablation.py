@@ -1,4 +1,4 @@
-"""What each stage is worth, at small scale: ``python -m llava_cot.small_world.ablation OUT --base FOLDER``.
+"""What each stage is worth, at small scale: ``python -m tools.small_world.ablation OUT --base FOLDER``.
 
 From one base, a fine-tune for each variant of ``llava_cot.data.variants`` and each seed, on the same questions and for
 the same number of steps; then all answer the same held-out questions of the shapes world greedily. What ``OUT`` has

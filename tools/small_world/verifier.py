@@ -1,4 +1,4 @@
-"""Train the bundled verifier on what the tiny policy writes: ``python -m llava_cot.small_world.verifier OUT``.
+"""Train the bundled verifier on what the tiny policy writes: ``python -m tools.small_world.verifier OUT``.
 
 Rollouts of the policy, which sees noisy images, are judged by a reward model that sees clean ones. One forward pass of
 a rollout gives a score after every token, as the model is causal. Three losses:
@@ -30,10 +30,10 @@ from llava_cot.generator import SwiresGenerator
 from llava_cot.scoring.diagnostics import diagnose
 from llava_cot.scoring.reward_model import RewardModel, RewardModelScorer
 from llava_cot.scoring.scorer import Span
-from llava_cot.small_world.processor import prompt
-from llava_cot.small_world.scorers import JUDGED, World, judge
 from llava_cot.stages import Stage, parse
 from llava_cot.tiny import tiny_path
+from tools.small_world.processor import prompt
+from tools.small_world.scorers import JUDGED, World, judge
 
 FIRST_SEED = 210_000  # the policy was trained on the ones before
 TRAIN_END = 600_000
