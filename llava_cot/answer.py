@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from llava_cot.core import Usage
-from llava_cot.search.tree import Trace
 from llava_cot.stages import LLAVA_COT, Grammar, StageText
+from llava_cot.trace import Trace
 
 
 @dataclass(frozen=True)

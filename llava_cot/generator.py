@@ -3,7 +3,7 @@
 import threading
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -30,9 +30,10 @@ from llava_cot.search.events import Event
 from llava_cot.search.run import SearchRun
 from llava_cot.search.search import SENTENCE_ENDS
 from llava_cot.search.stream import EventStream
-from llava_cot.search.tree import TRACE_VERSION, Node, Trace
+from llava_cot.search.tree import Node
 from llava_cot.stages import LLAVA_COT, Grammar
 from llava_cot.tiny import tiny_path
+from llava_cot.trace import Trace, trace_data
 from llava_cot_kernels.stage_tags import StageTags
 
 CALIBRATION_FILE = "swires_calibration.json"
@@ -261,24 +262,24 @@ class SwiresGenerator:
         """Everything that a search did; ``node`` is the answer, None that of a search that failed."""
         search, plan = run.search, run.plan
         calibration = search.calibration
-        trace = {
-            "version": TRACE_VERSION,
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            "model": self._folder,
-            "question": search.question,  # None: only its tokens were given
-            "search": plan.name,
-            "config": plan.settings(),
-            "grammar": self.grammar.to_dict(),
-            "seed": search.seed,
-            "bos": self.bos,
-            "calibration": calibration and {"scorer": calibration.scorer, "data": calibration.data},
-            "prompt_tokens": search.session.prompt_tokens,
+        data = trace_data(
+            model=self._folder,
+            versions={"torch": torch.__version__, "transformers": transformers.__version__},
+            question=search.question,  # None: only its tokens were given
+            search=plan.name,
+            config=plan.settings(),
+            grammar=self.grammar,
+            seed=search.seed,
+            bos=self.bos,
+            calibration={"scorer": calibration.scorer, "data": calibration.data} if calibration else None,
+            prompt_tokens=search.session.prompt_tokens,
             **search.to_dict(),
-            "answer": node and node.id,
-            "answers": [other.id for other in run.result or []],
-            "usage": asdict(search.usage),
-        }
-        return Trace(trace)
+            answer=node.id if node else None,
+            answers=[other.id for other in run.result or []],
+            usage=search.usage,
+            error=run.error,
+        )
+        return Trace(data)
 
     def generate(
         self,
@@ -372,8 +373,8 @@ class SwiresGenerator:
         answers = self.answer_batch(images, questions, config, seed=seed)
         scores: dict[str, list[float]] = {str(name): [] for name in self.grammar.names}
         for answer in answers:
-            for node in answer.trace.data["nodes"]:
-                if node["closed"]:
+            for node in answer.trace.nodes.values():
+                if node["closed"] and node["stage"] is not None and node["score"] is not None:
                     scores[node["stage"]].append(node["score"])
         silent = [stage for stage, values in scores.items() if not values]
         if silent:

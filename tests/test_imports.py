@@ -50,9 +50,7 @@ BELOW: dict[str, set[str]] = {
 
 # Arrows of today that the table does not have: (module, layer) -> why.
 EXCEPTIONS: dict[tuple[str, str], str] = {
-    ("llava_cot.answer", "search"): "Trace stands in search/tree.py",
-    ("llava_cot.data.traces", "search"): "Trace and TRACE_VERSION stand in search/tree.py",
-    ("llava_cot.search.tree", "report"): "Trace.to_html, and how a notebook shows a trace",
+    ("llava_cot.trace.trace", "report"): "Trace.to_html, and how a notebook shows a trace",
 }
 
 

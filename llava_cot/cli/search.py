@@ -110,28 +110,21 @@ def report(
     ] = None,
 ) -> None:
     """Show what a search did: its rounds, candidates and retraces; of many searches, what came of them."""
-    from llava_cot.report import files
-    from llava_cot.report.html import to_html
     from llava_cot.report.many import read_rows, to_table, write_pages
-    from llava_cot.report.tree import to_tree
+    from llava_cot.trace import holds_many, read_trace
 
-    if files.holds_many(traces):
+    if holds_many(traces):
         rows = read_rows(traces) if html is None else write_pages(traces, html)
         for row in rows:
-            if row.error is not None:
-                print(f"failed: {row.source}: {row.error}", file=sys.stderr)
+            if error := row.error or row.failure:
+                print(f"failed: {row.source}: {error}", file=sys.stderr)
         Console().print(to_table(rows))
         return
-    try:
-        entry = files.read_entry(traces)
-        data = entry.trace or {}
-        tree, page = to_tree(data), to_html(data, gold=entry.gold)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"trace must be a search's trace as JSON, got {str(traces)!r}: {error}") from None
-    Console().print(tree)
+    record = read_trace(traces)
+    Console().print(record.trace.to_tree())
     if html is not None:
         with replacing(html) as file:
-            file.write(page)
+            file.write(record.trace.to_html(gold=record.gold))
 
 
 @app.command()
@@ -165,19 +158,26 @@ def _run(image, question, search, model, device, settings, json, trace, gold=Non
     logging.disable_progress_bar()
     generator = SwiresGenerator.from_pretrained(model, device=device)
     plan = _search(search)
-    if json:
-        result = generator.answer(image, question, plan, **settings)
-        print(_json(result))
-    else:
-        events = generator.stream(image, question, plan, **settings)
-        result = _watch(question, events)
-    if trace is not None:
-        is_page = trace.suffix.lower() == ".html"
-        written = (
-            result.trace.to_html(image=open_image(image), gold=gold) if is_page else result.trace.to_json(indent=1)
-        )
-        with replacing(trace) as file:
-            file.write(written + "\n")
+
+    def write(found) -> None:
+        if trace is not None:
+            is_page = trace.suffix.lower() == ".html"
+            written = found.to_html(image=open_image(image), gold=gold) if is_page else found.to_json(indent=1)
+            with replacing(trace) as file:
+                file.write(written + "\n")
+
+    try:
+        if json:
+            result = generator.answer(image, question, plan, **settings)
+            print(_json(result))
+        else:
+            events = generator.stream(image, question, plan, **settings)
+            result = _watch(question, events)
+    except Exception as error:
+        if hasattr(error, "trace"):  # of a search that failed: how far it came
+            write(error.trace)
+        raise
+    write(result.trace)
     return result.conclusion
 
 

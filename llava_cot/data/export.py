@@ -16,7 +16,7 @@ from llava_cot.data.forms import MESSAGES, MessageForm, TextForm
 from llava_cot.data.groups import to_groups
 from llava_cot.data.jsonl import read_items, write_jsonl
 from llava_cot.data.steps import to_steps
-from llava_cot.data.traces import Item, TraceTree, trace_id
+from llava_cot.data.traces import Item, trace_id
 from llava_cot.data.trl import to_preferences, to_sft, to_unpaired
 
 FORMATS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
@@ -46,18 +46,20 @@ def export_file(traces: Path | str, out: Path | str, format: str, *, model: str 
         first = next(items, None)
         if first is None:
             return write_jsonl([], out)
-        name = model or str(TraceTree(first).data.get("model"))
+        name = model or first.trace.data["model"]
+        if not name:
+            raise ValueError("model must name the processor that renders text: the first trace names none, got ''")
         settings["form"] = TextForm(_processor(name))
         items = (item if model else _of_model(item, name) for item in chain([first], items))
     return write_jsonl(FORMATS[format](items, **settings), out)
 
 
 def _of_model(item: Item, name: str) -> Item:
-    tree = TraceTree(item)
-    if tree.data.get("model") != name:
+    model = item.trace.data["model"]
+    if model != name:
         raise ValueError(
-            f"model of trace {tree.trace_id!r} must be that of the first trace, {name!r}, got {tree.data['model']!r}; "
-            "name one processor for all with model="
+            f"model of trace {item.id or trace_id(item.trace)!r} must be that of the first trace, {name!r}, got "
+            f"{model!r}; name one processor for all with model="
         )
     return item
 

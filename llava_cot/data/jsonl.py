@@ -7,23 +7,21 @@ from typing import Any
 
 from llava_cot.atomic import replacing
 from llava_cot.data.traces import Item
+from llava_cot.trace import TraceError, read_traces
 
 
 def read_items(path: Path | str) -> Iterator[Item]:
-    """One item a line: ``{"trace": {...}, "image": "path", "gold": "...", "id": "..."}``, the last two where known."""
-    known = ("trace", "image", "gold", "id")
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                data = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"line {number} of {str(path)!r} must be JSON, got {line[:40]!r}: {error}") from None
-            if not isinstance(data, dict) or not {"trace", "image"} <= set(data) <= set(known):
-                got = sorted(data) if isinstance(data, dict) else type(data).__name__
-                raise ValueError(f"line {number} of {str(path)!r} must have trace and image of {known}, got {got}")
-            yield Item(**data)
+    """The items of a file: ``{"trace": {...}, "image": "path", "gold": "...", "id": "..."}`` on each line.
+
+    ``gold`` and ``id`` may be left out. ``llava_cot.trace.scan_traces`` says what else ``path`` may be.
+
+    Raises:
+        TraceError: a trace that can't be read, or one without an image. It names the file and the line.
+    """
+    for record in read_traces(path):
+        if record.image is None:
+            raise TraceError(record.source, "image must be given beside the trace, got none")
+        yield Item(record.trace, record.image, record.gold, id=record.id)
 
 
 def write_jsonl(rows: Iterable[Mapping[str, Any]], path: Path | str) -> int:

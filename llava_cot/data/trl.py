@@ -14,11 +14,13 @@ ROUNDING = 1e-9  # what the mean of equal scores may differ from them
 def to_sft(items: Iterable[Item], form: Form = MESSAGES, *, keep_wrong: bool = False) -> Iterator[Row]:
     """The answers of the searches: ``prompt``, ``completion`` (all stages), ``images``; TRL's prompt-completion.
 
-    An answer that did not end as it should makes no row, nor does one that is known to be wrong (unless
-    ``keep_wrong``), which is rejection sampling.
+    A search that failed makes no row, nor does an answer that did not end as it should, or one that is known to be
+    wrong (unless ``keep_wrong``), which is rejection sampling.
     """
     for item in items:
         tree = TraceTree(item)
+        if tree.answer is None:
+            continue
         path = tree.path(tree.answer)
         is_wrong = tree.is_right(tree.answer) is False and not keep_wrong
         if is_wrong or not tree.is_finished(tree.answer) or any(node.failed or not node.closed for node in path):
