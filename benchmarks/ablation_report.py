@@ -1,8 +1,9 @@
-"""The table of what an ablation of the small world measured: ``python benchmarks/ablation_report.py OUT``.
+"""Report an ablation of the small world as a table: ``python benchmarks/ablation_report.py OUT``.
 
-Writes ``benchmarks/results/tiny_ablation.json`` (with the outcome of every question) and prints the table in Markdown.
-The intervals of a seed are Wilson's, 95 %, and say what other questions would change; the standard deviation over the
-seeds, what another training run would. p-values are of the exact McNemar test on the same questions and seed.
+It writes ``benchmarks/results/tiny_ablation.json``, with the outcome of every question, and prints the table in
+Markdown. The interval of a seed is Wilson's 95 % interval: it shows what other questions would change. The standard
+deviation over seeds shows what another training run would change. p-values are from the exact McNemar test on the same
+questions and seed.
 """
 
 import argparse
@@ -16,8 +17,8 @@ from accuracy_report import mcnemar, wilson
 RESULTS = Path(__file__).parent / "results" / "tiny_ablation.json"
 FULL = "full"
 
-# MMStar, MathVista, AI2D in the summary that this project started from. The rows of left-out stages stand in no version
-# of the paper that was found, and its direct answers are the paper's base without any fine-tune.
+# MMStar, MathVista and AI2D in the summary that this project started from. Its rows of left-out stages are in no
+# version of the paper that was found. Its direct answers are the paper's base without any fine-tune.
 SUMMARY = {
     "full": "57.6 / 54.8 / 85.0",
     "without SUMMARY": "55.8 / 52.3 / 83.1",
@@ -25,7 +26,7 @@ SUMMARY = {
     "without REASONING": "50.2 / 47.5 / 78.2",
     "direct": "49.8 / 48.6 / 77.0",
 }
-# Version 6 of the paper, arXiv:2411.10440: the mean of six benchmarks, and that of their subsets for reasoning.
+# Version 6 of the paper, arXiv:2411.10440: the mean of six benchmarks, and the mean of their reasoning subsets.
 PAPER = {
     "base": ("56.6", "56.9"),
     "full": ("62.4", "63.1"),
@@ -42,7 +43,7 @@ def seed_row(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def against(rows: dict[str, dict[str, Any]], variant: str, rival: str) -> list[float]:
-    """The p-value of each seed that both have."""
+    """Return the p-value of each seed that both have."""
     one, other = rows[variant]["seeds"], rows[rival]["seeds"]
     return [mcnemar(one[seed], other[seed])[2] for seed in one if seed in other]
 
@@ -79,7 +80,7 @@ def print_table(data: dict[str, Any]) -> None:
         cells += [", ".join(f"{p:.1g}" for p in row.get("p", [])), f"{row['tokens']:.0f}"]
         cells += [SUMMARY.get(variant, ""), *PAPER.get(variant, ("", ""))]
         print("| " + " | ".join(cells) + " |")
-    print("\nThe orders in which stages were opened, where there was more than one:\n")
+    print("\nThe orders in which stages were opened, if there was more than one:\n")
     for variant, row in data["rows"].items():
         for name, run in row["seeds"].items():
             if len(run["orders"]) > 1:

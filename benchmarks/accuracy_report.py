@@ -1,8 +1,8 @@
-"""Tables and plot of what ``bench_accuracy.py`` measured: ``python benchmarks/accuracy_report.py RAW``.
+"""Make the tables and the plot of what ``bench_accuracy.py`` measured: ``python benchmarks/accuracy_report.py RAW``.
 
-Writes ``benchmarks/results/tiny_accuracy.json`` (every row with the outcome of each question, so that any two can be
-compared in pairs) and ``docs/tiny_accuracy.svg``, and prints the tables. Intervals are Wilson's, 95 %. Two searches of
-the same questions are compared by the exact McNemar test.
+It prints the tables and writes two files. ``benchmarks/results/tiny_accuracy.json`` has the outcome of each question in
+every row, so any two rows can be compared in pairs. ``docs/tiny_accuracy.svg`` is the plot. Intervals are Wilson's 95 %
+intervals. The exact McNemar test compares two searches of the same questions.
 """
 
 import argparse
@@ -26,7 +26,7 @@ PLOT = Path(__file__).parent.parent / "docs" / "tiny_accuracy.svg"
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:
-    """The 95 % interval of a proportion."""
+    """Return the 95 % interval of a proportion."""
     z, p = 1.96, right / n
     center, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return (center - half) / (1 + z * z / n), (center + half) / (1 + z * z / n)
@@ -46,7 +46,7 @@ def row(right: list[bool], tokens: list[float], scorer_calls: float = 0.0, **mor
 
 
 def mcnemar(one: dict[str, Any], other: dict[str, Any]) -> tuple[int, int, float]:
-    """Questions that only the one and only the other has right, and the exact two-sided p-value."""
+    """Return how many questions only the one and only the other has right, and the exact two-sided p-value."""
     only = Counter(zip(one["right"], other["right"]))
     won, lost = only["1", "0"], only["0", "1"]
     return won, lost, float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
@@ -81,7 +81,7 @@ def _most(answers: list[dict[str, Any]], weight) -> dict[str, Any]:
 
 
 def choices(scorers: list[str]) -> dict[str, Any]:
-    """From the first k answers of a pool to the chosen one, by name."""
+    """Return functions, by name, that choose an answer from the first k of a pool."""
 
     def by(name):
         return lambda answers: max(answers, key=lambda a: (a["closed"], a["scores"][name]))
@@ -119,13 +119,13 @@ def diagnoses(pool: list[dict[str, Any]], greedy: float) -> dict[str, dict[str, 
 
 
 def same_tokens(rows: dict[str, dict[str, Any]], tokens: float, names: list[str]) -> str:
-    """The smallest of these rows that had at least so many tokens, or the largest there is."""
+    """Return the smallest of these rows that had at least so many tokens, or the largest row."""
     enough = [name for name in names if rows[name]["tokens"] >= tokens]
     return min(enough or names, key=lambda name: rows[name]["tokens"] if enough else -rows[name]["tokens"])
 
 
 def comparisons(rows: dict[str, dict[str, Any]], search: str) -> list[dict[str, Any]]:
-    """A search against every rival that had at least as many tokens."""
+    """Compare a search with every rival that had at least as many tokens."""
     tokens = rows[search]["tokens"]
     families = {
         "greedy": ["greedy"],
@@ -173,7 +173,7 @@ def print_tables(data: dict[str, Any]) -> None:
 
 
 def plot(rows: dict[str, dict[str, Any]], free: str, path: Path) -> None:
-    """``free`` is the scorer that stands for those without a second model."""
+    """Draw the plot. ``free`` is the scorer that represents those without a second model."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -215,7 +215,7 @@ def plot(rows: dict[str, dict[str, Any]], free: str, path: Path) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("raw", type=Path, help="what bench_accuracy.py wrote")
+    parser.add_argument("raw", type=Path, help="the file that bench_accuracy.py wrote")
     raw = json.loads(parser.parse_args().raw.read_text())
     for name, folder in (("model", tiny_path()), ("verifier", tiny_path() / "verifier")):
         if raw[f"{name}_sha256"] != (own := checkpoint_sha256(folder)):

@@ -1,11 +1,13 @@
-"""The comparison of the paper at small scale: how often each search is right, by scorer and by generated tokens.
+"""Measure how often each search is right, by scorer and by generated tokens: the paper's comparison at small scale.
 
-``python benchmarks/bench_accuracy.py`` (two cores, within an hour) writes what it saw to build/accuracy.json; then
-``python benchmarks/accuracy_report.py build/accuracy.json`` makes the results, the tables and the plot of it. The tiny
-model answers held-out questions of the shapes world. One pool of 16 sampled answers for each question serves every vote
-and every best-of-N; searches by stages run for three scorers, the two that choose best from the pool of the calibration
-questions and ``by_stage``, for the reward model of ``configs/tiny_reward.yaml`` if build/ has it, and for oracles.
-``--sweep`` compares temperatures on those questions too. A scale model: nothing here says how good the 11B is.
+``python benchmarks/bench_accuracy.py`` takes two cores and less than an hour. It writes build/accuracy.json. Then
+``python benchmarks/accuracy_report.py build/accuracy.json`` makes the results, the tables and the plot.
+
+The tiny model answers held-out questions of the shapes world. One pool of 16 sampled answers per question serves every
+vote and every best-of-N. Searches by stages run with several scorers: the two that choose best from the pool of the
+calibration questions, ``by_stage``, the reward model of ``configs/tiny_reward.yaml`` if build/ has it, and oracles.
+``--sweep`` compares temperatures on the calibration questions. This is a scale model: nothing here says how good the
+11B model is.
 """
 
 import argparse
@@ -39,15 +41,15 @@ SWEEP = ((0.6, 0.9), (0.8, 1.0), (1.0, 1.0), (1.2, 1.0))
 MAX_NEW_TOKENS = 200
 QUESTIONS_AT_ONCE = 100
 REWARD = Path("build/tiny_reward/model")
-# Logits; an oracle's is between right and wrong, the others' are calibrated quantiles.
+# A verifier's cutoff is a logit. An oracle's is between right and wrong. The others are calibrated quantiles.
 CUTOFFS = {"verifier": 0.0, "reward model": 0.0}
 STAGES = ("SUMMARY", "CAPTION", "REASONING", "CONCLUSION")
 PUBLISHED = {"candidates": dict(zip(STAGES, (1, 4, 4, 1))), "keep": 2}
-# The errors of this policy are in its reasoning (an exact caption hardly makes a right answer more likely), so the
-# candidates go there. Chosen on the calibration questions.
+# This policy makes its mistakes in the reasoning: an exact caption hardly makes a right answer more likely. So
+# candidates are drawn there. This was chosen on the calibration questions.
 REASONING = {"candidates": dict(zip(STAGES, (1, 1, 4, 1))), "retrace": {"REASONING": "REASONING"}, "max_rounds": 3}
 
-# name -> (search, settings); those of the second need a scorer
+# name -> (search, settings); the searches of the second need a scorer
 PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
     "greedy": ("greedy", {}),
     **{f"token beam of {k}": ("token_beam", {"num_beams": k}) for k in (2, 4, 8)},
@@ -62,7 +64,7 @@ WITH_ORACLES = ("stage beam", "SWIRES, published", "SWIRES, reasoning")
 
 
 def scorers_of(generator: SwiresGenerator, world: World) -> dict[str, Scorer]:
-    """Every scorer that looks at one candidate at a time, by name."""
+    """Return every scorer that scores one candidate at a time, by name."""
     found = {name: SCORERS[name] for name in FREE} | {"judge_yes_no": JudgeScorer(generator.processor)}
     found |= {oracle.__name__: oracle for oracle in (Oracle(world), *(Oracle(world, noise) for noise in NOISES))}
     if REWARD.is_dir():
@@ -71,7 +73,7 @@ def scorers_of(generator: SwiresGenerator, world: World) -> dict[str, Scorer]:
 
 
 def ask(generator: SwiresGenerator, world: World, search: Any, **settings) -> list:
-    """The answers to all questions of the world, some at once."""
+    """Return the answers to all questions of the world, which are asked in groups."""
     answers = []
     for start in range(0, len(world.samples), QUESTIONS_AT_ONCE):
         some = world.samples[start : start + QUESTIONS_AT_ONCE]
@@ -83,7 +85,7 @@ def ask(generator: SwiresGenerator, world: World, search: Any, **settings) -> li
 def sample_pool(
     seeds: Sequence[int], sampling: dict[str, float], names: Sequence[str] | None = None
 ) -> list[list[dict[str, Any]]]:
-    """For each question its sampled answers, each with its score by every scorer, or by those of these names."""
+    """Return, for each question, its sampled answers with their scores by every scorer or by those named."""
     generator, world = SwiresGenerator.from_pretrained("tiny"), World(seeds)
     scorers = {name: scorer for name, scorer in scorers_of(generator, world).items() if names is None or name in names}
 
@@ -116,7 +118,7 @@ def sample_pool(
 def run_search(
     seeds: Sequence[int], search: str, settings: dict[str, Any], scorer: str | None, calibration: Calibration | None
 ) -> list[dict[str, Any]]:
-    """For each question whether the answer was right, and what it cost."""
+    """Return, for each question, whether the answer was right and what it cost."""
     generator, world = SwiresGenerator.from_pretrained("tiny"), World(seeds)
     if scorer is not None:
         settings = {**settings, **SAMPLING, "scorer": {**SCORERS, **scorers_of(generator, world)}[scorer]}
@@ -147,7 +149,7 @@ def calibrate(seeds: Sequence[int], scorer: str) -> list[Calibration]:
 
 
 def in_two(function: Callable[..., list], seeds: Sequence[int], *arguments: Any) -> list:
-    """``function(seeds, *arguments)`` of both halves, each on a core of its own, in order."""
+    """Run ``function(seeds, *arguments)`` on both halves, each on its own core, and join the results in order."""
     half = len(seeds) // 2
     with ProcessPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         parts = [pool.submit(function, part, *arguments) for part in (seeds[:half], seeds[half:])]
@@ -155,12 +157,12 @@ def in_two(function: Callable[..., list], seeds: Sequence[int], *arguments: Any)
 
 
 def best_of(answers: list[dict[str, Any]], scorer: str) -> dict[str, Any]:
-    """The first of the best among those that ended."""
+    """Return the best answer among those that ended; the first one wins ties."""
     return max(answers, key=lambda answer: (answer["closed"], answer["scores"][scorer]))
 
 
 def choose_scorers(pool: list[list[dict[str, Any]]]) -> list[str]:
-    """The two that choose best from a pool, oracles aside, the reward model, and by_stage for those of whole pools."""
+    """Return the scorers to search with: the best two of a pool without oracles, the reward model, and by_stage."""
     names = [name for name in pool[0][0]["scores"] if not name.startswith("oracle")]
     right = {name: sum(best_of(answers, name)["right"] for answers in pool) for name in names}
     print("best of 16 on calibration questions:", {name: f"{n / len(pool):.1%}" for name, n in right.items()})
@@ -169,7 +171,7 @@ def choose_scorers(pool: list[list[dict[str, Any]]]) -> list[str]:
 
 
 def sweep() -> None:
-    """What the temperatures give on 200 of the calibration questions."""
+    """Compare temperatures on 200 of the calibration questions."""
     print("| temperature | top_p | one sample | any of 16 right | distinct answers | best of 16 by the verifier |")
     print("| --- | --- | --- | --- | --- | --- |")
     for temperature, top_p in SWEEP:

@@ -1,4 +1,4 @@
-"""paged_attention and shared_attention beside PyTorch and FlashInfer: ``python benchmarks/bench_attention.py``."""
+"""Time paged_attention and shared_attention beside PyTorch and FlashInfer: ``python benchmarks/bench_attention.py``."""
 
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -14,10 +14,10 @@ from llava_cot_kernels.backend import available
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 32, 8, 128, 16  # Llama 3.2 Vision 11B
 SCALE = HEAD_DIM**-0.5
-# (candidates, shared tokens, private tokens of each); (candidates, keys of the image: 1601 a tile).
+# (candidates, shared tokens, private tokens of each), and (candidates, keys of the image, which has 1601 per tile).
 SMALL_PAGED, PAGED = [(4, 64, 16)], [(16, 1024, 32), (1, 1024, 32), (4, 1024, 128), (16, 256, 32), (64, 1024, 128)]
 SMALL_IMAGES, IMAGES = [(4, 101)], [(N, keys) for keys in (1601, 6404) for N in (1, 4, 16)]
-# Of an output whose values are about 1, against float64.
+# Errors against float64 of an output whose values are about 1.
 MAX_ERROR = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 Providers = dict[str, Callable[[], Any]]
@@ -35,7 +35,7 @@ def cases(device: str, report: bool) -> Iterator[Case]:
 
 
 def paged_case(N: int, shared: int, private: int, dtype: torch.dtype, device: str) -> Case:
-    """One new token for each of ``N`` candidates, forked behind ``shared`` tokens that lie in shared pages."""
+    """Attend for one new token of each of ``N`` candidates that were forked after ``shared`` tokens in shared pages."""
     own = private // PAGE_SIZE
     prefix = torch.arange(shared // PAGE_SIZE)
     page_table = torch.stack([torch.cat([prefix, len(prefix) + n * own + torch.arange(own)]) for n in range(N)])
@@ -53,11 +53,11 @@ def paged_case(N: int, shared: int, private: int, dtype: torch.dtype, device: st
     def ours(backend: str, **hints) -> Callable[[], Tensor]:
         return lambda: paged_attention(*arguments, softmax_scale=SCALE, backend=backend, **hints)
 
-    # Pre-built caches [N, Hkv, tokens, D], as a model without pages has them.
+    # Caches [N, Hkv, tokens, D] that are built beforehand, as a model without pages has them.
     key, value = (x[page_table.long()].flatten(1, 2).transpose(1, 2).contiguous() for x in (key_cache, value_cache))
     providers: Providers = reference(ours("reference"), device)
     for backend in available("paged_attention", device)[:-1]:
-        if (backend, device) != ("triton", "cpu"):  # the interpreter's time says nothing
+        if (backend, device) != ("triton", "cpu"):  # the time of the interpreter means nothing
             providers |= {f"{backend}, no hint": ours(backend), backend: ours(backend, **hints)}
     providers["SDPA"] = lambda: scaled_dot_product_attention(query[:, :, None], key, value, enable_gqa=True)[:, :, 0]
     providers["cascade in torch"] = torch_cascade(query, key, value, shared)
@@ -69,7 +69,7 @@ def paged_case(N: int, shared: int, private: int, dtype: torch.dtype, device: st
 
 
 def image_case(N: int, num_keys: int, dtype: torch.dtype, device: str) -> Case:
-    """One new token for each of ``N`` candidates of one image."""
+    """Attend for one new token of each of ``N`` candidates of one image."""
     query = torch.randn(N, HEADS, HEAD_DIM, device=device).to(dtype)
     key, value = torch.randn(2, num_keys, KV_HEADS, HEAD_DIM, device=device).to(dtype)
     group = torch.zeros(N, dtype=torch.int32, device=device)
@@ -80,8 +80,8 @@ def image_case(N: int, num_keys: int, dtype: torch.dtype, device: str) -> Case:
         return lambda: shared_attention(*arguments, softmax_scale=SCALE, backend=backend)
 
     dense = [x.transpose(0, 1)[None].contiguous() for x in (key, value)]  # [1, Hkv, keys, D]
-    copies = [x.repeat(N, 1, 1, 1) for x in dense]  # a cache for each candidate, as transformers' generate has
-    mask = torch.zeros(N, 1, 1, num_keys, dtype=dtype, device=device)  # which makes transformers repeat the heads
+    copies = [x.repeat(N, 1, 1, 1) for x in dense]  # one cache for each candidate, as in transformers' generate
+    mask = torch.zeros(N, 1, 1, num_keys, dtype=dtype, device=device)  # this makes transformers repeat the heads
 
     def stacked() -> Tensor:
         rows = query.transpose(0, 1)[None]  # [1, Hq, N, D]
@@ -114,22 +114,22 @@ def _case(op: str, name: str, providers: Providers, read_once: int, query: Tenso
 
 
 def reference(call: Callable[[], Tensor], device: str) -> Providers:
-    """On a CPU compiled too. On a GPU it would be unrolled for every sequence, since it asks for their lengths."""
+    """Return the reference, on a CPU compiled too. It reads lengths, so a GPU would unroll it for every sequence."""
     if device == "cuda":
         return {"reference": call}
-    torch._dynamo.reset()  # a case is compiled for its own shapes, and forgotten at the next
+    torch._dynamo.reset()  # each case is compiled for its own shapes only
     return {"reference": call, "torch.compile": torch.compile(call, dynamic=False)}
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """In float64: ``[N, Hq, D]`` queries, ``[N, Hkv, tokens, D]`` keys and values."""
+    """Attend in float64: queries ``[N, Hq, D]``, keys and values ``[N, Hkv, tokens, D]``."""
     grouped = query.double().unflatten(1, (KV_HEADS, -1))
     weights = (grouped @ key.double().mT * SCALE).softmax(-1)
     return (weights @ value.double()).flatten(1, 2)
 
 
 def torch_cascade(query: Tensor, key: Tensor, value: Tensor, shared: int) -> Callable[[], Tensor]:
-    """Two pairs of matrix products, over the shared keys with all rows stacked and over the private, and a merge."""
+    """Attend by cascade: stacked rows over the shared keys, single rows over the private ones, and a merge."""
     N, group = query.shape[0], HEADS // KV_HEADS
     shared_key, shared_value = (x[0, :, :shared].contiguous() for x in (key, value))
     own_key, own_value = (x[:, :, shared:].contiguous() for x in (key, value))
@@ -158,13 +158,13 @@ def _flashinfer() -> Any:
     try:
         import flashinfer
     except ImportError as error:
-        print(f"FlashInfer is left out: {error}")
+        print(f"FlashInfer is not measured: {error}")
         return None
     return flashinfer
 
 
 def flashinfer_paged(query: Tensor, *caches: Tensor, page_table: Tensor, shared: int, private: int) -> Providers:
-    """Its paged decode, which reads the prefix once for each candidate, and its two-level cascade."""
+    """Return FlashInfer's paged decode, which reads the prefix once per candidate, and its two-level cascade."""
     if (flashinfer := _flashinfer()) is None:
         return {}
     N, device = query.shape[0], query.device
@@ -197,7 +197,7 @@ def flashinfer_paged(query: Tensor, *caches: Tensor, page_table: Tensor, shared:
 
 
 def flashinfer_ragged(query: Tensor, key: Tensor, value: Tensor) -> Providers:
-    """Its prefill kernel without a mask: the candidates are the queries of one sequence, the image its keys."""
+    """Return FlashInfer's prefill kernel without a mask: candidates are queries, and the image is the keys."""
     if (flashinfer := _flashinfer()) is None:
         return {}
     wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(_workspace(query.device), "NHD")

@@ -1,15 +1,15 @@
-"""Many questions at once on the tiny model: the same answers as one at a time, in fewer forward steps and less time.
+"""Ask many questions at once on the tiny model: the answers are the same, in fewer forward steps and less time.
 
 ``python benchmarks/bench_batch.py --threads 1`` asks 64 questions in groups of 1, 8 and 64, in one process and on one
-engine; the groups of 1 are the base of all ratios. The answers are compared token for token before anything is printed.
-A forward step is one pass of the model over whatever grows; prefills, one for each question, are not among them.
+engine. Ratios are against the groups of 1. The answers are compared token for token before anything is printed. A
+forward step is one pass of the model over all active branches. Prefills, one for each question, are not counted.
 
-The shares are of the time of a step: within matrix products (by torch's profiler), our attention, our sampler and the
-other ops; the rest is the host's, transformers' modules and the engine. Ops so small seem longer while profiled, so the
-host's share is rather more.
+The shares are parts of the time of a step: matrix products (by torch's profiler), our attention, our sampler and the
+other ops. The rest is the host's: transformers' modules and the engine. Ops this small look longer while they are
+profiled, so the host's share is an underestimate.
 
-Last, SWIRES on all questions at once in a part of the pages that it would use: the same answers, what is computed again
-for want of pages, and the time over that with pages enough.
+The last table is SWIRES on all questions at once with fewer pages than it would use. It shows the tokens that are
+recomputed for want of pages, and the time relative to that with enough pages. The answers are the same.
 """
 
 import argparse
@@ -42,22 +42,22 @@ OWN_OPS = {
     "llava_cot_kernels::shared_attention": "attention",
     "llava_cot_kernels::sample": "drawing",
 }
-# What must hold for the largest group
+# Requirements for the largest group
 MOST_STEPS, LEAST_SPEEDUP = 1.5, 2.0
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of all questions together, asked ``group`` at a time."""
+    """The figures of all questions, asked ``group`` at a time."""
 
     search: str
     group: int
     seconds: float
-    tokens_per_second: float  # drawn, those of candidates that were not kept too
+    tokens_per_second: float  # drawn, including tokens of candidates that were not kept
     forward_steps: int
-    longest: int  # forward steps of each group's longest search alone, summed over the groups
+    longest: int  # forward steps of the longest search of each group, summed over groups
     speedup: float  # over one at a time
-    shares: dict[str, float]  # of the time of a step, in the last group
+    shares: dict[str, float]  # shares of the time of a step, in the last group
 
     @property
     def steps_ratio(self) -> float:
@@ -66,7 +66,7 @@ class Figures:
 
 @contextmanager
 def counted_steps(generator: SwiresGenerator):
-    """A list that gets an entry for every forward step."""
+    """Yield a list that gets one entry for every forward step."""
     view, steps = generator.engine.view, list[int]()
     decode = view.decode
 
@@ -86,7 +86,7 @@ def ask(generator: SwiresGenerator, samples: Sequence[Any], search: Any) -> list
 
 
 def shares_of_steps(generator: SwiresGenerator, samples: Sequence[Any], search: Any) -> dict[str, float]:
-    """What the steps of one group spend their time on, prefills and preprocessing aside; "host" is all but the ops."""
+    """Return the shares of a step's time for one group, without prefills and preprocessing; "host" is the rest."""
 
     def run_steps(watch: AbstractContextManager) -> float:
         plan = generator.plan(search)
@@ -97,7 +97,7 @@ def shares_of_steps(generator: SwiresGenerator, samples: Sequence[Any], search: 
             generator.wait(runs)
             return time.perf_counter() - start
 
-    # The profiler slows what it watches, so its seconds are held against those of a run that nobody watched.
+    # The profiler slows down what it watches, so its seconds are compared with those of a run without it.
     plain = min(run_steps(nullcontext()) for _ in range(2))
     watched = profile(activities=[ProfilerActivity.CPU])
     run_steps(watched)
@@ -200,13 +200,13 @@ def main() -> None:
     for row in (row for name in SEARCHES for row in bench(generator, name, samples)):
         rows.append(row)
         results.add({**asdict(row), "steps_ratio": row.steps_ratio})
-    print("\n| pages | wall time | tokens drawn | tokens computed again |\n| --- | --- | --- | --- |")
+    print("\n| pages | wall time | tokens drawn | tokens recomputed |\n| --- | --- | --- | --- |")
     for pressed in bench_pressure(generator, samples):
         results.add(pressed)
     largest = max(row.group for row in rows)
     missed = [row for row in rows if row.group == largest and not _is_enough(row)]
     for row in missed:
-        print(f"missed by {row.search}: {row.speedup:.2f}x the speed, {row.steps_ratio:.2f}x the steps")
+        print(f"target missed by {row.search}: {row.speedup:.2f}x the speed, {row.steps_ratio:.2f}x the steps")
     if missed:
         raise SystemExit(1)
 

@@ -1,14 +1,14 @@
-"""How long a decode step takes for N candidates of one question: ``python benchmarks/bench_decode.py`` on a GPU.
+"""Measure a decode step for N candidates of one question: ``python benchmarks/bench_decode.py`` on a GPU.
 
-An Mllama of the 11B model's shape with random weights, images of 1 and 4 real tiles, 600 tokens of text: milliseconds a
-step, host included, in one run on
+The model is an Mllama of the 11B model's shape with random weights. The image has 1 or 4 real tiles, and the prompt has
+600 tokens of text. The figures are milliseconds a step, including the host. One run measures
 
-- the engine, beside the bytes that a step must read and the share of the copy bandwidth that makes;
-- transformers with a static cache, and a CUDA graph for each step (``static_decode.py``), its fastest form;
-- transformers' ``generate(num_return_sequences=N)``, up to ``--generate-candidates`` of them.
+- the engine, beside the bytes that a step must read and the share of the copy bandwidth that this is;
+- transformers with a static cache and a CUDA graph for each step (``static_decode.py``), which is its fastest form;
+- ``generate(num_return_sequences=N)`` of transformers, for N up to ``--generate-candidates``.
 
-``--compile`` has torch compile the decoder layers of the first two. ``--profile`` profiles a few steps of the engine
-instead: the calls of the CUDA runtime and the kernels in a step, and their time on the device by name.
+``--compile`` makes torch compile the decoder layers of the first two. ``--profile`` profiles a few steps of the engine
+instead. It shows the calls of the CUDA runtime and the kernels in a step, and their time on the device by name.
 """
 
 import argparse
@@ -36,11 +36,11 @@ from llava_cot_kernels.stage_tags import StageTags
 ROOT = Path(__file__).parents[1]
 SAMPLING = SamplingParams(temperature=1.0, top_p=0.9)
 RATIO_OF_TILES = {1: 1, 4: 6}  # 1 x 1 and 2 x 2
-PROFILED_STEPS = 8  # each is thousands of events, and reading an event takes the profiler about 0.2 ms
+PROFILED_STEPS = 8  # each has thousands of events, and the profiler reads an event in about 0.2 ms
 
 
 def random_mllama(folder: str, device: str, dtype: torch.dtype) -> MllamaForConditionalGeneration:
-    """Made where it stays, its gates open; it never ends by itself."""
+    """Build a random Mllama on ``device`` with open gates. It never ends an answer by itself."""
     settings = AutoConfig.from_pretrained(folder)
     torch.manual_seed(0)
     with torch.device(device):
@@ -51,7 +51,7 @@ def random_mllama(folder: str, device: str, dtype: torch.dtype) -> MllamaForCond
 
 
 def step_bytes(model: MllamaForConditionalGeneration, n: int, tiles: int, text: int, private: int) -> int:
-    """What a step must read: weights, the image and the prompt's keys and values once, those of each candidate."""
+    """Return the bytes that a step must read: weights, image and prompt once, and the keys and values of candidates."""
     settings = model.config.text_config
     weights = sum(
         parameter.numel()
@@ -79,7 +79,7 @@ def grow(engine: Engine, inputs: dict[str, torch.Tensor], n: int, tokens: int) -
 
 
 def engine_step(engine: Engine, inputs: dict[str, torch.Tensor], n: int, tokens: int) -> float:
-    """Milliseconds; the second of two runs, as the first captures."""
+    """Return the milliseconds of a step in the second of two runs; the first captures."""
 
     for _ in range(2):
         drive, looks = grow(engine, inputs, n, tokens), []
@@ -93,7 +93,7 @@ def engine_step(engine: Engine, inputs: dict[str, torch.Tensor], n: int, tokens:
 
 
 def static_step(model, inputs: dict[str, torch.Tensor], n: int, tokens: int, *, compile: bool) -> float:
-    """Milliseconds of transformers with a static cache; opening compiles and captures, the first run warms."""
+    """Return the milliseconds of a step with a static cache. Opening compiles and captures; the first run warms up."""
     temperature, top_p = SAMPLING.temperature, SAMPLING.top_p
     decoder = StaticDecoder(model, inputs, n, tokens, temperature=temperature, top_p=top_p, compile=compile)
     for _ in range(2):
@@ -108,7 +108,7 @@ def static_step(model, inputs: dict[str, torch.Tensor], n: int, tokens: int, *, 
 
 
 def generate_step(model, inputs: dict[str, torch.Tensor], n: int, tokens: int) -> float:
-    """Milliseconds of transformers' ``generate``, by the difference of a long and a short call."""
+    """Return the milliseconds of a step of ``generate``, from the difference of a long and a short call."""
     settings: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_p": 0.9, "top_k": 0}
     seconds = []
     for new in (2, 2, tokens):
@@ -120,7 +120,7 @@ def generate_step(model, inputs: dict[str, torch.Tensor], n: int, tokens: int) -
 
 
 def profiled(engine: Engine, inputs: dict[str, torch.Tensor], n: int) -> dict[str, Any]:
-    """Per step: calls of the CUDA runtime by name, kernels, and their microseconds on the device by name."""
+    """Return, per step, the CUDA runtime calls by name, the number of kernels, and their device time by name."""
 
     kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     profile, drive = torch.profiler.profile(activities=kinds), grow(engine, inputs, n, 3 * PROFILED_STEPS)
@@ -148,7 +148,7 @@ def profiled(engine: Engine, inputs: dict[str, torch.Tensor], n: int) -> dict[st
 
 
 def attempt(step: Callable[[], float]) -> tuple[float | None, str]:
-    """Its milliseconds, and how they are shown; a peer that fails leaves the other figures alone."""
+    """Return milliseconds and the text that shows them. A peer that fails does not affect other figures."""
     try:
         milliseconds = step()
         return milliseconds, f"{milliseconds:.2f}"
@@ -164,15 +164,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT / "configs/llama_3_2_11b_vision"), help="a folder with config.json")
     parser.add_argument("--candidates", type=int, nargs="+", default=[1, 4, 8, 16, 32, 64])
-    parser.add_argument("--generate-candidates", type=int, default=16, help="the most that generate is asked for")
+    parser.add_argument("--generate-candidates", type=int, default=16, help="the largest N that generate runs with")
     parser.add_argument("--tiles", type=int, nargs="+", default=[1, 4], choices=RATIO_OF_TILES)
     parser.add_argument("--text", type=int, default=600, help="tokens of the prompt")
-    parser.add_argument("--tokens", type=int, default=150, help="drawn by each candidate")
+    parser.add_argument("--tokens", type=int, default=150, help="tokens that each candidate draws")
     parser.add_argument("--steps-per-look", type=int)
-    parser.add_argument("--compile", action="store_true", help="the decoder layers")
+    parser.add_argument("--compile", action="store_true", help="compile the decoder layers")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--profile", action="store_true", help="profile a few steps of the engine instead")
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     check_device(args.device)
     model = random_mllama(args.model, args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)

@@ -1,7 +1,8 @@
-"""The least that a decode step can cost on this GPU: ``python benchmarks/bench_floor.py``.
+"""Measure the least that a decode step can cost on this GPU: ``python benchmarks/bench_floor.py``.
 
-Measured in CUDA graphs: the copy bandwidth, the time of a graph node that does almost nothing, and the matrix products
-of the 11B model's layers at 1 to 64 rows, on weights that are in no cache. ``step_model.py --floor`` adds them up.
+It measures in CUDA graphs: the copy bandwidth, the time of a graph node that does almost nothing, and the matrix
+products of the 11B model's layers at 1 to 64 rows, on weights that are in no cache. ``step_model.py --floor`` adds them
+up.
 """
 
 import argparse
@@ -16,17 +17,17 @@ from torch.nn.functional import linear
 
 from llava_cot.engine.graphs import CudaRecorder
 
-SHAPES = {  # (output features, input features); those of two names are fused
+SHAPES = {  # (output features, input features); two names mean a fused product
     "q,o": (4096, 4096), "k,v": (1024, 4096), "qkv": (6144, 4096), "gate,up": (14336, 4096),
     "gate_up": (28672, 4096), "down": (4096, 14336), "head": (128256, 4096),
 }  # fmt: skip
 ROWS = (1, 4, 8, 16, 32, 64)
-WEIGHT_BYTES = 3 << 30  # of one shape, so that none is still in the L2 cache when its turn comes again
+WEIGHT_BYTES = 3 << 30  # weights of one shape, enough that none is still in L2 when it is used again
 NUM_TINY = 1000
 
 
 def microseconds(recorder: CudaRecorder, step: Callable[[], object], repeats: int = 5) -> float:
-    """The median time of a graph of ``step``."""
+    """Return the median time of a graph of ``step``."""
     replay = recorder.capture(step)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times = []
@@ -44,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--device", choices=("cuda",), default="cuda")
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     check_device(args.device)
     recorder = CudaRecorder(torch.device("cuda", 0))
@@ -67,7 +68,7 @@ def main() -> None:
 
 
 def products(recorder: CudaRecorder, n: int, k: int, num_rows: Sequence[int]) -> Iterator[tuple[int, float]]:
-    """(M, microseconds) of one product of [M, K] with a weight [N, K]."""
+    """Return (M, microseconds) of one product of [M, K] with a weight [N, K]."""
     count = max(2, min(64, WEIGHT_BYTES // (2 * n * k)))
     weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
     for m in num_rows:

@@ -1,6 +1,6 @@
-"""token_logprobs and linear_logprobs beside PyTorch, Liger and CCE: ``python benchmarks/bench_logprob.py``.
+"""Time token_logprobs and linear_logprobs beside PyTorch, Liger and CCE: ``python benchmarks/bench_logprob.py``.
 
-Memory has a command of its own: ``python benchmarks/bench_logprob_memory.py``.
+``python benchmarks/bench_logprob_memory.py`` measures memory.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,9 +20,9 @@ LINEAR_SHAPES = {  # T, H, V: the tiny model; a 1B model; 11B, as one step of 16
     "cpu": [(512, 128, 1000), (512, 2048, 128256)],
     "cuda": [(512, 128, 1000), (512, 2048, 128256), (16, 4096, 128256), (2048, 4096, 128256)],
 }
-DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float32)}  # what matters there first
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float32)}  # more important first
 OURS = ("native", "triton", "reference")
-MAX_ERROR = 1e-4  # nats, and of the largest gradient; of ours in any dtype, of the peers in float32
+MAX_ERROR = 1e-4  # in nats, or relative to the largest gradient; for ours in any dtype, and for peers in float32
 MAX_PEER_ERROR = 0.1  # nats: the peers round 16-bit logits
 
 
@@ -36,7 +36,7 @@ def cases(device: str, report: bool) -> Iterator[Case]:
                 yield linear_case(T, H, V, dtype, backward, device)
 
 
-# ---- what is timed ----
+# ---- providers ----
 
 
 def plain_token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def liger_selective(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def linear_providers(device: str, dtype: torch.dtype) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
-    torch._dynamo.reset()  # a case is compiled for its own shapes, and forgotten at the next
+    torch._dynamo.reset()  # each case is compiled for its own shapes only
     providers = {"plain": plain_linear_logprobs, "torch.compile": torch.compile(plain_linear_logprobs, dynamic=False)}
     for backend in available("linear_logprobs", device)[::-1]:
         providers[backend] = lambda *inputs, backend=backend: linear_logprobs(*inputs, backend=backend)
@@ -83,11 +83,11 @@ def linear_providers(device: str, dtype: torch.dtype) -> dict[str, Callable[[Ten
 
 @cache
 def _peer(module: str) -> Any:
-    """The module, or None and a line that says so."""
+    """Import a module, or print that it is missing and return None."""
     try:
         return import_module(module)
     except ImportError as error:
-        print(f"without {module}: {error}", flush=True)
+        print(f"{module} is not measured: {error}", flush=True)
         return None
 
 
@@ -102,7 +102,7 @@ def token_case(T: int, V: int, dtype: torch.dtype, device: str) -> Case:
     for backend in available("token_logprobs", device)[::-1]:
         providers[backend] = lambda *inputs, backend=backend: token_logprobs(*inputs, backend=backend)
     if device == "cuda" and _peer("liger_kernel"):
-        # Liger's rows come with one too many, whose logits it leaves out.
+        # Liger expects one row more and ignores its logits.
         padded = torch.cat([logits, logits[:1]])
         providers["Liger"] = lambda logits, targets: liger_selective(padded, targets)
     calls = {name: lambda f=function: [f(logits, targets)] for name, function in providers.items()}
@@ -120,12 +120,12 @@ def linear_case(T: int, H: int, V: int, dtype: torch.dtype, backward: bool, devi
     inputs = linear_inputs(T, H, V, dtype, backward, device)
     calls = {name: linear_call(function, inputs) for name, function in linear_providers(device, dtype).items()}
     name = f"T={T} H={H} V={V}, {_name(dtype)}, forward{' and backward' if backward else ''}"
-    read = inputs[0].nbytes + inputs[1].nbytes  # by the backward once more; and it writes as much
+    read = inputs[0].nbytes + inputs[1].nbytes  # the backward reads it once more and writes as much
     return Case("linear_logprobs", name, calls, read * (3 if backward else 1), lambda: compare(calls, dtype))
 
 
 def linear_call(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], list[Tensor]]:
-    """Log-probs and, where the inputs need gradients, those of their sum."""
+    """Return log-probs and, for inputs that need them, the gradients of their sum."""
 
     def call() -> list[Tensor]:
         logprobs = function(*inputs)
@@ -137,7 +137,7 @@ def linear_call(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> 
 
 
 def compare(calls: dict[str, Callable[[], list[Tensor]]], dtype: torch.dtype) -> None:
-    """All providers against the reference: log-probs in nats, gradients relative to the largest one."""
+    """Check all providers against the reference: log-probs in nats, gradients relative to the largest one."""
     expected = calls["reference"]()
     for name, call in calls.items():
         for index, (actual, right) in enumerate(zip(call(), expected)):

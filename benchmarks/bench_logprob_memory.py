@@ -1,7 +1,7 @@
-"""Extra peak memory of linear_logprobs, beyond inputs and results: ``python benchmarks/bench_logprob_memory.py``.
+"""Measure the peak memory of linear_logprobs beyond inputs and results: ``python benchmarks/bench_logprob_memory.py``.
 
-On CUDA the allocator counts it. On the CPU each call is made by a fresh process, whose peak resident memory is read. A
-provider that fails leaves its error in the row, and the others are measured all the same.
+On CUDA the allocator counts it. On the CPU each call runs in a fresh process, and its peak resident memory is read. A
+provider that fails leaves its error in the row. The others are measured anyway.
 """
 
 import argparse
@@ -16,7 +16,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def extra_memory(device: str, provider: str, T: int, H: int, V: int, dtype: str, backward: bool) -> int:
-    """In bytes, of one call in this process."""
+    """Return the extra bytes of one call in this process."""
     function = linear_providers(device, DTYPES[dtype])[provider]
     linear_call(function, linear_inputs(2, H, 64, DTYPES[dtype], backward, device))()  # loads libraries
     call = linear_call(function, linear_inputs(T, H, V, DTYPES[dtype], backward, device))
@@ -27,7 +27,7 @@ def extra_memory(device: str, provider: str, T: int, H: int, V: int, dtype: str,
         results = call()
         peak = torch.cuda.max_memory_allocated()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the memory that is resident now
         before = _status("VmRSS")
         results = call()
         peak = _status("VmHWM")
@@ -48,7 +48,7 @@ def measure(device: str, provider: str, shape: tuple[int, ...], dtype: str, dire
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--one", nargs=6, metavar=("PROVIDER", "T", "H", "V", "DTYPE", "BACKWARD"))
     args = parser.parse_args()
     check_device(args.device)
@@ -65,7 +65,7 @@ def main() -> None:
                 extra: dict[str, int] = {}
                 errors: dict[str, str] = {}
                 for provider in linear_providers(args.device, DTYPES[dtype]):
-                    if provider == "torch.compile":  # its compiler's own memory would be counted too
+                    if provider == "torch.compile":  # the memory of its compiler would be counted too
                         continue
                     try:
                         extra[provider] = measure(args.device, provider, shape, dtype, direction)

@@ -1,4 +1,4 @@
-"""Forks, page copies and key/value writes beside PyTorch and transformers: ``python benchmarks/bench_paged_kv.py``."""
+"""Time forks, page copies and key/value writes beside their peers: ``python benchmarks/bench_paged_kv.py``."""
 
 import copy
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from llava_cot_kernels.backend import available
 from llava_cot_kernels.page_pool import PagePool
 from llava_cot_kernels.paged_kv import copy_pages, store_kv
 
-PAGE_SIZE, HEADS, DIM = 16, 8, 128  # of Llama-3.2-11B-Vision
+PAGE_SIZE, HEADS, DIM = 16, 8, 128  # as in Llama-3.2-11B-Vision
 
 
 def cases(device: str, report: bool) -> Iterator[Case]:
@@ -62,7 +62,7 @@ def copy_case(device: str, num_copies: int, layers: int) -> Case:
     order = torch.randperm(2 * num_copies).int()
     copies = order.view(num_copies, 2).to(device)
 
-    def layer_by_layer() -> None:  # as transformers' continuous batching does
+    def layer_by_layer() -> None:  # as in transformers' continuous batching
         source, target = copies.long().unbind(1)
         for plane in kv_cache.flatten(0, 1):
             plane[target] = plane[source]

@@ -1,4 +1,4 @@
-"""sample and its stop test beside PyTorch, transformers and FlashInfer: ``python benchmarks/bench_sampling.py``."""
+"""Time sample and its stop test beside their peers: ``python benchmarks/bench_sampling.py``."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -59,7 +59,7 @@ def sample_case(
     dtype: torch.dtype = torch.float32,
     with_compiled: bool = False,
 ) -> Case:
-    """Every provider but log_softmax gives a token, its raw and its sampling log-prob; ours the entropy too."""
+    """Build a case. Every provider except log_softmax gives a token and both log-probs; ours gives the entropy too."""
     logits = torch.randn(n, vocabulary, device=device)
     if rows == "peaked":
         logits = logits * 2
@@ -76,7 +76,7 @@ def sample_case(
     tensors = {name: torch.full((n,), value, device=device) for name, value in parameters.items()}
 
     def call(backend: str) -> Any:
-        given = filters | {"temperature": TEMPERATURE} if backend == "reference" else tensors  # it sorts for any tensor
+        given = filters | {"temperature": TEMPERATURE} if backend == "reference" else tensors  # tensors make it sort
         return sample(logits, row=index, seed=index, position=index, backend=backend, **given)
 
     ours: Providers = {name: lambda name=name: call(name) for name in available("sample", device)[::-1]}
@@ -91,7 +91,7 @@ def sample_case(
                 torch.testing.assert_close(getattr(out, field), getattr(expected, field), rtol=0, atol=1e-4)
         processed = processors(filters)(None, logits.float()).log_softmax(1)
         of_token = processed.gather(1, expected.token[:, None])[:, 0]
-        torch.testing.assert_close(expected.sampling_logprob, of_token, rtol=0, atol=0.02)  # it drops ties, we do not
+        torch.testing.assert_close(expected.sampling_logprob, of_token, rtol=0, atol=0.02)  # it drops ties
         for name, peer in peers.items():
             if name != "torch.log_softmax alone":
                 assert processed.gather(1, peer()[0].long().view(-1, 1)).isfinite().all(), name
@@ -110,7 +110,7 @@ def processors(filters: dict[str, Any]) -> LogitsProcessorList:
 
 
 def transformers_pipeline(logits: torch.Tensor, filters: dict[str, Any]) -> Callable[[], Any]:
-    """What ``generate(output_logits=True, output_scores=True)`` does, and the two log-probs."""
+    """Draw as ``generate(output_logits=True, output_scores=True)`` does, and compute the two log-probs."""
     process = processors(filters)
 
     def step() -> tuple[torch.Tensor, ...]:
@@ -123,15 +123,15 @@ def transformers_pipeline(logits: torch.Tensor, filters: dict[str, Any]) -> Call
 
 
 def flashinfer_pipelines(logits: torch.Tensor, filters: dict[str, Any]) -> Providers:
-    """Its sampler alone, and with the raw log-prob; it has no log-prob of the filtered distribution."""
+    """Return FlashInfer's sampler alone and with the raw log-prob. It has no log-prob of the filtered distribution."""
     try:
         from flashinfer import sampling as flashinfer
     except ImportError:
-        print("flashinfer is not installed: its figures are missing")
+        print("FlashInfer is not measured: it is not installed")
         return {}
 
     def draw() -> tuple[torch.Tensor]:
-        random = {"seed": 1, "offset": 0}  # given, so that no generator is asked, which a graph could not capture
+        random = {"seed": 1, "offset": 0}  # given, because a graph could not capture a call of a generator
         if filters.keys() == {"top_k", "top_p"}:
             token = flashinfer.top_k_top_p_sampling_from_logits(logits.float() / TEMPERATURE, **filters, **random)
             return (token,)
@@ -152,7 +152,7 @@ def flashinfer_pipelines(logits: torch.Tensor, filters: dict[str, Any]) -> Provi
 
 
 def stop_case(device: str, n: int = 16, tag: str = "</CAPTION>") -> Case:
-    """One step of ``n`` candidates, of which every second closes the tag."""
+    """Build a step of ``n`` candidates, of which every second one closes the tag."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_path())
     body = "<CAPTION>" + " The image shows two red cubes and a small blue ball." * 4 + " "
     texts = [tokenizer(body + tag, add_special_tokens=False).input_ids] * n
@@ -175,7 +175,7 @@ def stop_case(device: str, n: int = 16, tag: str = "</CAPTION>") -> Case:
         draw("auto")
         return criteria(ids, None)
 
-    def decode() -> list[bool]:  # as serving loops do: the text of the last few tokens
+    def decode() -> list[bool]:  # as in serving loops: decode the last few tokens
         draw("auto")
         return [tag in text for text in tokenizer.batch_decode(ids[:, -16:], skip_special_tokens=True)]
 

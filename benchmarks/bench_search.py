@@ -1,21 +1,21 @@
-"""The same SWIRES, same seeds and same tokens, on the engine and as a plain loop over ``model.generate``.
+"""Run one SWIRES search, with the same seeds and tokens, on the engine and as a plain loop over ``model.generate``.
 
-``python benchmarks/bench_search.py`` runs it on a random Mllama of about 100M parameters with real image sizes, with
-``--device cuda`` on one of the 11B model's shape in bfloat16. Random weights close no tag, so every stage is cut at
-24 / 96 / 160 / 16 tokens. The peers are transformers' own:
+``python benchmarks/bench_search.py`` uses a random Mllama of about 100M parameters with real image sizes. With
+``--device cuda`` the model has the shape of the 11B one, in bfloat16. Random weights close no tag, so the stages are
+cut at 24 / 96 / 160 / 16 tokens. The peers are transformers' own:
 
-- cached: the prompt's cache, image included, is computed once and copied; a parent's candidates run as one batch.
-- static, on a GPU: the cached loop on ``StaticDecoder``, a replayed graph in place of ``generate``. It draws other
-  tokens, looks for no tag and scores nothing, but decodes as many tokens in the same batches.
-- published: every candidate is a ``generate`` call at batch 1, from pixels, and the text is decoded after every token.
+- cached: the cache of the prompt and its image is computed once and copied. The candidates of a parent are one batch.
+- static, on a GPU: the cached loop on ``StaticDecoder``, which replays a graph in place of ``generate``. It draws other
+  tokens, finds no tags and scores nothing, but it decodes as many tokens in the same batches.
+- published: every candidate is a ``generate`` call at batch 1, from pixels. The text is decoded after every token.
 
-The engine takes all questions as one continuous batch, which the loops can't. All run in one process on the same
-weights. Each way runs before it is timed: the engine the very same search, the loops one question with 2 tokens a
-stage; the seconds of that first run, compilation and captures included, are noted beside those of the timed one.
+The engine runs all questions as one continuous batch, which the loops cannot. All run in one process on the same
+weights. Each way runs once before it is timed: the engine runs the very same search, and the loops run one question
+with 2 tokens a stage. The seconds of that first run, with compilation and captures, are reported beside the timed ones.
 
-The answers are compared token for token: on the CPU they must be equal, or the loop's figures are an error; in bfloat16
-the share of equal tokens, up to the first that differs, stands beside it. A way that fails leaves a row with its error
-and the others' figures alone; the exit code is 1 then, unless it was a peer that ran out of memory.
+The answers are compared token for token. On the CPU they must be equal; otherwise the figures of the loop are an error.
+In bfloat16 the share of equal tokens, up to the first that differs, is reported. A way that fails leaves its error in
+its row and does not affect the other figures. The exit code is then 1, unless it was a peer that ran out of memory.
 """
 
 import argparse
@@ -54,13 +54,13 @@ TWO_BY_ONE_TILES = 5
 PROMPT_TOKENS = 40
 PAGE_SIZE = 16
 PROMPT_PAGES = PROMPT_TOKENS // PAGE_SIZE + 1
-MOST_CANDIDATES = 4  # of a stage
-SHORT = 2  # tokens of a stage of the search that warms a loop
-LOOPS = {"cached": "cached", "static": "cached, static graph", "published": "published"}  # as they run
+MOST_CANDIDATES = 4  # in a stage
+SHORT = 2  # tokens per stage of the search that warms up a loop
+LOOPS = {"cached": "cached", "static": "cached, static graph", "published": "published"}  # in this order
 
 
 class PeakCudaMemory:
-    """The most allocated memory over that at the start, in MiB."""
+    """Measure the peak of allocated memory above that at the start, in MiB."""
 
     def __enter__(self):
         torch.cuda.reset_peak_memory_stats()
@@ -72,7 +72,7 @@ class PeakCudaMemory:
 
 
 class PeakMemory:
-    """The most resident memory over that at the start, in MiB, looked at every 5 ms."""
+    """Measure the peak of resident memory above that at the start, in MiB, by reading it every 5 ms."""
 
     def __enter__(self):
         ctypes.CDLL(None).malloc_trim(0)
@@ -96,7 +96,7 @@ class PeakMemory:
 
 
 def build_model(device):
-    """Of the 11B model's shape on a GPU, of about 100M parameters elsewhere; it never ends by itself."""
+    """Build a model of the 11B model's shape on a GPU, else of about 100M parameters. It never ends by itself."""
     if device == "cuda":
         return random_mllama(str(ROOT / "configs/llama_3_2_11b_vision"), device, torch.bfloat16)
     model = build_random_mllama(**MODEL, seed=0)
@@ -109,7 +109,7 @@ def peak_memory(model):
 
 
 def used_mib(generator, questions):
-    """Of the keys and values that the engine has reserved before anything is measured, as it does on a GPU."""
+    """Return the MiB of keys and values that the engine reserves before anything is measured, as on a GPU."""
     engine, view = generator.engine, generator.engine.view
     if view.device.type != "cuda":
         return 0.0
@@ -123,13 +123,16 @@ def _resident_mib():
 
 
 class Ways:
-    """Runs one way of a benchmark after another, each for a row; one that fails takes no other's figures."""
+    """Runs the ways of a benchmark one after another, each for a row. A failure does not affect other rows."""
 
     def __init__(self, results: Results):
         self.results, self.failed = results, list[str]()
 
     def run(self, way: str, call: Callable[[], dict[str, Any]], **case: Any) -> dict[str, Any] | None:
-        """The row: ``case``, and what ``call`` found. None where it failed: then the row has its error."""
+        """Add a row with ``case`` and the figures of ``call``, and return the figures.
+
+        If ``call`` fails, the row has its error and the result is None.
+        """
         row = {**case, "way": way}
         name = ", ".join([*(f"{key} {value}" for key, value in case.items()), way])
         try:
@@ -141,7 +144,7 @@ class Ways:
             if way == "engine" or not isinstance(error, torch.OutOfMemoryError):
                 self.failed.append(name)
         self.results.add(row)
-        gc.collect()  # what compiled layers hold is in cycles
+        gc.collect()  # compiled layers hold memory in cycles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if "error" not in row:
@@ -150,12 +153,12 @@ class Ways:
         return None
 
     def exit(self) -> None:
-        """End with 1 if one failed, unless it was a peer that ran out of memory."""
+        """Exit with 1 if a way failed, unless it was a peer that ran out of memory."""
         sys.exit(f"failed: {'; '.join(self.failed)}" if self.failed else 0)
 
 
 class StaticWay:
-    """``CachedWay`` on ``StaticDecoder``s, one for each number of candidates, which all questions share."""
+    """``CachedWay`` on ``StaticDecoder`` objects, one per number of candidates. All questions share them."""
 
     def __init__(self, model, tokenizer, inputs, backend, *, decoders: dict[int, StaticDecoder], **settings):
         self.model, self.decoders, self.settings = model, decoders, settings
@@ -181,18 +184,18 @@ def search_config(stage_tokens: dict[str, int], rounds: int) -> SwiresConfig:
 
 
 def pages_needed(config: SwiresConfig) -> int:
-    """Of a question at most, so that the peers have the rest of a GPU's memory."""
+    """Return the most pages of a question, so that the peers have the rest of a GPU's memory."""
     drawn = sum(pages_drawn(MOST_CANDIDATES, tokens) for tokens in config.max_stage_tokens.values())
     return PROMPT_PAGES + config.max_rounds * drawn
 
 
 def pages_drawn(candidates: int, tokens: int) -> int:
-    """Of so many tokens of each: the first and the last page may be partly filled."""
+    """Return the pages for so many tokens of each branch; the first and last page may be partly filled."""
     return candidates * (tokens // PAGE_SIZE + 2)
 
 
 def run_engine(generator, questions, config) -> tuple[dict[str, Any], list[list[int]]]:
-    """All questions as one continuous batch: figures, and the tokens of each answer."""
+    """Run all questions as one continuous batch. Returns the figures and the tokens of each answer."""
     batch = {name: torch.cat([question[name] for question in questions]) for name in questions[0]}
     generator.engine.runner.peak_pages = 0
     with peak_memory(generator.model) as memory:
@@ -200,7 +203,7 @@ def run_engine(generator, questions, config) -> tuple[dict[str, Any], list[list[
         out = generator.generate(**batch, search=config, seed=0, return_dict_in_generate=True)
         seconds = time.perf_counter() - start
     if held := generator.engine.pages_in_use:
-        raise RuntimeError(f"{held} pages are in use afterwards")
+        raise RuntimeError(f"no page must be in use after the search, got {held}")
     usages = [answer.usage for answer in out.answers]
     counts = [sum(getattr(u, key) for u in usages) for key in ("decoded_tokens", "prompt_tokens", "image_encodings")]
     peak = memory.mib + used_mib(generator, questions)
@@ -208,7 +211,7 @@ def run_engine(generator, questions, config) -> tuple[dict[str, Any], list[list[
 
 
 def run_loop(open_way, model, tokenizer, questions, config) -> tuple[dict[str, Any], list[list[int]]]:
-    """The questions one after another: figures, and the tokens of each answer."""
+    """Run the questions one after another. Returns the figures and the tokens of each answer."""
     tokens, counts = [], []
     with peak_memory(model) as memory:
         start = time.perf_counter()
@@ -225,18 +228,18 @@ KEYS = ("questions", "seconds", "decoded_tokens", "prefilled_tokens", "image_enc
 
 
 def figures(*values: float) -> dict[str, Any]:
-    """Of all of its questions together."""
+    """Return the figures of all questions of a way."""
     return dict(zip(KEYS, values, strict=True))
 
 
 def agreement(found, expected):
-    """The share of tokens up to the first that differs."""
+    """Return the share of tokens up to the first that differs."""
     same = [takewhile(lambda pair: pair[0] == pair[1], zip(*answers)) for answers in zip(found, expected)]
     return sum(len(list(tokens)) for tokens in same) / sum(map(len, found))
 
 
 def bench(args: argparse.Namespace, model, ways: Ways) -> list[dict[str, Any]]:
-    """The rows of the ways that ran, the engine's first."""
+    """Return the rows of the ways that ran, the engine's first."""
     processor = transformers.AutoProcessor.from_pretrained(tiny_path())
     config = search_config(STAGE_TOKENS, args.rounds)
     warm, *questions = (
@@ -263,7 +266,7 @@ def bench(args: argparse.Namespace, model, ways: Ways) -> list[dict[str, Any]]:
             return row
         if args.device == "cpu" and tokens != expected[: len(looped)]:
             raise RuntimeError(
-                "it has other tokens than the engine, and a ratio between different searches means nothing"
+                "it draws other tokens than the engine, and a ratio between different searches means nothing"
             )
         return {**row, "agreement": agreement(tokens, expected)}
 
@@ -290,7 +293,7 @@ def bench(args: argparse.Namespace, model, ways: Ways) -> list[dict[str, Any]]:
 
 
 def report(rows: list[dict[str, Any]]) -> None:
-    """The figures as a table, with their ratios to the engine's: those of a question, and of memory."""
+    """Print the figures as a table, with ratios to the engine's. Ratios are per question, except for memory."""
     print("| way | questions | wall time | tokens decoded | tokens prefilled | image encodings | peak memory |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     engine = next((row for row in rows if row["way"] == "engine"), None)
@@ -306,7 +309,7 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 
 def environment(threads, device):
-    """What the figures were measured on, and with."""
+    """Describe the machine and the versions that the figures were measured with."""
     cpu = f"{threads} cores, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     return {
         "machine": torch.cuda.get_device_name() if device == "cuda" else cpu,
@@ -318,13 +321,13 @@ def environment(threads, device):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=2)
-    parser.add_argument("--looped", type=int, help="of them for the loops, which take one after another; all of them")
-    parser.add_argument("--peers", nargs="*", choices=LOOPS, help="the loops to run; all, on the CPU without static")
-    parser.add_argument("--rounds", type=int, default=1, help="rounds of SWIRES: without a closed stage none passes")
+    parser.add_argument("--looped", type=int, help="questions for the loops, which run them one by one; default: all")
+    parser.add_argument("--peers", nargs="*", choices=LOOPS, help="loops to run; default: all (no static on the CPU)")
+    parser.add_argument("--rounds", type=int, default=1, help="rounds of SWIRES; no stage closes here, so none passes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--compile", action="store_true", help="the decoder layers of the engine and of static")
-    parser.add_argument("--json", type=Path, help="write the figures as JSON")
+    parser.add_argument("--compile", action="store_true", help="compile the decoder layers of the engine and of static")
+    parser.add_argument("--json", type=Path, help="write the figures to this JSON file")
     args = parser.parse_args()
     check_device(args.device)
     if args.peers is None:

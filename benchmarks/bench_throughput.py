@@ -1,12 +1,14 @@
-"""N sampled answers to each of 1, 8 and 64 questions: tokens per second and peak memory.
+"""Measure N sampled answers to each of 1, 8 and 64 questions: tokens per second and peak memory.
 
-``python benchmarks/bench_throughput.py`` runs it on bench_search's random Mllama of about 100M parameters, with
-``--device cuda`` of the 11B model's shape. The peer is ``model.generate(num_return_sequences=N)`` on a batch of all
-questions, which have prompts of one length, so that it pads nothing; where that does not fit into memory, one question
-after another. Of those only ``--in-turn`` are asked, and the seconds are scaled to all of them, as the row's name says.
+``python benchmarks/bench_throughput.py`` uses the random Mllama of bench_search with about 100M parameters. With
+``--device cuda`` it has the shape of the 11B model. The peer is ``model.generate(num_return_sequences=N)`` on a batch
+of all questions. Their prompts have the same length, so nothing is padded. If that does not fit in memory, the peer
+runs one question after another. Only ``--in-turn`` of them are asked, and the seconds are scaled to all; the row's name
+says so.
 
-Each way runs before it is timed, and the seconds of that first run are noted too: the engine the very same questions,
-which compiles and captures all that it needs, transformers 2 tokens. A way that fails leaves a row with its error.
+Each way runs once before it is timed, and the seconds of that first run are reported too. The engine runs the very same
+questions, so it compiles and captures everything that it needs. transformers runs 2 tokens. A way that fails leaves its
+error in its row.
 """
 
 import argparse
@@ -38,7 +40,7 @@ SAMPLING = {"temperature": 1.0, "top_p": 0.9, "top_k": 0}
 
 
 def timed(model, call) -> tuple[float, float]:
-    """Seconds and peak MiB."""
+    """Return seconds and peak MiB."""
     with peak_memory(model) as memory:
         start = time.perf_counter()
         call()
@@ -100,16 +102,16 @@ def main() -> None:
     parser.add_argument("--questions", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--candidates", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--in-turn", type=int, default=4, help="questions that are really asked one after another")
+    parser.add_argument("--in-turn", type=int, default=4, help="questions that are actually asked one after another")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--compile", action="store_true", help="the engine's decoder layers")
-    parser.add_argument("--json", type=Path, help="write the figures as JSON")
+    parser.add_argument("--compile", action="store_true", help="compile the engine's decoder layers")
+    parser.add_argument("--json", type=Path, help="write the figures to this JSON file")
     args = parser.parse_args()
     check_device(args.device)
     torch.set_num_threads(args.threads)
     model = build_model(args.device)
-    # Pages for what is asked, so that the peer has the rest of a GPU's memory.
+    # Only the pages that are needed, so that the peer has the rest of a GPU's memory.
     per_question = PROMPT_PAGES + pages_drawn(args.candidates, args.tokens)
     engine = EngineConfig(PAGE_SIZE, max(args.questions) * per_question, compile=args.compile)
     generator = SwiresGenerator(model, AutoProcessor.from_pretrained(tiny_path()), engine=engine)

@@ -1,13 +1,14 @@
-"""Token beam search on the engine and by ``model.generate(num_beams=k)``: same model, same sequences, one run.
+"""Compare token beam search on the engine with ``model.generate(num_beams=k)``: same model, same sequences, one run.
 
-``python benchmarks/bench_token_beam.py`` runs it on bench_search's random Mllama of about 100M parameters, with
-``--device cuda`` of the 11B model's shape; the sequences must be the same, in bfloat16 the share that is stands beside
-them. Random weights end nothing, so every beam runs to the token limit. transformers keeps a whole cache for each beam,
-the image's keys and values included, and gathers all of it anew at every step; the engine forks by page table and keeps
-the image once.
+``python benchmarks/bench_token_beam.py`` uses the random Mllama of bench_search with about 100M parameters. With
+``--device cuda`` it has the shape of the 11B model. The sequences must be the same; in bfloat16 the share of equal
+tokens is reported. Random weights end no answer, so every beam runs to the token limit. transformers keeps a whole
+cache for each beam, including the keys and values of the image, and copies all of it at every step. The engine forks by
+page table and stores the image once.
 
-Each way runs before it is timed, and the seconds of that first run are noted too: the engine the very same search,
-which compiles and captures all that it needs, transformers 2 tokens. A way that fails leaves a row with its error.
+Each way runs once before it is timed, and the seconds of that first run are reported too. The engine runs the very same
+search, so it compiles and captures everything that it needs. transformers runs 2 tokens. A way that fails leaves its
+error in its row.
 """
 
 import argparse
@@ -74,7 +75,7 @@ def run_transformers(model, inputs: dict, num_beams: int, new_tokens: int) -> tu
 
 
 def image_bytes(model, padded: bool = False) -> int:
-    """Of the image's keys and values: of its 2 real tiles or, as transformers keeps them, of all that there may be."""
+    """Return the size of the image's keys and values: of its 2 real tiles, or of all tiles as in transformers."""
     text, vision = model.config.text_config, model.config.vision_config
     tokens = (vision.max_num_tiles if padded else 2) * ((vision.image_size // vision.patch_size) ** 2 + 1)
     head_dim = text.hidden_size // text.num_attention_heads
@@ -97,13 +98,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--compile", action="store_true", help="the engine's decoder layers")
-    parser.add_argument("--json", type=Path, help="write the figures as JSON")
+    parser.add_argument("--compile", action="store_true", help="compile the engine's decoder layers")
+    parser.add_argument("--json", type=Path, help="write the figures to this JSON file")
     args = parser.parse_args()
     check_device(args.device)
     torch.set_num_threads(args.threads)
     model = build_model(args.device)
-    # Pages for what is asked, so that the peer has the rest of a GPU's memory; a beam is copied before it is dropped.
+    # Only the pages that are needed, so that the peer has the rest of a GPU's memory. A beam is copied before it dies.
     num_pages = PROMPT_PAGES + pages_drawn(2 * max(args.beams), args.tokens)
     engine = EngineConfig(PAGE_SIZE, num_pages, compile=args.compile)
     generator = SwiresGenerator(model, AutoProcessor.from_pretrained(tiny_path()), engine=engine)

@@ -1,11 +1,11 @@
-"""Peak memory of a training step: ``python benchmarks/bench_train_memory.py``.
+"""Measure the peak memory of a training step: ``python benchmarks/bench_train_memory.py``.
 
-1. What ``llava-cot train --plan`` predicts beside what a step of the trainer's own modules holds. On the CPU (124M
-   parameters) torch's memory tracker counts it, and the pages that are resident; on CUDA (3.1B) the allocator does.
+1. The prediction of ``llava-cot train --plan`` beside what a step of the trainer's own modules holds. On the CPU (124M
+   parameters) torch's memory tracker and the resident pages measure it. On CUDA (3.1B) the allocator does.
 2. The loss from the fused head beside transformers' own from plain logits, at a vocabulary of 128,256.
 
-Each figure is of a fresh process; where one fails, a row has its error and the others are measured all the same. Times
-are of a shared machine: take them as a hint.
+Each figure is from a fresh process. If one fails, its row has the error, and the others are measured anyway. Times are
+from a shared machine and therefore rough.
 """
 
 import argparse
@@ -53,7 +53,7 @@ SHAPES = {  # text and vision of an Mllama
         dict(hidden_size=320, intermediate_size=1280, num_hidden_layers=6, num_global_layers=2, attention_heads=4,
              image_size=112, intermediate_layers_indices=[1, 3], vision_output_dim=960),
     ),
-    "3.1B": (  # what one 80 GB GPU trains with float32 masters
+    "3.1B": (  # one 80 GB GPU can train this with float32 masters
         dict(vocab_size=128256, hidden_size=2560, intermediate_size=8704, num_hidden_layers=20, num_attention_heads=20,
              num_key_value_heads=4, cross_attention_layers=[3, 8, 13, 18]),
         dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=16, num_global_layers=4, attention_heads=16,
@@ -62,7 +62,7 @@ SHAPES = {  # text and vision of an Mllama
 }  # fmt: skip
 STEPS = {"cpu": ("124M", 2, 512, 1), "cuda": ("3.1B", 1, 4096, 4)}  # shape, rows, tokens of a row, images of a row
 HEAD_ROWS = (512, 2048, 8192)
-SPARE = 6 << 30  # bytes of memory left to others
+SPARE = 6 << 30  # bytes of memory that are left to other programs
 HEAD_SHAPE = dict(
     vocab_size=128256, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, cross_attention_layers=[1],
@@ -70,7 +70,7 @@ HEAD_SHAPE = dict(
 
 
 def write_shape(folder: Path, text: dict[str, Any], vision: dict[str, Any]) -> MllamaConfig:
-    """A folder with the ``config.json`` of an Mllama, which is all that an empty model needs."""
+    """Write the ``config.json`` of an Mllama to a folder. An empty model needs nothing else."""
     rope = {"rope_type": "default", "rope_theta": 1e4}
     special = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False)
     settings = MllamaConfig(
@@ -91,7 +91,7 @@ def run_config(folder: Path, *, compute: str, checkpointing: bool, device: str =
 
 
 def measure_step(config: TrainConfig, device: torch.device, rows: int, row_tokens: int, images: int) -> dict[str, Any]:
-    """Bytes of the second step, when the optimizer has its state, by a process of a group; weights are random."""
+    """Measure the bytes of the second step, when the optimizer has its state. The weights are random."""
     before = _status("VmRSS")
     root, optimizer = build_run(config, device)
     batch = random_batch(root.model.config, rows, row_tokens, images).to(device)
@@ -106,7 +106,7 @@ def measure_step(config: TrainConfig, device: torch.device, rows: int, row_token
         return {"max_memory_allocated": torch.cuda.max_memory_allocated()}
     tracker = FSDPMemTracker(root, optimizer)
     tracker.track_inputs((batch.inputs,))
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the memory that is resident now
     with tracker:
         step()
     peak, resident = by_category(tracker, "peak"), _status("VmHWM") - before
@@ -114,7 +114,7 @@ def measure_step(config: TrainConfig, device: torch.device, rows: int, row_token
 
 
 def build_run(config: TrainConfig, device: torch.device) -> tuple[Any, torch.optim.Optimizer]:
-    """The trainer's root module and optimizer, on weights of no meaning."""
+    """Build the trainer's root module and optimizer, with random weights."""
     root = Step(build_model(config, empty=True), Sft({}))
     if config.activation_checkpointing:
         checkpoint_activations(root)
@@ -145,7 +145,7 @@ def random_batch(settings: MllamaConfig, rows: int, row_tokens: int, images: int
 
 
 def step_case(device: str, compute: str, checkpointing: bool) -> dict[str, Any]:
-    """A row of the first table."""
+    """Measure a row of the first table."""
     name, rows, row_tokens, images = STEPS[device]
     with tempfile.TemporaryDirectory() as folder:
         write_shape(Path(folder), *SHAPES[name])
@@ -161,7 +161,7 @@ def step_case(device: str, compute: str, checkpointing: bool) -> dict[str, Any]:
 
 
 def head_case(provider: str, rows: int, dtype: str) -> dict[str, Any]:
-    """A row of the second table: a step of a small backbone on one row of ``rows`` supervised tokens, no image."""
+    """Measure a row of the second table: a step of a small backbone on ``rows`` supervised tokens, without image."""
     step, model = head_step(provider, rows, dtype)
     before = _status("VmRSS")
     started = time.perf_counter()
@@ -172,7 +172,7 @@ def head_case(provider: str, rows: int, dtype: str) -> dict[str, Any]:
 
 
 def head_case_without_data(provider: str, rows: int, dtype: str) -> dict[str, Any]:
-    """What the tracker counts on tensors without data, where this machine has no room for the real ones."""
+    """Count with the tracker on tensors without data, for sizes that do not fit on this machine."""
     with FakeTensorMode():
         step, model = head_step(provider, rows, dtype)
         return {"tracker": tracked(step, model)}
@@ -200,7 +200,7 @@ def head_step(provider: str, rows: int, dtype: str) -> tuple[Callable[[], None],
 
 
 def tracked(step: Callable[[], None], model: nn.Module) -> int:
-    """The most that a step holds beyond the weights, in bytes."""
+    """Return the most bytes that a step holds beyond the weights."""
     tracker = MemTracker()
     tracker.track_external(model)
     held = _total(tracker, "current")
@@ -224,13 +224,13 @@ def available_bytes() -> int:
 
 
 def in_process(*arguments: str) -> dict[str, Any]:
-    # Every large tensor in pages of its own, which go back when it is freed: resident memory is what is alive.
+    # Every large tensor gets pages of its own, which are returned when it is freed. So resident memory is live memory.
     environ = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     return json.loads(timing.in_process(__file__, "--one", *arguments, environ=environ))
 
 
 class Rows:
-    """The rows of a benchmark; a case that fails is one with its error."""
+    """Collects the rows of a benchmark. A case that fails becomes a row with its error."""
 
     def __init__(self, results: Results):
         self.results, self.failed = results, False
@@ -283,7 +283,7 @@ def head_row(provider: str, tokens: int, dtype: str, size: int) -> dict[str, Any
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     check_device(args.device)

@@ -1,10 +1,11 @@
-"""How fast a training step is: ``python benchmarks/bench_train_step.py`` on a GPU.
+"""Measure how fast a training step is: ``python benchmarks/bench_train_step.py`` on a GPU.
 
-The trainer's own modules on weights of no meaning and random tokens, images of four 560-pixel tiles: tokens a second,
-the share of the GPU's peak, and memory beside what ``llava-cot train --plan`` says. Medians over steps.
+It runs the trainer's own modules with random weights, random tokens and images of four 560-pixel tiles. It reports
+tokens a second, the share of the GPU's peak, and the memory beside the prediction of ``llava-cot train --plan``.
+Figures are medians over steps.
 
-The model is the 11B one where it fits, and otherwise has as many of its text layers as do: with the default optimizer
-all 40 in 141 GB, 25 or 30 in 80 GB.
+The model is the 11B one if it fits. Otherwise it has as many of its text layers as fit. With the default optimizer
+these are all 40 in 141 GB, and 25 or 30 in 80 GB.
 """
 
 import argparse
@@ -28,14 +29,14 @@ from llava_cot.train.flops import peak_flops
 from llava_cot.train.memory import simulate_step
 
 ROOT = Path(__file__).parents[1]
-UNIT = 5  # text layers, one of them attends to the image: what is left out is a multiple of it
-SHARE = 0.9  # of the free memory that may be planned for
+UNIT = 5  # text layers, one of which attends to the image; layers are left out in multiples of it
+SHARE = 0.9  # share of the free memory that a plan may use
 WARMUP = 3
 GIB = 2**30
 
 
 def write_model(model: str, layers: int, folder: Path) -> str:
-    """A folder with the ``config.json`` of ``model`` with its first ``layers`` text layers alone."""
+    """Write the ``config.json`` of ``model`` with only its first ``layers`` text layers to a folder."""
     settings = AutoConfig.from_pretrained(model)
     text = settings.text_config
     text.num_hidden_layers = layers
@@ -46,9 +47,9 @@ def write_model(model: str, layers: int, folder: Path) -> str:
 
 
 def choose_layers(total: int, plan: Callable[[int], int], free: int) -> tuple[int, int]:
-    """How many of ``total`` text layers fit into ``free`` bytes, at least ``UNIT``, and the bytes planned for them.
+    """Return how many of ``total`` text layers fit in ``free`` bytes, at least ``UNIT``, and their planned bytes.
 
-    A plan takes a second for each layer, and grows by the same bytes with each: two small ones tell the others.
+    A plan takes a second for each layer, and each layer adds the same bytes. So two small plans predict the others.
     """
     if total <= 2 * UNIT:
         return total, plan(total)
@@ -91,14 +92,14 @@ def measure(config: TrainConfig, args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT / "configs/llama_3_2_11b_vision"), help="a folder with config.json")
-    parser.add_argument("--layers", type=int, help="text layers of it; as many as fit")
+    parser.add_argument("--layers", type=int, help="text layers to use; default: as many as fit")
     parser.add_argument("--optimizer", default="adamw_stochastic", help="adamw and adamw8bit keep float32 weights")
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--row-tokens", type=int, default=4096)
-    parser.add_argument("--images", type=int, default=4, help="of a row")
+    parser.add_argument("--images", type=int, default=4, help="images per row")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
     check_device(args.device)
     params = "bfloat16" if args.optimizer == "adamw_stochastic" else "float32"
@@ -120,7 +121,7 @@ def main() -> None:
         row: dict[str, Any] = {"text_layers": layers, "planned": planned, "free": free}
         print(f"{layers} of {total} text layers, planned {planned / GIB:.1f} of {free / GIB:.1f} GiB", flush=True)
         if planned > free:
-            sys.exit("they do not fit into the memory that is free: choose fewer --layers, --row-tokens or --images")
+            sys.exit("the layers do not fit in the free memory: choose fewer --layers, --row-tokens or --images")
         try:
             row |= measure(config(layers), args)
         except torch.OutOfMemoryError as error:

@@ -1,4 +1,4 @@
-"""``pytest benchmarks/``: the short cases of every kernel benchmark under pytest-benchmark."""
+"""Run the short cases of every kernel benchmark under pytest-benchmark: ``pytest benchmarks/``."""
 
 import importlib
 

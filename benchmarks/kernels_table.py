@@ -1,4 +1,4 @@
-"""Writes the table of docs/kernels.md from the committed results: ``python benchmarks/kernels_table.py [--check]``."""
+"""Write the table of docs/kernels.md from the committed results: ``python benchmarks/kernels_table.py [--check]``."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ STEMS = ("paged_kv", "attention", "sampling", "logprob")
 OURS = ("native", "triton", "reference")
 PEERS = "peers: their time over that of the kernel"
 HEADER = ["op", "case", "on", *OURS, "share of copy bandwidth", PEERS, "AVX2: native, share, the closest peer"]
-# The last column is of a CPU without AVX-512; cases that were not measured there leave it empty.
+# The last column is for a CPU without AVX-512. It is empty for cases that were not measured there.
 
 
 def table(results: Path) -> str:
@@ -38,7 +38,7 @@ def table(results: Path) -> str:
         lines += ["", f"Peak memory beyond inputs and results, MiB ({report['machine']}):", ""]
         lines += [f"| `linear_logprobs` | {' | '.join(providers)} |", "| --- |" + " --- |" * len(providers)]
         for row in report["rows"]:
-            found = row["extra_bytes"]  # without the providers that failed
+            found = row["extra_bytes"]  # providers that failed are missing
             extra = [f"{found[name] / 2**20:.0f}" if name in found else "" for name in providers]
             lines.append(f"| {row['case']} | {' | '.join(extra)} |")
     return "\n".join(lines) + "\n"
@@ -59,7 +59,7 @@ def _avx2_cell(row: dict, bandwidth: float) -> str:
 
 
 def _figures(row: dict, bandwidth: float) -> tuple[dict[str, float | None], str, dict[str, float]]:
-    """Milliseconds of our back ends, the share of the copy bandwidth, and the peers' time over that of the fastest."""
+    """Return the milliseconds of our back ends, the share of copy bandwidth, and each peer's time over our fastest."""
     medians = {name: figures["median"] for name, figures in row["ms"].items()}
     ours = {name: ms for name, ms in medians.items() if name.split(",")[0] in OURS}
     backends = {kind: min((ms for name, ms in ours.items() if name.startswith(kind)), default=None) for kind in OURS}
@@ -74,7 +74,7 @@ def _ms(value: float | None) -> str:
 
 
 def _ratio(value: float, is_peer: bool) -> str:
-    """A yardstick, "... alone", does only a part of the work and wins nothing."""
+    """Format a ratio. A yardstick ("... alone") does only a part of the work, so it never wins."""
     shown = f"{value:.2f}x" if value < 1 else f"{value:.1f}x" if value < 100 else f"{value:.0f}x"
     return f"**{shown}, the peer wins**" if value < 1 and is_peer else shown
 

@@ -1,15 +1,15 @@
-"""Decoding by transformers in its fastest form: a static KV cache, no wait for the host, one CUDA graph a step.
+"""Decode with transformers in its fastest form: a static KV cache, no wait for the host, and one CUDA graph a step.
 
-On a GPU a loop over ``model.generate`` spends most of a step in Python, so the engine must also be held against a loop
-that does not. transformers has none for Mllama: before 5.24 it has no static cache for it either, since the layers that
-attend to the image hold another length than the others. ``StaticDecoder`` is put together from its parts: the model as
-it is, a ``StaticLayer`` for each self-attention layer, and a ``DynamicLayer`` with the image's keys and values for each
-cross-attention layer. Wherever there is a choice, the faster one is taken:
+On a GPU a loop over ``model.generate`` spends most of a step in Python. So the engine must also be compared with a loop
+that does not. transformers has none for Mllama. Before 5.24 it has no static cache for it either, because the layers
+that attend to the image have another length than the others. ``StaticDecoder`` is built from parts of transformers: the
+model as it is, a ``StaticLayer`` for each self-attention layer, and a ``DynamicLayer`` with the image's keys and values
+for each cross-attention layer. Where there is a choice, it takes the faster one:
 
 - The prompt and its image are computed once, at batch 1, and copied to the N rows.
-- The image's padding tiles leave the cache after that, which is exact, so that SDPA needs no mask there.
-- The mask of the other layers is made once a step, in the form that SDPA wants, and not in every layer.
-- Tokens are drawn on the device, and nobody looks for a stop token before the end.
+- The padding tiles of the image are then dropped from the cache, which is exact. So SDPA needs no mask there.
+- The mask of the other layers is made once a step, in the form that SDPA needs, and not in every layer.
+- Tokens are drawn on the device, and stop tokens are looked for only at the end.
 """
 
 from collections.abc import Sequence
@@ -26,28 +26,28 @@ from llava_cot.engine.compile import compile_layer
 from llava_cot.engine.graphs import open_recorder
 from llava_cot.engine.model import cache_parameter, copy_around_tensors
 
-MASK_ALIGNMENT = 8  # entries of a row, or SDPA copies the mask in every layer
+MASK_ALIGNMENT = 8  # entries of a row; otherwise SDPA copies the mask in every layer
 
 
 @dataclass
 class Prompt:
-    """What is computed of a prompt before anything is drawn: all but its last token, at batch 1."""
+    """A prompt that is computed up to its last token, at batch 1, before anything is drawn."""
 
     cache: DynamicCache
     last_token: int
-    length: int  # tokens, the last one included
-    tiles: int  # of the image that are left
+    length: int  # tokens, including the last one
+    tiles: int  # tiles of the image that are kept
 
 
 class HostLengthLayer(StaticLayer):
-    """Says on the host that it holds tokens: transformers 5.17 asks in each layer, which would wait for the device."""
+    """Answers on the host whether it holds tokens: transformers 5.17 asks in each layer, and would wait otherwise."""
 
     def get_seq_length(self) -> int:
-        return self.max_cache_len  # nothing depends on how many: mask and positions are given
+        return self.max_cache_len  # any number will do, since mask and positions are given
 
 
 def prefill(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Prompt:
-    """Compute a prompt, a processor's inputs at batch 1."""
+    """Compute a prompt from the inputs of a processor at batch 1."""
     ids, mask = inputs["input_ids"], inputs["cross_attention_mask"]
     image = {name: inputs[name] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
     cache = DynamicCache(config=model.config.get_text_config())
@@ -63,8 +63,8 @@ def prefill(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Prompt:
 class StaticDecoder:
     """Draws ``n`` continuations of one prompt, each of up to ``max_new_tokens`` tokens; temperature 0 is greedy.
 
-    ``step()`` computes and draws one token of each row. On CUDA it replays a graph, and the host does not wait for it;
-    it may be called ``max_new_tokens`` times after a ``begin``. ``compile`` has torch compile the decoder layers.
+    ``step()`` computes and draws one token of each row. On CUDA it replays a graph, and the host does not wait for it.
+    It may be called ``max_new_tokens`` times after a ``begin``. ``compile`` makes torch compile the decoder layers.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class StaticDecoder:
 
     @torch.inference_mode()
     def _open(self, index: int, layer: Any) -> Any:
-        """The layer of ``n`` rows, at addresses that stay."""
+        """Copy a layer to ``n`` rows at fixed addresses."""
         keys, values = (tensor.expand(self.n, -1, -1, -1) for tensor in (layer.keys, layer.values))
         if index in self.model.config.text_config.cross_attention_layers:
             image = DynamicLayer()
@@ -103,12 +103,12 @@ class StaticDecoder:
         static = HostLengthLayer(max_cache_len=len(self.places))
         static.lazy_initialization(keys, values)
         for tensor in (static.keys, static.values, static.cumulative_length):
-            torch._dynamo.mark_static_address(tensor, guard=False)  # or each layer is compiled for its own addresses
+            torch._dynamo.mark_static_address(tensor, guard=False)  # else each layer compiles for its own addresses
         return static
 
     @torch.inference_mode()
     def load(self, prompt: Prompt) -> None:
-        """Take another prompt, which must have as many tokens and tiles as the first, and begin with it."""
+        """Replace the prompt by one with as many tokens and tiles, and begin with it."""
         if (prompt.length, prompt.tiles) != (self.prompt.length, self.prompt.tiles):
             expected = f"{self.prompt.length} tokens and {self.prompt.tiles} tiles"
             raise ValueError(f"prompt must have {expected}, got {prompt.length} and {prompt.tiles}")
@@ -120,10 +120,10 @@ class StaticDecoder:
 
     @torch.inference_mode()
     def begin(self, prefix: Sequence[int] = ()) -> None:
-        """Start again from the prompt and the tokens of ``prefix``, which count as drawn: computed once, at batch 1."""
+        """Start again from the prompt and ``prefix``, whose tokens count as drawn and are computed once, at batch 1."""
         known, start = [self.prompt.last_token, *prefix], self.prompt.length - 1
         end = start + len(prefix)
-        if prefix:  # without a mask, SDPA would take the attention to the image for causal
+        if prefix:  # without a mask, SDPA would make the attention to the image causal
             ids = torch.tensor([known[:-1]], device=self.model.device)
             mask = ids.new_ones(1, end, 1, self.prompt.tiles)
             _forward(self.model, self.prompt.cache, input_ids=ids, cross_attention_mask=mask)
@@ -137,7 +137,7 @@ class StaticDecoder:
         self.index.fill_(0)
 
     def run(self, tokens: int, prefix: Sequence[int] = ()) -> Tensor:
-        """The next ``tokens`` ids of each row after the prompt and ``prefix``: int64 [n, tokens]."""
+        """Draw the next ``tokens`` ids of each row after the prompt and ``prefix``: int64 [n, tokens]."""
         if not 0 <= tokens <= self.max_new_tokens - len(prefix):
             raise ValueError(f"tokens must be in [0, {self.max_new_tokens - len(prefix)}], got {tokens}")
         self.begin(prefix)
@@ -161,13 +161,14 @@ class StaticDecoder:
             return logits.argmax(-1, keepdim=True)
         probs, tokens = torch.softmax(logits / self.temperature, -1).sort(-1, descending=True)
         probs.masked_fill_(probs.cumsum(-1) - probs >= self.top_p, 0.0)
-        # The largest of probs / exponential draws falls on a token as often as its prob says; multinomial would wait.
+        # The largest of probs / exponential draws is a token with the probability of that token. multinomial would
+        # wait.
         return tokens.gather(1, (probs / torch.empty_like(probs).exponential_()).argmax(-1, keepdim=True))
 
 
 @torch.inference_mode()
 def _forward(model: PreTrainedModel, cache: Cache, **inputs: Tensor) -> Tensor:
-    """The logits behind the last token."""
+    """Return the logits after the last token."""
     return model(**inputs, **{cache_parameter(model): cache}, use_cache=True, logits_to_keep=1).logits
 
 
@@ -177,7 +178,7 @@ def _self_layers(model: PreTrainedModel) -> list[int]:
 
 
 def _compiled(model: PreTrainedModel, cache: Cache) -> PreTrainedModel:
-    """A copy that shares the tensors of ``model``, with compiled decoder layers."""
+    """Return a copy that shares the tensors of ``model`` and has compiled decoder layers."""
     model, parameter = copy_around_tensors(model), cache_parameter(model)
     for layer, of_layer in zip(model.model.language_model.layers, cache.layers):
         layer.forward = partial(_forward_layer, compile_layer(layer), parameter, of_layer)

@@ -1,13 +1,13 @@
-"""The decode step on paper: its bytes, graph nodes and expected milliseconds, an estimate for an H100 and an H200.
+"""Estimate the decode step on paper: its bytes, graph nodes and expected milliseconds on an H100 and an H200.
 
 ``python benchmarks/step_model.py --compile`` needs no GPU and measures nothing. The engine's own step runs on tensors
-without data, in an Mllama of the 11B model's shape, and every operator that would launch a kernel is counted; Triton's
-kernels are counted where the code launches them. What a kernel takes follows from the constants below. They are assumed
-until ``--floor FLOOR.json``, which bench_floor.py writes, replaces them. ``--measured DECODE.json``, which
-bench_decode.py writes, puts what a step took beside what was expected of it.
+without data, in an Mllama of the 11B model's shape. Every operator that would launch a kernel is counted. Triton's
+kernels are counted where the code launches them. The time of a kernel follows from the constants below. They are
+assumed until ``--floor FLOOR.json``, which bench_floor.py writes, replaces them. ``--measured DECODE.json``, which
+bench_decode.py writes, shows the measured time of a step beside the expected one.
 
-Copying to the host what was drawn is part of the bubble. The model leaves out the kernels that cuBLAS adds where it
-splits a sum, and the second and later waves of programs of an attention kernel, which 64 candidates need.
+Copying the drawn tokens to the host is part of the bubble. The model leaves out two things: the kernels that cuBLAS
+adds when it splits a sum, and the second and later waves of programs of an attention kernel, which 64 candidates need.
 """
 
 import argparse
@@ -42,23 +42,24 @@ PAGE_SIZE = 16
 
 @dataclass(frozen=True)
 class Card:
-    """What a card does. All but the peak is ASSUMED; a floor file has the copy bandwidth, the node and the GEMMs."""
+    """The speed of a card. All but the peak is ASSUMED. A floor file has the copy bandwidth, the node and the GEMMs."""
 
-    peak_tb_s: float  # of its memory, by the data sheet
+    peak_tb_s: float  # memory bandwidth, by the data sheet
     copy_tb_s: float
     node_us: float = 1.7  # a tiny kernel of a graph, from its start to the start of the next
     key_block_us: float = 1.25  # a block of keys in a program of an attention kernel
-    sample_us: float = 20.0  # the kernel that draws
-    bubble_us: float = 150.0  # the device waits for the host, a step of one candidate
-    bubble_us_more: float = 6.5  # and each further candidate
-    gemm_us: dict[tuple[int, int, int], float] = field(default_factory=dict)  # by N, K, M; only where measured
+    sample_us: float = 20.0  # the kernel that draws tokens
+    bubble_us: float = 150.0  # the device waits for the host in a step of one candidate
+    bubble_us_more: float = 6.5  # and so much more for each further candidate
+    gemm_us: dict[tuple[int, int, int], float] = field(default_factory=dict)  # by N, K, M; only those measured
 
 
 CARDS = {"H100": Card(peak_tb_s=3.35, copy_tb_s=3.0), "H200": Card(peak_tb_s=4.8, copy_tb_s=4.3)}
 # ASSUMED: a GEMM of few rows reads a weight matrix of fewer MB than this at that share of the peak.
 ACHIEVED = {16: 0.40, 64: 0.70, math.inf: 0.85}
-# ASSUMED: launches of a compiled layer besides its GEMMs and the project's own kernels. Found once in what inductor of
-# torch 2.11 wrote for a mocked CUDA device: 18 launches in a self-attention layer, 14 in a cross-attention layer.
+# ASSUMED: launches of a compiled layer besides its GEMMs and the project's own kernels. They were counted once in the
+# code that inductor of torch 2.11 wrote for a mocked CUDA device: 18 launches in a self-attention layer, 14 in a
+# cross-attention layer.
 FUSED = {"self": 8, "cross": 6}
 
 PARTS = ("GEMMs", "tiny kernels", "attention", "image attention", "sampler", "bubble")
@@ -66,7 +67,7 @@ PART_OF_KERNEL = {  # the project's own kernels, by their name in Triton or by t
     **{"_attend_paged": "attention", "_attend_image": "image attention", "sample": "sampler"},
     **{"_group_queries": "tiny kernels", "_merge": "tiny kernels", "store_kv": "tiny kernels"},
 }
-ONE_KERNEL = {  # operators that launch one, besides those that torch tags as pointwise
+ONE_KERNEL = {  # operators that launch one kernel, besides those that torch tags as pointwise
     *("_to_copy", "any", "arange", "bmm", "cat", "copy_", "embedding", "gather", "index", "index_copy_"),
     *("index_select", "mean", "scalar_tensor", "stack"),
 }
@@ -74,25 +75,25 @@ NO_KERNEL = {"_unsafe_view", "empty", "empty_like", "new_empty"}  # and views
 
 
 class Kernel(NamedTuple):
-    """A launch."""
+    """A launch of a kernel."""
 
     part: str
     name: str
-    is_fused: bool = False  # where the layers are compiled
-    weight: torch.Tensor | None = None  # of a GEMM, its bytes, and N, K, M
+    is_fused: bool = False  # if the layers are compiled
+    weight: torch.Tensor | None = None  # of a GEMM, which gives its bytes, N, K and M
     nbytes: int = 0
     shape: tuple[int, int, int] = (0, 0, 0)
-    key_blocks: int = 0  # that the longest program of an attention kernel reads, one after the other
+    key_blocks: int = 0  # blocks that the longest program of an attention kernel reads in turn
 
 
 class Trace(TorchDispatchMode):
-    """Notes the kernels that operators would launch on CUDA, and raises where it does not know an operator."""
+    """Records the kernels that operators would launch on CUDA. It raises for an operator that it does not know."""
 
     def __init__(self, keys: dict[str, int]):
         super().__init__()
         self.kernels: list[Kernel] = []
         self.in_layer = False
-        self._keys = keys  # that a query sees, by op
+        self._keys = keys  # keys that a query sees, by op
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -115,7 +116,7 @@ class Trace(TorchDispatchMode):
         return function(*args, **kwargs)
 
     def _launch_noting(self, op: str, args: tuple) -> None:
-        """The op's own Python decides what is launched, and each kernel notes that it was."""
+        """Run the op's own Python code, which decides what is launched. Each kernel then records its launch."""
         names = [name for name, found in vars(attention).items() if isinstance(found, KernelInterface)]
         noting: dict[str, Any] = {name: _Noting(partial(self._note, name, self._keys[op])) for name in names}
         with patch.multiple(attention, **noting), self:
@@ -129,7 +130,7 @@ class Trace(TorchDispatchMode):
 
 
 class _Noting:
-    """In the place of a Triton kernel; ``note`` takes the arguments of a launch."""
+    """Stands in for a Triton kernel. ``note`` gets the arguments of a launch."""
 
     def __init__(self, note: Callable[..., None]):
         self.note = note
@@ -145,7 +146,7 @@ def _key_blocks(keys: int, constants: dict[str, Any]) -> int:
 
 
 def _on_cuda(op: str, device_type: str) -> tuple[str, ...]:
-    """In the place of ``available``: the back ends of ``op`` on CUDA, the compiled one even where it is not built."""
+    """Stands in for ``available``: the back ends of ``op`` on CUDA, with the compiled one even if it is not built."""
     is_native = any(f'm.impl("{op}"' in source.read_text() for source in (ROOT / "csrc" / "cuda").glob("*.cu"))
     return ("native",) if is_native else available(op, "cuda")
 
@@ -156,12 +157,15 @@ class Step:
 
     candidates: int
     kernels: list[Kernel]
-    layers: Counter[str]  # by kind, "self" and "cross"
-    bytes: dict[str, int]  # that each part must read
+    layers: Counter[str]  # number of layers by kind, "self" and "cross"
+    bytes: dict[str, int]  # bytes that each part must read
 
     @classmethod
     def trace(cls, model: MllamaForConditionalGeneration, n: int, tiles: int, text: int, private: int) -> "Step":
-        """``model`` is on the meta device; each candidate has ``private`` tokens behind a prompt of ``text``."""
+        """Trace a step of ``model``, which is on the meta device.
+
+        A candidate has ``private`` tokens after a prompt of ``text`` tokens.
+        """
         pages = -(-(text + private) // PAGE_SIZE)
         tags = StageTags([b"a", b"</x>"], ["</x>"])
         config = EngineConfig(PAGE_SIZE, pages, steps_per_look=CUDA_STEPS_PER_LOOK)
@@ -186,13 +190,13 @@ class Step:
         return cls(n, trace.kernels, kinds, dict(zip(PARTS, sizes)))
 
     def nodes(self, compiled: bool) -> Counter[str]:
-        """How many nodes of the graph each part has."""
+        """Return the number of graph nodes of each part."""
         nodes = Counter(kernel.part for kernel in self.kernels if not (compiled and kernel.is_fused))
         nodes["tiny kernels"] += compiled * sum(FUSED[kind] * count for kind, count in self.layers.items())
         return nodes
 
     def milliseconds(self, card: Card, compiled: bool) -> dict[str, float]:
-        """What each part is expected to take."""
+        """Return the expected time of each part."""
         us = dict.fromkeys(PARTS, 0.0)
         for kernel in self.kernels:
             if kernel.part == "GEMMs":
@@ -208,7 +212,7 @@ class Step:
 
 
 def gemm_us(card: Card, kernel: Kernel) -> float:
-    """As it was measured, if need be with more rows; else by the bytes of its weight."""
+    """Return the measured time, if need be of more rows, or an estimate from the bytes of the weight."""
     n, k, m = kernel.shape
     measured = [(rows, us) for (*of_weight, rows), us in card.gemm_us.items() if of_weight == [n, k] and rows >= m]
     if measured:
@@ -218,9 +222,9 @@ def gemm_us(card: Card, kernel: Kernel) -> float:
 
 
 def measured_milliseconds(row: dict[str, Any]) -> dict[str, float]:
-    """What each part took, by a row of bench_decode.py with a profile of its kernels; without one nothing is known.
+    """Return the time of each part, from a row of bench_decode.py with a profile. Without a profile nothing is known.
 
-    The gaps between kernels are in the bubble here; where they are expected they are in the kernels.
+    Measured gaps between kernels belong to the bubble. In the estimate they belong to the kernels.
     """
     kernels = row.get("profile", {}).get("microseconds", {})
     ms = dict.fromkeys(PARTS if kernels else (), 0.0)
@@ -236,7 +240,7 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
 
 
 def parts_table(step: Step, cards: dict[str, Card], compiled: bool, row: dict[str, Any] | None = None) -> str:
-    """``row`` is what was measured of the step, on the only one of ``cards``."""
+    """Return the table of parts. ``row`` is the measurement of the step, on the only one of ``cards``."""
     nodes, sizes = step.nodes(compiled), dict(step.bytes)
     nodes["total"], sizes["total"] = nodes.total(), sum(sizes.values())
     times = [step.milliseconds(card, compiled) for card in cards.values()]
@@ -264,7 +268,7 @@ def gemm_table(step: Step, cards: dict[str, Card]) -> str:
 
 
 def card_in(machine: str) -> str:
-    """The name of the card in the description of a machine."""
+    """Return the name of the card in the description of a machine."""
     for name in CARDS:
         if name in machine:
             return name
@@ -272,7 +276,7 @@ def card_in(machine: str) -> str:
 
 
 def read_floor(path: Path) -> dict[str, Card]:
-    """The card, with what was measured on it."""
+    """Return the card, updated with the measurements of a floor file."""
     found = json.loads(path.read_text())
     gemms = {(gemm["n"], gemm["k"], gemm["m"]): gemm["us"] for gemm in found["rows"]}
     assumed = CARDS[name := card_in(found["device"])]
@@ -286,10 +290,10 @@ def main() -> None:
     parser.add_argument("--tiles", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--text", type=int, default=600, help="tokens of the prompt")
     parser.add_argument("--private", type=int, default=75, help="tokens of each candidate")
-    parser.add_argument("--compile", action="store_true", help="the step with compiled decoder layers too")
-    parser.add_argument("--floor", type=Path, nargs="+", default=[], help="what bench_floor.py wrote, of each card")
-    parser.add_argument("--measured", type=Path, help="what bench_decode.py wrote: the steps to expect, and their card")
-    parser.add_argument("--profile", type=Path, help="what bench_decode.py --profile wrote, of the same steps")
+    parser.add_argument("--compile", action="store_true", help="estimate the step with compiled decoder layers too")
+    parser.add_argument("--floor", type=Path, nargs="+", default=[], help="the files of bench_floor.py, one per card")
+    parser.add_argument("--measured", type=Path, help="the file of bench_decode.py: steps to compare, and their card")
+    parser.add_argument("--profile", type=Path, help="the file of bench_decode.py --profile, for the same steps")
     args = parser.parse_args()
     cards, text, private = dict(CARDS), args.text, args.private
     for path in args.floor:

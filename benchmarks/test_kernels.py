@@ -1,4 +1,4 @@
-"""Every kernel beside its peers: ``pytest benchmarks/test_kernels.py --benchmark-columns=median,iqr,rounds``."""
+"""Time every kernel beside its peers: ``pytest benchmarks/test_kernels.py --benchmark-columns=median,iqr,rounds``."""
 
 
 def test_kernel(benchmark, case, provider):

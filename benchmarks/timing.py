@@ -1,7 +1,7 @@
-"""What the kernel benchmarks share: cases of providers side by side, wall-clock quantiles, tables, plots, JSON.
+"""Code that the kernel benchmarks share: cases with several providers, wall-clock quantiles, tables, plots and JSON.
 
-A benchmark is a file with ``cases(device, report)``; ``main(cases)`` makes it a command and ``pytest benchmarks/`` runs
-the same cases under pytest-benchmark. Every provider is checked before any is timed.
+A benchmark is a file with ``cases(device, report)``. ``main(cases)`` makes it a command, and ``pytest benchmarks/``
+runs the same cases under pytest-benchmark. Every provider is checked before any is timed.
 """
 
 import argparse
@@ -24,7 +24,7 @@ NEEDS_GPU = 77  # the exit code of a benchmark that has no device to run on
 
 
 class Results:
-    """A benchmark's figures as a JSON file that is whole after every row: what is stopped later keeps its rows."""
+    """The figures of a benchmark in a JSON file, which is complete after every row, so a stopped run keeps its rows."""
 
     def __init__(self, path: Path | None, **settings: Any):
         self.path, self.found = path, dict[str, Any](settings, rows=[])
@@ -41,20 +41,24 @@ class Results:
 
 
 def check_device(device: str) -> None:
-    """Exit with one line and the code ``NEEDS_GPU`` where ``device`` is a GPU and there is none."""
+    """Exit with one line and the code ``NEEDS_GPU`` if ``device`` is a GPU and there is none."""
     if device.startswith("cuda") and not torch.cuda.is_available():
         print(f"{Path(sys.argv[0]).name} needs a GPU: torch.cuda.is_available() is False")
         sys.exit(NEEDS_GPU)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for ``device`` to have done what was asked of it; a CPU always has."""
+    """Wait until ``device`` has finished its work. On a CPU there is nothing to wait for."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def in_process(script: str, *arguments: str, environ: dict[str, str] | None = None) -> str:
-    """The last line that ``script`` prints in a fresh process. ``RuntimeError`` has the last line of its complaint."""
+    """Return the last line that ``script`` prints in a fresh process.
+
+    Raises:
+        RuntimeError: the script failed; the message is the last line of its stderr.
+    """
     run = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, env=environ)
     if run.returncode:
         raise RuntimeError((run.stderr.splitlines() or [f"exit code {run.returncode}"])[-1])
@@ -63,20 +67,20 @@ def in_process(script: str, *arguments: str, environ: dict[str, str] | None = No
 
 @dataclass(frozen=True)
 class Case:
-    """One call as several providers make it."""
+    """One call, as several providers make it."""
 
     op: str
     name: str
     providers: dict[str, Callable[[], Any]]
-    bytes: int  # that the call must at least read and write
-    check: Callable[[], None]  # raises AssertionError where a provider's result is wrong
+    bytes: int  # the least bytes that the call must read and write
+    check: Callable[[], None]  # raises AssertionError if a provider's result is wrong
     undo: Callable[[], None] = lambda: None  # not timed, after each call
-    on_host: bool = False  # by the host's clock, and not in turns, since a peer's copies would evict the interpreter
+    on_host: bool = False  # use the host's clock and no turns: a peer's copies would evict the interpreter
 
 
 @dataclass(frozen=True)
 class Quantiles:
-    """Of the wall-clock times of one call, in ms."""
+    """Quantiles of the wall-clock times of one call, in ms."""
 
     median: float
     low: float  # 20 %
@@ -93,7 +97,7 @@ def measure(
     warmup: int = 3,
     undo: Callable[[], None] = lambda: None,
 ) -> dict[str, Quantiles]:
-    """Time each call ``repeats`` (>= 5) times after ``warmup`` rounds; the calls take turns on the same machine."""
+    """Time each call ``repeats`` (>= 5) times after ``warmup`` rounds. The calls take turns."""
     if repeats < 5:
         raise ValueError(f"repeats must be >= 5, got {repeats}")
     timed = _time_on_cuda() if device == "cuda" else _time_on_cpu
@@ -122,7 +126,7 @@ def _time_on_cpu(call: Callable[[], object]) -> float:
 
 
 def _time_on_cuda() -> Callable[[Callable[[], object]], float]:
-    """Between two events, after a write that leaves nothing of the call's data in the L2 cache."""
+    """Time a call between two events, after a write that evicts the call's data from the L2 cache."""
     flush = torch.empty(512 << 20, dtype=torch.int8, device="cuda")
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
@@ -138,15 +142,15 @@ def _time_on_cuda() -> Callable[[Callable[[], object]], float]:
 
 
 def _captured(calls: dict[str, Callable[[], object]]) -> list[dict[str, Callable[[], object]]]:
-    """Calls as CUDA graphs, so that no Python is timed; after them, as they are, those that wait for the device.
+    """Turn calls into CUDA graphs, so that no Python is timed. Calls that wait for the device stay as they are.
 
-    A capture that fails leaves PyTorch's allocator unfit for the next one, so what waits is found without a capture.
+    A failed capture would make PyTorch's allocator unusable for the next one. So calls that wait are found beforehand.
     """
     recorder = CudaRecorder(torch.device("cuda", torch.cuda.current_device()))
     graphs, plain = dict[str, Callable[[], object]](), dict[str, Callable[[], object]]()
     for name, call in calls.items():
         if _waits(call):
-            print(f"  {name} waits for the device: it is timed without a graph, its Python included", flush=True)
+            print(f"  {name} waits for the device, so it is timed without a graph and includes Python", flush=True)
             plain[name] = call
         else:
             graphs[name] = recorder.capture(call)
@@ -154,8 +158,8 @@ def _captured(calls: dict[str, Callable[[], object]]) -> list[dict[str, Callable
 
 
 def _waits(call: Callable[[], object]) -> bool:
-    """Whether the host waits for the device in a warm call."""
-    for _ in range(2):  # what is compiled or allocated at first may wait
+    """Return whether the host waits for the device in a warm call."""
+    for _ in range(2):  # the first call may wait for compilation or allocation
         call()
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()
@@ -172,7 +176,7 @@ def _waits(call: Callable[[], object]) -> bool:
 
 
 def copy_bandwidth(device: str, repeats: int = 10) -> float:
-    """Bytes a second that ``Tensor.copy_`` reads and writes, of a matrix too large for any cache."""
+    """Measure the bytes a second that ``Tensor.copy_`` reads and writes, for a matrix that fits in no cache."""
     source = torch.ones(64 << 20 if device == "cpu" else 1 << 30, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     figures = measure({"copy": lambda: target.copy_(source)}, repeats, device)
@@ -180,14 +184,14 @@ def copy_bandwidth(device: str, repeats: int = 10) -> float:
 
 
 def main(cases: Callable[[str, bool], Iterator[Case]], description: str) -> None:
-    """The command line of a benchmark."""
+    """Run the command line of a benchmark."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--report", action="store_true", help="every case; without it the small ones")
+    parser.add_argument("--report", action="store_true", help="run every case; default: only the small ones")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--plot", type=Path, help="draw the medians there (.svg or .png; needs matplotlib)")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--plot", type=Path, help="plot the medians to this file (.svg or .png; needs matplotlib)")
     args = parser.parse_args()
     check_device(args.device)
     torch.set_num_threads(args.threads)
@@ -209,7 +213,7 @@ def main(cases: Callable[[str, bool], Iterator[Case]], description: str) -> None
 
 
 def environment(device: str) -> str:
-    """One line that says what the figures were measured on."""
+    """Describe the machine and the versions in one line."""
     if device == "cuda":
         hardware = torch.cuda.get_device_name()
     else:

@@ -9,8 +9,7 @@ from collections import Counter
 
 import torch
 
-from llava_cot import SwiresGenerator
-from llava_cot.core import SamplingParams
+from llava_cot import SamplingParams, SwiresGenerator
 from llava_cot.data import shapes
 from llava_cot.scoring import confidence
 
