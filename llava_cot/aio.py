@@ -23,7 +23,7 @@ class AsyncGenerator:
     search and gives back everything that it holds.
     """
 
-    def __init__(self, generator: "SwiresGenerator"):
+    def __init__(self, generator: "SwiresGenerator") -> None:
         self._generator = generator
         self.engine = AsyncEngine(generator.engine)
 

@@ -62,7 +62,7 @@ class SwiresGenerator:
         grammar: Grammar = LLAVA_COT,
         calibrations: Sequence[Calibration] = (),
         engine: EngineConfig = EngineConfig(),  # noqa: B008, it is frozen
-    ):
+    ) -> None:
         if bos not in ("one", "released"):
             raise ValueError(f"bos must be 'one' or 'released', got {bos!r}")
         self.model, self.processor, self.bos = model, processor, bos

@@ -36,7 +36,7 @@ class Detokeniser:
     because the text of a token may depend on the one before it.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str]):
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
         self._decode = decode
         self._tokens: list[int] = []
         self._start = self._end = 0  # of the tokens whose text is known, and that new ones are decoded behind

@@ -47,7 +47,7 @@ class Collator:
     What comes out of the model is what comes out of unmodified transformers for each example alone.
     """
 
-    def __init__(self, processor, config, *, pad_to_multiple_of: int = 1):
+    def __init__(self, processor, config, *, pad_to_multiple_of: int = 1) -> None:
         if pad_to_multiple_of < 1:
             raise ValueError(f"pad_to_multiple_of must be >= 1, got {pad_to_multiple_of}")
         self.processor = processor

@@ -44,7 +44,7 @@ class TextForm:
         ValueError: the template has no visible end of a turn.
     """
 
-    def __init__(self, processor):
+    def __init__(self, processor) -> None:
         self._processor = processor
         marker = "the answer stands here"
         messages = [*MessageForm().prompt("?", "", "one"), *MessageForm().completion(marker, True)]

@@ -32,7 +32,7 @@ class ImageChecks:
         max_aspect: float = 50.0,
         decode: bool = True,
         forbidden: frozenset[bytes] = frozenset(),
-    ):
+    ) -> None:
         if not max_aspect >= 1:
             raise ValueError(f"max_aspect must be >= 1, got {max_aspect}")
         if forbidden and not decode:

@@ -60,7 +60,7 @@ class TraceTree:
         ValueError: its question is null, which ``generate`` leaves, or its image is not named.
     """
 
-    def __init__(self, item: Item):
+    def __init__(self, item: Item) -> None:
         trace = item.trace
         if not isinstance(trace, Trace):
             raise TypeError(f"trace must be a Trace, got {type(trace).__name__}; parse_trace(...) makes one of JSON")

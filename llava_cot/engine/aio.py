@@ -45,7 +45,7 @@ class _Waiting:
 class AsyncEngine:
     """Steps ``engine`` in a thread of its own while there is work; that thread starts with the first ``run``."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._changed = threading.Condition()
         self._waiting: list[_Waiting] = []

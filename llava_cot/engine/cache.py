@@ -31,7 +31,7 @@ class _Layer(CacheLayerMixin):
 class PagedLayer(_Layer):
     """Self-attention: new keys and values go to their slots, the attention function reads the pages."""
 
-    def __init__(self, kv_cache: torch.Tensor, batch: Batch):
+    def __init__(self, kv_cache: torch.Tensor, batch: Batch) -> None:
         super().__init__()
         self.kv_cache = kv_cache  # [2, num_pages, page_size, Hkv, D]
         self.batch = batch
@@ -49,7 +49,7 @@ class PagedLayer(_Layer):
 class ImageLayer(_Layer):
     """Cross-attention: filled by the prefill with every tile, read from the image store afterwards."""
 
-    def __init__(self, key: torch.Tensor | None = None, value: torch.Tensor | None = None):
+    def __init__(self, key: torch.Tensor | None = None, value: torch.Tensor | None = None) -> None:
         super().__init__()
         self.keys, self.values = key, value
         self.is_initialized = key is not None
@@ -66,7 +66,7 @@ class ImageLayer(_Layer):
 class PagedCache(Cache):
     """The cache of one forward pass over ``kv_cache`` [2, num_self_layers, num_pages, page_size, Hkv, D]."""
 
-    def __init__(self, kv_cache: torch.Tensor, images: ImageStore, cross_layers: tuple[int, ...], batch: Batch):
+    def __init__(self, kv_cache: torch.Tensor, images: ImageStore, cross_layers: tuple[int, ...], batch: Batch) -> None:
         layers: list[_Layer] = []
         num_cross = 0
         for index in range(kv_cache.shape[1] + len(cross_layers)):

@@ -48,7 +48,7 @@ class Engine:
         tags: StageTags,
         decode: Callable[[Sequence[int]], str] = lambda tokens: "",
         config: EngineConfig = EngineConfig(),  # noqa: B008, it is frozen
-    ):
+    ) -> None:
         self.runner = ModelRunner(model, config)
         self.view, self.pool = self.runner.view, self.runner.pool
         self.tags = tags.to(self.view.device)

@@ -64,7 +64,7 @@ class CudaRecorder(Recorder):
     graphs, since cuBLAS keeps a workspace there, and PyTorch refuses to capture into a pool that nothing uses.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device) -> None:
         self.device, self.stream = device, _capture_stream(device)
         self.pool = torch.cuda.graph_pool_handle()
         with warnings.catch_warnings():
@@ -112,7 +112,7 @@ class CapturedSteps(Generic[Buffers]):
     ``recorder`` if they never run at the same time.
     """
 
-    def __init__(self, device: torch.device, recorder: Recorder, max_bytes: int = MAX_BYTES):
+    def __init__(self, device: torch.device, recorder: Recorder, max_bytes: int = MAX_BYTES) -> None:
         self.device, self.recorder, self.max_bytes = device, recorder, max_bytes
         self._entries: OrderedDict[Shape, tuple[Buffers, Step, int]] = OrderedDict()
 
@@ -151,7 +151,7 @@ class CapturedSteps(Generic[Buffers]):
 class PassBuffers:
     """Room for R rows; those that a pass does not need are idle: they read and write nothing."""
 
-    def __init__(self, shape: Shape, view: ModelView):
+    def __init__(self, shape: Shape, view: ModelView) -> None:
         rows, device = shape.rows, view.device
         self.token, self.position = torch.zeros(2, rows, dtype=torch.int64, device=device)
         slot_mapping = torch.full((rows,), -1, device=device)
@@ -174,7 +174,7 @@ class PassBuffers:
 class Replay:
     """``view.decode`` where every sequence has one token."""
 
-    def __init__(self, view: ModelView, recorder: Recorder):
+    def __init__(self, view: ModelView, recorder: Recorder) -> None:
         self.view = view
         self.captured = CapturedSteps[PassBuffers](view.device, recorder)
 
@@ -212,7 +212,7 @@ class StepBuffers:
     A row whose branch has finished is idle too: its token is neither computed, stored nor drawn again.
     """
 
-    def __init__(self, shape: Shape, num_steps: int, num_tags: int, device: torch.device):
+    def __init__(self, shape: Shape, num_steps: int, num_tags: int, device: torch.device) -> None:
         rows = shape.rows
 
         def zeros(*size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -243,7 +243,7 @@ class Window:
 
     def __init__(
         self, view: ModelView, recorder: Recorder, tags: StageTags, eos_token_ids: frozenset[int], num_steps: int
-    ):
+    ) -> None:
         self.view, self.tags, self.num_steps = view, tags, num_steps
         self.eos_token_ids = torch.tensor(sorted(eos_token_ids) or [-2], device=view.device)
         self.num_tags = len(tags.tags)

@@ -60,7 +60,7 @@ class ModelView:
         ValueError: the model's family is not supported, or a layer of it attends to a window.
     """
 
-    def __init__(self, model: PreTrainedModel, config: EngineConfig):
+    def __init__(self, model: PreTrainedModel, config: EngineConfig) -> None:
         self.family = family_of(model.config)
         self.cross_layers = self.family.cross_layers
         _require_full_attention(model.config.text_config)

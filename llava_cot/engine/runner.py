@@ -22,7 +22,7 @@ TOKENS_PER_PASS = 8192  # of several prompts or branches together: what a pass h
 class ModelRunner:
     """Computes tokens of branches; raises ``OutOfPages`` before anything has changed."""
 
-    def __init__(self, model: PreTrainedModel, config: EngineConfig):
+    def __init__(self, model: PreTrainedModel, config: EngineConfig) -> None:
         self.view = ModelView(model, config)
         self.pool = PagePool(self.view.num_pages, config.page_size)
         self.recorder = open_recorder(self.view.device)

@@ -19,7 +19,7 @@ class Schedule:
     ``inbox`` may be appended to by any thread at any time; everything else belongs to the thread that steps.
     """
 
-    def __init__(self, runner: ModelRunner, decode: Callable[[Sequence[int]], str]):
+    def __init__(self, runner: ModelRunner, decode: Callable[[Sequence[int]], str]) -> None:
         self.decode = decode
         self.runner, self.view, self.pool = runner, runner.view, runner.pool
         self.inbox = deque[Job]()

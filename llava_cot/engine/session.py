@@ -164,7 +164,7 @@ class Session:
     The engine holds it weakly. When its owner has let go of it, its work ends and its pages are given back.
     """
 
-    def __init__(self, engine: "Engine", job: Job):
+    def __init__(self, engine: "Engine", job: Job) -> None:
         self._engine, self._job = engine, job
         self.root, self.usage = 0, job.usage
         self.prompt_tokens = job.root.length

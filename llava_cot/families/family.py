@@ -37,7 +37,7 @@ class Family:
     pixel_values_per_pass: ClassVar[dict[str, int]] = {"cpu": 4 << 20, "cuda": 40 << 20}
     training: ClassVar[type[Training] | None] = None
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Any) -> None:
         self.config = config
 
     @property

@@ -32,7 +32,7 @@ class MllamaTraining(Training):
     A sequence without an image passes the cross-attention layers untouched.
     """
 
-    def __init__(self, config: MllamaConfig):
+    def __init__(self, config: MllamaConfig) -> None:
         self.config = config
 
     @property

@@ -21,7 +21,7 @@ class Example(Protocol):
 class Training(Protocol):
     """The training parts of a model family, bound to the config of one of its models."""
 
-    def __init__(self, config: Any): ...
+    def __init__(self, config: Any) -> None: ...
 
     @property
     def parts(self) -> dict[str, str]:

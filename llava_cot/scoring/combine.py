@@ -10,7 +10,7 @@ from llava_cot.scoring.scorer import Scorer, Span, ask, is_groupwise, name_of
 class ByStage:
     """``scorers[stage]`` for the candidates of a stage, ``default`` for the others and for whole answers."""
 
-    def __init__(self, scorers: Mapping[str, Scorer], default: Scorer, name: str = "by_stage"):
+    def __init__(self, scorers: Mapping[str, Scorer], default: Scorer, name: str = "by_stage") -> None:
         self.scorers, self.default, self.__name__ = dict(scorers), default, name
         self.groupwise = any(map(is_groupwise, [*scorers.values(), default]))
 
@@ -34,7 +34,7 @@ class Borda:
 
     groupwise = True
 
-    def __init__(self, weights: Mapping[Scorer, float], name: str = "borda"):
+    def __init__(self, weights: Mapping[Scorer, float], name: str = "borda") -> None:
         self.weights, self.__name__ = _checked(weights), name
 
     def __call__(self, spans: Sequence[Span]) -> Generator[Any, Any, list[float]]:
@@ -52,7 +52,7 @@ class Weighted:
 
     def __init__(
         self, weights: Mapping[Scorer, float], calibrations: Sequence[Calibration] = (), name: str = "weighted"
-    ):
+    ) -> None:
         self.weights, self.__name__ = _checked(weights), name
         self.calibrations = {calibration.scorer: calibration for calibration in calibrations}
         self.groupwise = any(map(is_groupwise, weights))

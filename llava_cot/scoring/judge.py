@@ -51,7 +51,7 @@ class JudgeScorer:
         prompt: str | None = None,
         words: tuple[str, str] | None = None,
         generate: bool = False,
-    ):
+    ) -> None:
         if mode not in ("yes_no", "pairwise"):
             raise ValueError(f"mode must be 'yes_no' or 'pairwise', got {mode!r}")
         self.processor, self.mode, self.generate = processor, mode, generate

@@ -27,7 +27,7 @@ class RewardModel(MllamaPreTrainedModel):
     Skywork-VL-Reward (arXiv 2505.07263).
     """
 
-    def __init__(self, config):
+    def __init__(self, config) -> None:
         super().__init__(config)
         self.model = MllamaModel(config)
         self.head = torch.nn.Linear(config.text_config.hidden_size, 1)
@@ -62,7 +62,9 @@ class RewardModelScorer:
         hd_num: tiles of an image, for a ``ChatRewardModel``.
     """
 
-    def __init__(self, model: Any, processor=None, *, view: View | None = None, batch_size: int = 32, hd_num: int = 9):
+    def __init__(
+        self, model: Any, processor=None, *, view: View | None = None, batch_size: int = 32, hd_num: int = 9
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
         if processor is None and not isinstance(model, ChatRewardModel):

@@ -14,7 +14,7 @@ from llava_cot.search.tree import Node, candidate_seed, stages_of
 class SearchRun(Drive):
     """A search that runs on a session; its ``result`` is the nodes that the policy returned, the best first."""
 
-    def __init__(self, search: Search, plan: Plan):
+    def __init__(self, search: Search, plan: Plan) -> None:
         self.search, self.plan = search, plan
         super().__init__(search.session, run(search, plan.policy))
 

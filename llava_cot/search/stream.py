@@ -13,7 +13,7 @@ class EventStream:
     Of a search whose every token stands at once (a trait of its configuration) new text comes as ``TextDelta``.
     """
 
-    def __init__(self, run: SearchRun, events: list[Event], decode: Callable[[list[int]], str]):
+    def __init__(self, run: SearchRun, events: list[Event], decode: Callable[[list[int]], str]) -> None:
         self._run, self._events = run, events
         self._detokeniser = Detokeniser(decode) if run.plan.config.streams_tokens else None
         self._num_shown = 0  # tokens

@@ -82,7 +82,7 @@ class SwiresConfig(Staged):
                 raise ValueError(f"{name} must have a number for every stage, got none for {missing[0]!r}")
         self._check_numbers()
 
-    def _check_numbers(self):
+    def _check_numbers(self) -> None:
         for name in ("pass_rank", "max_rounds", "accept_after"):
             value = getattr(self, name)
             if value is not None and value < 1:

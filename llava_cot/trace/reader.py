@@ -16,7 +16,7 @@ FIELDS = ("trace", "image", "gold", "id")
 class TraceError(ValueError):
     """A trace that can't be read: where it is, and what is wrong with it."""
 
-    def __init__(self, source: str, detail: str):
+    def __init__(self, source: str, detail: str) -> None:
         super().__init__(source, detail)
         self.source, self.detail = source, detail
 

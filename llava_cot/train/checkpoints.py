@@ -42,7 +42,7 @@ class Checkpoints:
             as this rank's parameters and optimizer state, and with CUDA pinned and kept for the next save.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2, asynchronous: bool = True):
+    def __init__(self, folder: Path, *, keep: int = 2, asynchronous: bool = True) -> None:
         if keep < 1:
             raise ValueError(f"keep must be >= 1, got {keep}")
         self._folder, self._keep, self._asynchronous = Path(folder), keep, asynchronous

@@ -85,7 +85,7 @@ class Loader:
         workers: int,
         pin_memory: bool,
         values: np.ndarray | None = None,
-    ):
+    ) -> None:
         self._rows, self._plan = _Collated(rows, collator, values), plan
         self._options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory}
 
@@ -108,7 +108,7 @@ def _ignore_stop(worker: int) -> None:
 class _MicroBatches:
     """A sampler whose indices are the rows of a micro-batch."""
 
-    def __init__(self, plan: BatchPlan, start: int, stop: int):
+    def __init__(self, plan: BatchPlan, start: int, stop: int) -> None:
         self._plan, self._steps = plan, range(start, stop)
 
     def __iter__(self) -> Iterator[Rows]:
@@ -116,7 +116,7 @@ class _MicroBatches:
 
 
 class _Collated(Dataset):
-    def __init__(self, rows: datasets.Dataset, collator: Collator, values: np.ndarray | None):
+    def __init__(self, rows: datasets.Dataset, collator: Collator, values: np.ndarray | None) -> None:
         self._rows, self._collator, self._values = rows, collator, values
 
     def __getitem__(self, rows: Rows) -> Batch:

@@ -140,7 +140,7 @@ def by_category(tracker: FSDPMemTracker, moment: str) -> dict[str, int]:
 class _LossOf(nn.Module):
     """A model and its loss head, whose call gives a scalar: as ``Step``, without asking which tokens count."""
 
-    def __init__(self, model):
+    def __init__(self, model) -> None:
         super().__init__()
         self.model = model
 

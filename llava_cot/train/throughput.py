@@ -15,7 +15,7 @@ from llava_cot.train.flops import peak_flops
 class Throughput:
     """Measures from one step's end to the next one's."""
 
-    def __init__(self, config: TrainConfig, training: Training, device: torch.device):
+    def __init__(self, config: TrainConfig, training: Training, device: torch.device) -> None:
         self._config, self._training, self._device = config, training, device
         self.skip()
 

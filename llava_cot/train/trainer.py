@@ -54,7 +54,7 @@ def train(config: TrainConfig) -> None:
 class Trainer:
     """One run: what it is made of, and its loop."""
 
-    def __init__(self, config: TrainConfig, device: torch.device):
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.processor = AutoProcessor.from_pretrained(config.model)
         self.objective = objective_of(config)

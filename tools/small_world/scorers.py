@@ -85,7 +85,7 @@ def _judge_conclusion(sample: shapes.Sample, text: str) -> tuple[list[Word], boo
 class World:
     """The samples of these seeds, found again by their images: scorers are given images."""
 
-    def __init__(self, seeds: Iterable[int]):
+    def __init__(self, seeds: Iterable[int]) -> None:
         self.seeds = list(seeds)
         self.samples = [shapes.sample(seed) for seed in self.seeds]
         self._place = {sample.image.tobytes(): place for place, sample in enumerate(self.samples)}
@@ -108,7 +108,7 @@ class World:
 class Oracle:
     """The truth, 0 or 1, and normal noise of standard deviation ``noise``, the same for the same text."""
 
-    def __init__(self, world: World, noise: float = 0.0):
+    def __init__(self, world: World, noise: float = 0.0) -> None:
         self.world, self.noise = world, noise
         self.__name__ = f"oracle, noise {noise:g}" if noise else "oracle"
 

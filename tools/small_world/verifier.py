@@ -65,7 +65,7 @@ class Batch:
     ``closes`` and ``claims`` are 1 (right), 0 (wrong) or NaN (no label); ``truths`` are next tokens, or -100.
     """
 
-    def __init__(self, processor, rollouts: list[Rollout], chance: random.Random):
+    def __init__(self, processor, rollouts: list[Rollout], chance: random.Random) -> None:
         tokenizer = processor.tokenizer
         samples = [shapes.sample(rollout.seed) for rollout in rollouts]
         views = [[shapes.clean_view(rollout.seed)] for rollout in rollouts]

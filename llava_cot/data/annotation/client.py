@@ -30,7 +30,7 @@ class RequestRefused(RequestFailed):
 
 
 class _TryAgain(Exception):
-    def __init__(self, why: str, wait: float | None = None):
+    def __init__(self, why: str, wait: float | None = None) -> None:
         super().__init__(why)
         self.wait = wait
 
@@ -68,7 +68,7 @@ class ChatClient:
         tpm: float | None,
         options: dict[str, Any],
         image_tokens: int,
-    ):
+    ) -> None:
         try:
             import openai
         except ImportError:

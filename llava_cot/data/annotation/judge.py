@@ -32,7 +32,7 @@ class Verdict:
 class Judge:
     """Asks for structured output until the endpoint refuses it, then for the same JSON as text."""
 
-    def __init__(self, client: ChatClient):
+    def __init__(self, client: ChatClient) -> None:
         self._client = client
         self._is_structured = True
 

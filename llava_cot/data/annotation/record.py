@@ -23,7 +23,7 @@ Kind = Literal["refusal", "violation", "judge", "error", "image"]
 class Rejected(Exception):
     """No annotation, and why; ``reply`` is what the model wrote last."""
 
-    def __init__(self, kind: Kind, reason: str, reply: str = ""):
+    def __init__(self, kind: Kind, reason: str, reply: str = "") -> None:
         super().__init__(reason)
         self.kind, self.reason, self.reply = kind, reason, reply
 
@@ -49,7 +49,7 @@ class Annotator:
         attempts: texts asked for a turn before the conversation is rejected.
     """
 
-    def __init__(self, client: ChatClient, folder: Path, options: Mapping[str, Any], attempts: int):
+    def __init__(self, client: ChatClient, folder: Path, options: Mapping[str, Any], attempts: int) -> None:
         self._client, self._judge = client, Judge(client)
         self._folder, self._options, self._attempts = folder, dict(options), attempts
 

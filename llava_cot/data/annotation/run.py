@@ -166,7 +166,7 @@ class _Run:
         past: Past,
         client: ChatClient,
         show: Callable[[Outcome], None],
-    ):
+    ) -> None:
         self._settings, self._past, self._client, self._show = settings, past, client, show
         self._accepted, self._rejected = accepted, rejected
         self._todo = to_do(questions, past, settings.limit)

@@ -41,7 +41,7 @@ class Dpo:
     names = ("preference/accuracy", "preference/margin", "preference/chosen", "preference/rejected")
     reference = staticmethod(completion_logprobs)
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
     def encode(self, row: Mapping[str, Any], processor, images: Path, bos: Bos) -> list[Example]:

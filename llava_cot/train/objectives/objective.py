@@ -56,7 +56,7 @@ class Objective(Protocol):
 class Step(nn.Module):
     """The module whose call is a forward pass and its losses, or its reference: the root that FSDP2 sees."""
 
-    def __init__(self, model: PreTrainedModel, objective: Objective):
+    def __init__(self, model: PreTrainedModel, objective: Objective) -> None:
         super().__init__()
         self.model, self.objective = model, objective
 

@@ -21,7 +21,7 @@ class Sft:
 
     reference = None
 
-    def __init__(self, stage_weights: Mapping[str, float]):
+    def __init__(self, stage_weights: Mapping[str, float]) -> None:
         self.names = (*(f"loss/{stage}" for stage in STAGES), "loss/outside")
         # The last one is that of stage -1.
         self._weights = torch.tensor([stage_weights.get(stage, 1.0) for stage in STAGES] + [1.0])
