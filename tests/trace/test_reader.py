@@ -9,6 +9,8 @@ import pytest
 from helpers.traces import failed, loop, sentences, spent, two_retraces
 
 from llava_cot.core import Usage
+from llava_cot.data import shapes
+from llava_cot.search import POLICIES, Budget
 from llava_cot.stages import LLAVA_COT
 from llava_cot.trace import (
     TRACE_VERSION,
@@ -29,6 +31,14 @@ TRACES = (two_retraces, loop, sentences, spent, failed)
 def test_what_is_written_is_read(make):
     trace = make()
     assert parse_trace(trace.to_json()).data == parse_trace(trace.data).data == trace.data
+
+
+@pytest.mark.parametrize("search", POLICIES)
+def test_what_every_policy_writes_is_read(tiny, search):
+    sample = shapes.sample(500_010)
+    budget = Budget(generated_tokens=60)  # so that a policy tells of this too
+    trace = tiny.answer(sample.image, sample.question, search, max_new_tokens=50, budget=budget).trace
+    assert parse_trace(trace.to_json()).to_json() == trace.to_json()
 
 
 def test_numbers_that_json_has_not():
