@@ -102,6 +102,7 @@ def bare_generator(tiny):
     """A generator on any model; its processor only stands in for a tokenizer."""
 
     def make(model, **kwargs):
-        return SwiresGenerator(model, tiny.processor, engine=EngineConfig(**kwargs))
+        settings = {name: kwargs.pop(name) for name in ("bos", "grammar", "calibrations") if name in kwargs}
+        return SwiresGenerator(model, tiny.processor, engine=EngineConfig(**kwargs), **settings)
 
     return make

@@ -83,7 +83,7 @@ def token_beam(search: Search, config: TokenBeamConfig):
         ]
         beams = [_Beam(step.score, last, *_longer(beams[step.beam], step)) for step, (last,) in zip(steps, replies)]
     if spent:
-        search.note("budget_spent", what=spent)
+        search.note("budget_spent", what=spent, spent=getattr(search.usage, spent))
     nodes = [search.add(whole, score) for score, whole in hypotheses]
     best = nodes[: config.num_return_sequences]
     search.keep(nodes, best)
