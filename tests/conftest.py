@@ -4,6 +4,7 @@ from collections import Counter
 import pytest
 import torch
 from helpers.random_mllama import TINY_SHAPE, build_random_mllama
+from hypothesis import HealthCheck, settings
 
 from llava_cot import EngineConfig, SwiresGenerator, tiny_path
 from llava_cot_kernels import _C
@@ -13,6 +14,10 @@ BACKENDS = {"reference", "native", "fibers", "triton", "cuda"}
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SLOW = {"test_reference_loop", "test_trainer"}  # files
 NEEDS_GPU = 77  # the exit code, where --gpu finds none
+
+# On a busy machine every example may be slow.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 def pytest_addoption(parser):
