@@ -7,7 +7,7 @@ continuations. The same policy therefore runs on the local engine, on a remote s
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 Bos = Literal["one", "released"]  # how many BOS tokens a prompt begins with: the released weights were trained with two
 
@@ -192,8 +192,10 @@ class Call:
 
 Request = Expand | Extend | Release | Call
 
-# A search as a coroutine: it yields requests, and is sent one reply for each of them.
-Program = Generator[list[Request], list[list[Any]], Any]
+Result = TypeVar("Result")
+
+# A search as a coroutine: it yields requests, is sent one reply for each of them, and returns a ``Result``.
+Program = Generator[Sequence[Request], list[list[Any]], Result]
 
 # One reply for each request; an exception in the place of a ``Call``'s results is raised in the program, which may go
 # on. A lone exception says that the session has ended.

@@ -11,7 +11,15 @@ from typing import Any, Literal, overload
 import torch
 import transformers
 from PIL.Image import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+    StoppingCriteria,
+)
 
 from llava_cot.aio import AsyncGenerator
 from llava_cot.answer import Answer, Finished
@@ -336,15 +344,15 @@ class SwiresGenerator:
 
     def __call__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         input_ids: torch.Tensor,
-        logits_processor: Sequence[Any] = (),
-        stopping_criteria: Sequence[Any] = (),
-        generation_config: Any = None,
+        logits_processor: Sequence[LogitsProcessor] = (),
+        stopping_criteria: Sequence[StoppingCriteria] = (),
+        generation_config: GenerationConfig | None = None,
         *,
         search: SearchLike = "swires",
         seed: int | None = None,
-        settings: Mapping[str, Any] | None = None,
+        settings: Mapping[str, object] | None = None,
         **kwargs: Any,
     ) -> torch.Tensor | SearchOutput:
         """``model.generate(**inputs, custom_generate=generator, search=..., seed=..., settings={...})``.

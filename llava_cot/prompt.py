@@ -1,13 +1,14 @@
 """From an image and a question to what the model is fed, one sample at a time."""
 
 import torch
+from transformers import PreTrainedConfig, ProcessorMixin
 
 from llava_cot.core import Bos
 from llava_cot.families import Prompt, family_of
 from llava_cot.image import ImageLike, open_image
 
 
-def build_inputs(processor, image: ImageLike, question: str, bos: Bos) -> Prompt:
+def build_inputs(processor: ProcessorMixin, image: ImageLike, question: str, bos: Bos) -> Prompt:
     """The processor's inputs for one question: chat template, generation prompt, one BOS.
 
     Most chat templates write a BOS themselves; ``bos="released"`` lets the tokenizer add a second one, as the released
@@ -27,7 +28,7 @@ def build_inputs(processor, image: ImageLike, question: str, bos: Bos) -> Prompt
     return {name: tensor for name, tensor in batch.items() if name != "attention_mask"}  # nothing is padded
 
 
-def split_rows(inputs: dict[str, torch.Tensor], config) -> list[Prompt]:
+def split_rows(inputs: dict[str, torch.Tensor], config: PreTrainedConfig) -> list[Prompt]:
     """The rows of a processor's batch, each without its padding. Raises ``ValueError`` naming what does not fit.
 
     ``config`` is the model's: it says what there must be, and which tokens stand for images.

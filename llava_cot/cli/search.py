@@ -3,8 +3,9 @@
 import random
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, Group
@@ -15,6 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from llava_cot.atomic import replacing
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from llava_cot.answer import Answer, Finished
+    from llava_cot.search import SwiresConfig
+    from llava_cot.search.events import Candidates, Event
+    from llava_cot.trace import Trace
 
 app = typer.Typer()
 
@@ -149,7 +158,17 @@ def export(
     print(f"{export_file(traces, out, format, model=model, **settings)} rows")
 
 
-def _run(image, question, search, model, device, settings, json, trace, gold=None) -> str:
+def _run(
+    image: Path,
+    question: str,
+    search: str,
+    model: str,
+    device: str | None,
+    settings: dict[str, Any],
+    json: bool,
+    trace: Path | None,
+    gold: str | None = None,
+) -> str:
     from transformers.utils import logging
 
     from llava_cot.generator import SwiresGenerator
@@ -159,7 +178,7 @@ def _run(image, question, search, model, device, settings, json, trace, gold=Non
     generator = SwiresGenerator.from_pretrained(model, device=device)
     plan = _search(search)
 
-    def write(found) -> None:
+    def write(found: "Trace") -> None:
         if trace is not None:
             is_page = trace.suffix.lower() == ".html"
             written = found.to_html(image=open_image(image), gold=gold) if is_page else found.to_json(indent=1)
@@ -181,7 +200,7 @@ def _run(image, question, search, model, device, settings, json, trace, gold=Non
     return result.conclusion
 
 
-def _search(name: str):
+def _search(name: str) -> "str | SwiresConfig":
     from llava_cot.search import SwiresConfig
 
     policy, _, preset = name.partition(":")
@@ -202,7 +221,7 @@ def _settings(search: str) -> set[str]:
     return {field.name for field in fields(policy[0])} if policy else set()
 
 
-def _json(result) -> str:
+def _json(result: "Answer") -> str:
     import json
     from dataclasses import asdict
 
@@ -210,7 +229,7 @@ def _json(result) -> str:
     return json.dumps({"conclusion": result.conclusion, "stages": stages, "usage": asdict(result.usage)}, indent=1)
 
 
-def _watch(question: str, events):
+def _watch(question: str, events: "Iterable[Event | Finished]") -> "Answer":
     """Show the search as it happens; returns its answer."""
     from llava_cot.answer import Finished
     from llava_cot.search.events import Candidates, Retrace, StageFinal, TextDelta
@@ -238,10 +257,11 @@ def _watch(question: str, events):
             elif isinstance(event, Finished):
                 shown.append(_answer(event.answer))
             live.update(Group(*shown))
+    assert isinstance(event, Finished)  # every stream ends with it
     return event.answer
 
 
-def _candidates(event) -> Table:
+def _candidates(event: "Candidates") -> Table:
     table = Table(title=f"{event.stage or 'ANSWERS'} · round {event.round}", title_justify="left", expand=True)
     for name, options in (("", {"width": 1}), ("score", {"justify": "right", "width": 8}), ("candidate", {"ratio": 1})):
         table.add_column(name, **options)
@@ -253,7 +273,7 @@ def _candidates(event) -> Table:
     return table
 
 
-def _answer(answer) -> Panel:
+def _answer(answer: "Answer") -> Panel:
     lines = Text()
     for name, stage in answer.stages.items():
         note = "" if stage.outcome == "complete" else f" ({stage.outcome})"
@@ -267,10 +287,10 @@ def _answer(answer) -> Panel:
     return Panel(lines, title=Text(f"answer: {answer.conclusion}"), title_align="left", border_style="green")
 
 
-def _show_image(image, title: str) -> None:
+def _show_image(image: "Image", title: str) -> None:
     """The image in the terminal, two pixels a character."""
     lines = Text()
-    pixels = image.load()
+    pixels: Any = image.load()
     for y in range(0, image.height, 2):
         for x in range(image.width):
             top, bottom = pixels[x, y], pixels[x, y + 1]

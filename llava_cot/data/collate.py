@@ -5,12 +5,13 @@ holds without a cache only, so the model is called with ``use_cache=False``.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig, ProcessorMixin
 
 from llava_cot.data.example import IGNORE_INDEX, Example
 from llava_cot.families import training_of
@@ -35,9 +36,9 @@ class Batch:
     def pin_memory(self) -> "Batch":
         return self._map(Tensor.pin_memory)
 
-    def _map(self, function) -> "Batch":
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         inputs = {name: function(tensor) for name, tensor in self.inputs.items()}
-        tensors = {name: function(getattr(self, name)) for name in ("targets", "stages", "ends")}
+        tensors: dict[str, Any] = {name: function(getattr(self, name)) for name in ("targets", "stages", "ends")}
         return replace(self, inputs=inputs, **tensors)
 
 
@@ -47,7 +48,7 @@ class Collator:
     What comes out of the model is what comes out of unmodified transformers for each example alone.
     """
 
-    def __init__(self, processor, config, *, pad_to_multiple_of: int = 1) -> None:
+    def __init__(self, processor: ProcessorMixin, config: PreTrainedConfig, *, pad_to_multiple_of: int = 1) -> None:
         if pad_to_multiple_of < 1:
             raise ValueError(f"pad_to_multiple_of must be >= 1, got {pad_to_multiple_of}")
         self.processor = processor

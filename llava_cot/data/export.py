@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_cot.data.forms import MESSAGES, MessageForm, TextForm
 from llava_cot.data.groups import to_groups
@@ -18,6 +18,9 @@ from llava_cot.data.jsonl import read_items, write_jsonl
 from llava_cot.data.steps import to_steps
 from llava_cot.data.traces import Item, trace_id
 from llava_cot.data.trl import to_preferences, to_sft, to_unpaired
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 FORMATS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "sft": to_sft,
@@ -28,7 +31,9 @@ FORMATS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
 }
 
 
-def export_file(traces: Path | str, out: Path | str, format: str, *, model: str | None = None, **settings) -> int:
+def export_file(
+    traces: Path | str, out: Path | str, format: str, *, model: str | None = None, **settings: object
+) -> int:
     """The rows of a file of items (``read_items``) as another file; returns how many.
 
     ``model`` is the folder or name of the processor for the rows that are text (preferences and unpaired), by default
@@ -64,7 +69,7 @@ def _of_model(item: Item, name: str) -> Item:
     return item
 
 
-def _processor(name: str):
+def _processor(name: str) -> "ProcessorMixin":
     from transformers import AutoProcessor
 
     from llava_cot.tiny import tiny_path

@@ -3,11 +3,12 @@
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -54,10 +55,10 @@ class ImageChecks:
         raise Defect(kind, f"{path!r} {text}" if len(path) < 300 else f"{path[:300]!r}... {text}")
 
     @cached_property
-    def _judged(self):
+    def _judged(self) -> Callable[[str], tuple[str, str | None]]:
         return lru_cache(CACHE)(self._judge)
 
-    def __getstate__(self):  # the cache stays behind when the checks go to a worker
+    def __getstate__(self) -> dict[str, Any]:  # the cache stays behind when the checks go to a worker
         return {name: value for name, value in vars(self).items() if name != "_judged"}
 
     def _judge(self, path: str) -> tuple[str, str | None]:

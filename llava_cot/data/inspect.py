@@ -1,15 +1,19 @@
 """What a training example looks like: its tokens, coloured by stage."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from llava_cot.data.example import IGNORE_INDEX, Example
 
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
 COLOURS = ("green", "cyan", "yellow", "magenta", "blue", "red")
 
 
-def show(example: Example, processor, names: Sequence[str]) -> Text:
+def show(example: Example, processor: "ProcessorMixin", names: Sequence[str]) -> Text:
     """The example's text: a colour a stage, dim what is not learnt, images in reverse, a legend in front."""
     text = Text()
     for index, name in enumerate(names):
@@ -29,7 +33,7 @@ def _colour(stage: int) -> str:
     return COLOURS[stage % len(COLOURS)] if stage >= 0 else "bold"
 
 
-def _runs(example: Example, image_token: int):
+def _runs(example: Example, image_token: int) -> Iterator[tuple[slice, bool, int]]:
     """Slices of equal style, so that characters of several tokens are decoded together: (slice, is ignored, stage)."""
     keys = [
         (token == image_token, label == IGNORE_INDEX, stage)

@@ -15,7 +15,7 @@ class _Layer(CacheLayerMixin):
     is_sliding = False
     is_compileable = False
 
-    def lazy_initialization(self, key_states, value_states) -> None:
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.is_initialized = True
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -36,7 +36,9 @@ class PagedLayer(_Layer):
         self.kv_cache = kv_cache  # [2, num_pages, page_size, Hkv, D]
         self.batch = batch
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         # [rows, Hkv, T, D], a strided view of the projection; of a single row it stays one
         key, value = (states.transpose(1, 2).flatten(0, 1) for states in (key_states, value_states))
         store_kv(key, value, self.kv_cache[0], self.kv_cache[1], self.batch.slot_mapping)
@@ -54,7 +56,9 @@ class ImageLayer(_Layer):
         self.keys, self.values = key, value
         self.is_initialized = key is not None
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self.keys, self.values = key_states, value_states  # [rows, Hkv, tiles * patches, D]
         self.is_initialized = True
         return key_states, value_states

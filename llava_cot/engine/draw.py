@@ -1,6 +1,7 @@
 """The end of a step: a token for every growing branch, and whether the branch ends with it."""
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ class Drawn(NamedTuple):
 def candidates(rows: list[int], slots: list[Slot], device: torch.device) -> Candidates:
     """``rows`` are those of the logits that each slot draws from."""
 
-    def column(values, dtype) -> torch.Tensor:
+    def column(values: Iterable[float], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(list(values), dtype=dtype, device=device)
 
     params = [slot.request.params for slot in slots]
@@ -65,7 +66,8 @@ def candidates(rows: list[int], slots: list[Slot], device: torch.device) -> Cand
         min_p=column((p.min_p for p in params), torch.float32),
         seed=column((slot.branch.seed for slot in slots), torch.int64),
         position=column((slot.branch.length for slot in slots), torch.int64),
-        tag_state=column((slot.branch.tag_state for slot in slots), torch.int32),
+        # A branch that grows has a state.
+        tag_state=column((slot.branch.tag_state for slot in slots), torch.int32),  # type: ignore[misc]
     )
 
 

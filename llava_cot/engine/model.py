@@ -120,7 +120,7 @@ class ModelView:
         return self._forward(cache, logits_to_keep=keep, **rows)[0]
 
     @torch.inference_mode()
-    def _forward(self, cache: PagedCache, **inputs) -> torch.Tensor:
+    def _forward(self, cache: PagedCache, **inputs: object) -> torch.Tensor:
         inputs[self._cache_parameter] = cache
         return self._model(**inputs, use_cache=True, paged_batch=cache.batch, paged_layers=cache.layers).logits
 

@@ -3,10 +3,9 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Generator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from llava_cot.core import Expand, SamplingParams
+from llava_cot.core import Expand, Program, SamplingParams
 from llava_cot.scoring.confidence import confidence
 from llava_cot.scoring.scorer import Span, groupwise
 from llava_cot.stages import Outcome
@@ -44,7 +43,7 @@ def vote(spans: Sequence[Span]) -> list[float]:
 
 
 @groupwise
-def look_ahead(spans: Sequence[Span]) -> Generator[list[Expand], Any, list[float]]:
+def look_ahead(spans: Sequence[Span]) -> Program[list[float]]:
     """The share of votes for the conclusion that greedy decoding comes to from each candidate.
 
     It costs the rest of an answer for each candidate, decoded as one batch. Of conclusions this is ``vote``.

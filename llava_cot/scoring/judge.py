@@ -2,12 +2,15 @@
 
 import math
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from itertools import permutations
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from llava_cot.core import Continuation, Expand, Extend, SamplingParams
+from llava_cot.core import Continuation, Expand, Extend, Program, SamplingParams
 from llava_cot.scoring.scorer import Span
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 YES_NO = "Is the {stage} above right for this image and question? Answer yes or no."
 PAIRWISE = (
@@ -45,7 +48,7 @@ class JudgeScorer:
 
     def __init__(
         self,
-        processor: Any,
+        processor: "ProcessorMixin",
         mode: Literal["yes_no", "pairwise"] = "yes_no",
         *,
         prompt: str | None = None,
@@ -64,7 +67,7 @@ class JudgeScorer:
         if not all(self._ids):
             raise ValueError(f"words must begin with different tokens, got {self.words}")
 
-    def __call__(self, spans: Sequence[Span]) -> Generator[Any, Any, list[float]]:
+    def __call__(self, spans: Sequence[Span]) -> Program[list[float]]:
         if self.mode == "yes_no":
             asked = [self._ask(span.id, span.tokens, stage=span.stage or "answer") for span in spans]
             return (yield from self._verdicts(asked))
@@ -86,7 +89,7 @@ class JudgeScorer:
             scores[second].append(1 - win)
         return [sum(own) / len(own) if own else 1.0 for own in scores]
 
-    def _verdicts(self, asked: list[Extend]) -> Generator[Any, Any, list[float]]:
+    def _verdicts(self, asked: list[Extend]) -> Program[list[float]]:
         """The probability of the first word for each question asked."""
         read: list[Continuation] = [found for (found,) in (yield asked)] if asked else []
         if self.generate and read:

@@ -13,7 +13,7 @@ class Drive:
     a session that nobody holds any more.
     """
 
-    def __init__(self, session: Session, program: Program) -> None:
+    def __init__(self, session: Session, program: Program[Any]) -> None:
         self.session, self._program = session, program
         self.result: Any = None
         self.error: Exception | None = None

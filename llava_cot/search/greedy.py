@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llava_cot.core import SamplingParams
+from llava_cot.core import Program, SamplingParams
 from llava_cot.search.sample import Limits
 from llava_cot.search.search import Search
+from llava_cot.search.tree import Node
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class GreedyConfig(Limits):
     streams_tokens: ClassVar[bool] = True
 
 
-def greedy(search: Search, config: GreedyConfig):
+def greedy(search: Search, config: GreedyConfig) -> Program[Node]:
     (node,) = yield from search.expand([search.root], 1, None, params=SamplingParams(temperature=0.0))
     node.kept = True
     search.final(node)

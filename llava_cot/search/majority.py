@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
+from llava_cot.core import Program
 from llava_cot.scoring import resolve_scorer
 from llava_cot.search.sample import Scored
 from llava_cot.search.search import Search
@@ -26,7 +27,7 @@ class MajorityConfig(Scored):
     weight: Literal["count", "confidence"] = "count"  # of a vote: 1, or exp(mean log-prob) of the answer's tokens
     keep_fraction: float = 1.0  # of the voters, the best by score, whose votes count (DeepConf, arXiv 2508.15260)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.n < 1:
             raise ValueError(f"n must be >= 1, got {self.n}")
@@ -36,7 +37,7 @@ class MajorityConfig(Scored):
             raise ValueError(f"keep_fraction must be in (0, 1], got {self.keep_fraction}")
 
 
-def majority(search: Search, config: MajorityConfig):
+def majority(search: Search, config: MajorityConfig) -> Program[list[Node]]:
     nodes = yield from search.expand([search.root], config.n, None, params=config.params())
     yield from search.score(nodes, resolve_scorer(config.scorer))
     grammar = search.grammar

@@ -1,9 +1,10 @@
 """What ``search=`` may be, resolved: a name, a configuration object or a policy function becomes a plan."""
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from llava_cot.core import Program
 from llava_cot.scoring.scorer import name_of
 from llava_cot.search.best_of_n import BestOfNConfig, best_of_n
 from llava_cot.search.greedy import GreedyConfig, greedy
@@ -17,11 +18,11 @@ from llava_cot.search.token_beam import TokenBeamConfig, token_beam
 from llava_cot.search.tree import Node
 from llava_cot.stages import Grammar
 
-Policy = Callable[[Search], Generator[Any, Any, Node | list[Node]]]
+Policy = Callable[[Search], Program[Node | list[Node]]]
 SearchLike = str | Limits | Policy
 
 # name -> (its configuration, the policy); a policy takes the search and its configuration
-POLICIES: dict[str, tuple[type[Limits], Callable[..., Any]]] = {
+POLICIES: dict[str, tuple[type[Limits], Callable[..., Program[Node | list[Node]]]]] = {
     "greedy": (GreedyConfig, greedy),
     "sample": (SampleConfig, sample),
     "best_of_n": (BestOfNConfig, best_of_n),

@@ -1,10 +1,8 @@
 """A search from its start to its end, which may be that of its budget: the best answer so far, or its best prefix."""
 
-from collections.abc import Generator
 from statistics import fmean
-from typing import Any
 
-from llava_cot.core import Continuation, Expand, Finish, SamplingParams
+from llava_cot.core import Continuation, Expand, Finish, Program, SamplingParams
 from llava_cot.search.drive import Drive
 from llava_cot.search.plan import Plan, Policy
 from llava_cot.search.search import BudgetSpent, Search
@@ -19,7 +17,7 @@ class SearchRun(Drive):
         super().__init__(search.session, run(search, plan.policy))
 
 
-def run(search: Search, policy: Policy) -> Generator[Any, Any, list[Node]]:
+def run(search: Search, policy: Policy) -> Program[list[Node]]:
     """Run ``policy`` to its end, or to that of its budget; the nodes it returned, the best first."""
     search.note("started", seed=search.seed)
     try:
@@ -32,7 +30,7 @@ def run(search: Search, policy: Policy) -> Generator[Any, Any, list[Node]]:
     return nodes
 
 
-def finish(search: Search) -> Generator[Any, Any, Node]:
+def finish(search: Search) -> Program[Node]:
     """The best whole answer that there is, by score; with none, the best prefix, finished with what the reserve allows.
 
     The best prefix has the most closed stages (a candidate that was stopped in the middle of one counts half), then the
@@ -65,7 +63,7 @@ def _promise(node: Node) -> tuple[float, int]:
     return node.score if node.score is not None else likely, -node.id
 
 
-def _continue(search: Search, prefix: Node) -> Generator[Any, Any, Node]:
+def _continue(search: Search, prefix: Node) -> Program[Node]:
     budget, left = search.budget, search.tokens_left(prefix)
     assert budget is not None
     if budget.generated_tokens is not None:

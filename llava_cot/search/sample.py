@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llava_cot.core import SamplingParams
+from llava_cot.core import Program, SamplingParams
 from llava_cot.scoring.scorer import Scorer
 from llava_cot.search.budget import Budget
 from llava_cot.search.search import Search
+from llava_cot.search.tree import Node
 from llava_cot.stages import LLAVA_COT, Grammar
 
 
@@ -88,7 +89,7 @@ class SampleConfig(Decoding):
     streams_tokens: ClassVar[bool] = True
 
 
-def sample(search: Search, config: SampleConfig):
+def sample(search: Search, config: SampleConfig) -> Program[list[Node]]:
     nodes = yield from search.expand([search.root], config.num_return_sequences, None, params=config.params())
     for node in nodes:
         node.kept = True

@@ -1,11 +1,22 @@
 """What a policy works with: it grows the tree, scores nodes and tells what happened."""
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from llava_cot.core import Continuation, Expand, Extend, Finish, Request, SamplingParams, Session, Usage
+from llava_cot.core import (
+    Continuation,
+    Expand,
+    Extend,
+    Finish,
+    Program,
+    Request,
+    Result,
+    SamplingParams,
+    Session,
+    Usage,
+)
 from llava_cot.scoring import Calibration, Scorer, Span
 from llava_cot.scoring.scorer import WrongNumber, ask, is_groupwise, name_of
 from llava_cot.search.budget import Budget
@@ -80,7 +91,7 @@ class Search:
         round: int = 1,
         max_stage_tokens: int | None = None,
         first_index: int = 0,
-    ) -> Generator[list[Request], list[list[Any]], list[Node]]:
+    ) -> Program[list[Node]]:
         """Draw ``n`` candidates of ``stage`` from each parent, each until a stage tag closes, EOS or the limit.
 
         ``stage`` None draws whole answers, which tags do not end; ``NEXT`` is whichever stage the grammar allows after
@@ -113,7 +124,7 @@ class Search:
 
     def expand_sentence(
         self, parents: Sequence[Node], n: int, *, params: SamplingParams, round: int
-    ) -> Generator[list[Request], list[list[Any]], list[Node]]:
+    ) -> Program[list[Node]]:
         """Draw ``n`` pieces from each parent, each to the end of a sentence or of a stage, EOS or the limit.
 
         Their stage is None, and one is closed unless it was cut. A token that goes on into the next sentence is not
@@ -169,7 +180,7 @@ class Search:
         """What of the budget is spent, short of the reserve for finishing."""
         return self.budget.spent(self.usage) if self.budget else None
 
-    def score(self, nodes: Sequence[Node], scorer: Scorer, scope: Scope = "stage") -> Generator[Any, Any, None]:
+    def score(self, nodes: Sequence[Node], scorer: Scorer, scope: Scope = "stage") -> Program[None]:
         """Give every node the score of its own text, or of its whole path.
 
         One path of tokens has one score: equal candidates are scored once, except by a ``groupwise`` scorer, whose
@@ -277,7 +288,7 @@ class Search:
         """What the trace has of it."""
         return {"nodes": [node.to_dict() for node in self.nodes[1:]], "events": self.log}
 
-    def _draw(self, requests: Sequence[Request]) -> Generator[list[Request], list[list[Any]], list[list[Any]]]:
+    def _draw(self, requests: Sequence[Request]) -> Program[list[list[Any]]]:
         if spent := self.spent():
             raise BudgetSpent(spent)
         return (yield self._bounded(requests))
@@ -314,7 +325,7 @@ class Search:
             node.violation = self.grammar.expected(stages_of(parent), got)
         return node
 
-    def _evaluate(self, scorer: Scorer, spans: list[Span]) -> Generator[Any, Any, list[float | Exception]]:
+    def _evaluate(self, scorer: Scorer, spans: list[Span]) -> Program[list[float | Exception]]:
         """The score of each span, or what the scorer raised for it."""
         try:
             return [*(yield from self._guard(ask(scorer, spans)))]
@@ -328,7 +339,7 @@ class Search:
                 results += yield from self._evaluate(scorer, [span])
             return results
 
-    def _guard(self, program: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+    def _guard(self, program: Program[Result]) -> Program[Result]:
         """Run what a scorer asks of the engine within the budget."""
         reply: Any = None
         failure: Exception | None = None

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from llava_cot.core import Program
 from llava_cot.scoring import resolve_scorer
 from llava_cot.search.sample import Scored
 from llava_cot.search.search import Scope, Search
@@ -21,7 +22,7 @@ class SentenceBeamConfig(Scored):
     keep: int = 2
     scope: Scope = "path"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("candidates", "keep"):
             if getattr(self, name) < 1:
@@ -30,7 +31,7 @@ class SentenceBeamConfig(Scored):
             raise ValueError(f"scope must be 'stage' or 'path', got {self.scope!r}")
 
 
-def sentence_beam(search: Search, config: SentenceBeamConfig):
+def sentence_beam(search: Search, config: SentenceBeamConfig) -> Program[list[Node]]:
     scorer, growing, round = resolve_scorer(config.scorer), [search.root], 0
     ended: list[Node] = []
     while growing:

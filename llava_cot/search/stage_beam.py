@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from llava_cot.core import Program
 from llava_cot.search.sample import Staged
 from llava_cot.search.search import Scope, Search
 from llava_cot.search.swires import PerStage, SwiresConfig, swires
+from llava_cot.search.tree import Node
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class StageBeamConfig(Staged):
     final_scope: Scope = "stage"  # the last pick is by the CONCLUSION's or by the whole text's score
     max_stage_tokens: Mapping[str, int] = field(default_factory=dict)  # cut a stage that does not close by then
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.to_swires()  # raises what is wrong
 
@@ -29,5 +31,5 @@ class StageBeamConfig(Staged):
         return SwiresConfig(**{**vars(self), "retrace": {}})
 
 
-def stage_beam(search: Search, config: StageBeamConfig):
+def stage_beam(search: Search, config: StageBeamConfig) -> Program[list[Node]]:
     return swires(search, config.to_swires())

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
-from llava_cot.core import Continuation, Extend, Finish, Release
+from llava_cot.core import Continuation, Extend, Finish, Program, Release
 from llava_cot.search.sample import Limits
 from llava_cot.search.search import Search
+from llava_cot.search.tree import Node
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class TokenBeamConfig(Limits):
     early_stopping: bool | Literal["never"] = False
     num_return_sequences: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_beams < 1:
             raise ValueError(f"num_beams must be >= 1, got {self.num_beams}")
@@ -53,7 +54,7 @@ class _Step(NamedTuple):
     logprob: float
 
 
-def token_beam(search: Search, config: TokenBeamConfig):
+def token_beam(search: Search, config: TokenBeamConfig) -> Program[list[Node]]:
     eos, num_beams = search.eos_token_ids, config.num_beams
     width = max(2, 1 + len(eos)) * num_beams  # enough to go on with num_beams, whoever ends
     ((root,),) = yield [Extend(search.root.id, top=width)]

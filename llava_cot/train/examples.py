@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
+from transformers import ProcessorMixin
 
 from llava_cot.data.batches import BatchPlan
 from llava_cot.data.collate import Batch, Collator
@@ -24,7 +25,7 @@ Rows = list[list[int]]
 
 
 def load_examples(
-    config: TrainConfig, objective: Objective, processor, *, evaluation: bool = False
+    config: TrainConfig, objective: Objective, processor: ProcessorMixin, *, evaluation: bool = False
 ) -> datasets.Dataset:
     """The rows of the run's data as encoded examples, memory-mapped; encoded anew only when something changed.
 

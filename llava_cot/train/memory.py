@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from llava_cot.families import training_of
 from llava_cot.train.config import Optimizer, TrainConfig
@@ -92,7 +93,7 @@ def _run(root: "_LossOf", config: TrainConfig, rows: int, row_tokens: int, image
     return Memory(*({**moment, "optimizer": state} for moment in (forward, peak, after)))
 
 
-def step_inputs(settings, *, rows: int, row_tokens: int, images_per_row: int) -> dict[str, Tensor]:
+def step_inputs(settings: PreTrainedConfig, *, rows: int, row_tokens: int, images_per_row: int) -> dict[str, Tensor]:
     """Keyword arguments of the model in the form of the ``Collator``'s: two sequences a row, the largest images."""
     positions = torch.arange(row_tokens).remainder(max(1, row_tokens // 2)).repeat(rows, 1)
     return {
@@ -140,7 +141,7 @@ def by_category(tracker: FSDPMemTracker, moment: str) -> dict[str, int]:
 class _LossOf(nn.Module):
     """A model and its loss head, whose call gives a scalar: as ``Step``, without asking which tokens count."""
 
-    def __init__(self, model) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from llava_cot.families import training_of
 from llava_cot.scoring.reward_model import RewardModel
@@ -58,7 +58,7 @@ def freeze(model: PreTrainedModel, parts: Iterable[Part]) -> None:
             parameter.requires_grad_(False)
 
 
-def _start_reward_head(model: RewardModel, settings) -> None:
+def _start_reward_head(model: RewardModel, settings: PreTrainedConfig) -> None:
     """A reward model that was not one before gives 0 to everything at first."""
     if RewardModel.__name__ not in (settings.architectures or ()):
         nn.init.zeros_(model.head.weight)

@@ -1,6 +1,7 @@
 """AdamW all in bfloat16, rounded at random so that small updates are not lost."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import overload
 
 import torch
 from torch import nn
@@ -36,8 +37,14 @@ class StochasticAdamW(torch.optim.Optimizer):
                 if param.dtype != torch.bfloat16:
                     raise ValueError(f"params must be bfloat16, got {param.dtype}")
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step on the parameters that have a gradient."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import datasets
 import torch
 import torch.distributed as dist
 import yaml
@@ -75,7 +76,7 @@ class Trainer:
         keep, asynchronous = config.keep_checkpoints, config.asynchronous_checkpoints
         self.checkpoints = Checkpoints(config.output / "checkpoints", keep=keep, asynchronous=asynchronous)
 
-    def _open(self, rows) -> tuple[BatchPlan, Loader]:
+    def _open(self, rows: datasets.Dataset) -> tuple[BatchPlan, Loader]:
         config = self.config
         plan = BatchPlan(
             rows["length"],

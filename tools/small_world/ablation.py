@@ -64,7 +64,7 @@ class Setting:
         training = load_config(config, list(overrides)).model_dump(mode="json")
         return cls(str(base), sha256, str(config), tuple(overrides), training, **rest)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps must be >= 1, got {self.steps}")
         if self.questions < 1:

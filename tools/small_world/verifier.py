@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
-from transformers import AutoProcessor, MllamaForConditionalGeneration, get_cosine_schedule_with_warmup
+from transformers import AutoProcessor, MllamaForConditionalGeneration, MllamaProcessor, get_cosine_schedule_with_warmup
 
 from llava_cot.checkpoint import checkpoint_sha256
 from llava_cot.data import shapes
@@ -65,7 +65,7 @@ class Batch:
     ``closes`` and ``claims`` are 1 (right), 0 (wrong) or NaN (no label); ``truths`` are next tokens, or -100.
     """
 
-    def __init__(self, processor, rollouts: list[Rollout], chance: random.Random) -> None:
+    def __init__(self, processor: MllamaProcessor, rollouts: list[Rollout], chance: random.Random) -> None:
         tokenizer = processor.tokenizer
         samples = [shapes.sample(rollout.seed) for rollout in rollouts]
         views = [[shapes.clean_view(rollout.seed)] for rollout in rollouts]
@@ -101,7 +101,7 @@ class Batch:
 def train(
     model: RewardModel,
     lm_head: torch.nn.Linear,
-    processor,
+    processor: MllamaProcessor,
     rollouts: list[Rollout],
     *,
     steps: int,

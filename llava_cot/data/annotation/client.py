@@ -84,7 +84,9 @@ class ChatClient:
     async def close(self) -> None:
         await self._client.close()
 
-    async def ask(self, messages: list[Message], usage: Usage, expected: int = ANNOTATION_TOKENS, **options) -> Reply:
+    async def ask(
+        self, messages: list[Message], usage: Usage, expected: int = ANNOTATION_TOKENS, **options: object
+    ) -> Reply:
         """The reply; what it took is added to ``usage``. ``expected`` is about how many tokens it has.
 
         Raises:

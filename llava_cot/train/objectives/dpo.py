@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import logsigmoid
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from llava_cot.core import Bos
 from llava_cot.data.collate import Batch
@@ -44,7 +44,7 @@ class Dpo:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
-    def encode(self, row: Mapping[str, Any], processor, images: Path, bos: Bos) -> list[Example]:
+    def encode(self, row: Mapping[str, Any], processor: ProcessorMixin, images: Path, bos: Bos) -> list[Example]:
         """``row`` is one of ``llava-cot export --format preferences``, which is text: the chosen, then the rejected.
 
         Prompt and completion are tokenized apart, since that is where the model stopped reading and began to draw.

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from llava_cot.core import Bos
 from llava_cot.data.collate import Batch
@@ -38,7 +38,7 @@ class Objective(Protocol):
         """
         ...
 
-    def encode(self, row: Mapping[str, Any], processor, images: Path, bos: Bos) -> list[Example]:
+    def encode(self, row: Mapping[str, Any], processor: ProcessorMixin, images: Path, bos: Bos) -> list[Example]:
         """The examples of a row of the data, whose images are in this folder; they stay in one micro-batch.
 
         Raises:

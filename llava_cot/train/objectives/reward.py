@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from llava_cot.core import Bos
 from llava_cot.data.collate import Batch
@@ -29,7 +29,7 @@ class Reward:
     names = (*(f"accuracy/{stage}" for stage in STAGES), "accuracy/outside")
     reference = None
 
-    def encode(self, row: Mapping[str, Any], processor, images: Path, bos: Bos) -> list[Example]:
+    def encode(self, row: Mapping[str, Any], processor: ProcessorMixin, images: Path, bos: Bos) -> list[Example]:
         """``row`` is one of ``llava-cot export --format steps``: an example a stage, with its value."""
         completions, stages, values = _steps(row)
         if bos != "one":

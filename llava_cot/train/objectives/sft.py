@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from llava_cot.core import Bos
 from llava_cot.data.collate import Batch
@@ -26,7 +26,7 @@ class Sft:
         # The last one is that of stage -1.
         self._weights = torch.tensor([stage_weights.get(stage, 1.0) for stage in STAGES] + [1.0])
 
-    def encode(self, row: Mapping[str, Any], processor, images: Path, bos: Bos) -> list[Example]:
+    def encode(self, row: Mapping[str, Any], processor: ProcessorMixin, images: Path, bos: Bos) -> list[Example]:
         """``row`` is one of LLaVA-CoT-100k's."""
         return [encode(parse_conversation(row), processor, bos=bos, image_folder=images)]
 
