@@ -66,7 +66,8 @@ def candidates(rows: list[int], slots: list[Slot], device: torch.device) -> Cand
         min_p=column((p.min_p for p in params), torch.float32),
         seed=column((slot.branch.seed for slot in slots), torch.int64),
         position=column((slot.branch.length for slot in slots), torch.int64),
-        tag_state=column((slot.branch.tag_state for slot in slots), torch.int32),  # type: ignore[misc]  # one that grows has a state
+        # A branch that grows has a state.
+        tag_state=column((slot.branch.tag_state for slot in slots), torch.int32),  # type: ignore[misc]
     )
 
 
