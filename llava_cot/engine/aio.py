@@ -94,10 +94,14 @@ class AsyncEngine:
                     break
             self.engine.step()
             for one in waiting:
-                one.after_step()
-                if one.work.done:
+                error = None
+                try:
+                    one.after_step()
+                except Exception as raised:  # it is raised in the task that waits
+                    error = raised
+                if error or one.work.done:
                     self._forget(one)
-                    one.end()
+                    one.end(error)
         for one in waiting:
             one.work.cancel()
             one.end(RuntimeError(CLOSED))

@@ -50,6 +50,10 @@ class Schedule:
 
     def admit(self) -> None:
         """Prefill waiting jobs, several at once, while there is room."""
+        if self.waiting and self.running and not any(job.has_work for job in self.running):
+            for job in [*self.running]:  # their owners ask for nothing now, and may never do so again
+                self._preempt(job)
+            self._is_crowded = False
         while not (self._is_crowded and self.running) and (jobs := self._fitting()):
             try:
                 self._prefill(jobs)
@@ -85,13 +89,17 @@ class Schedule:
         if len(self.running) == 1:
             self._fail(job, self._too_small())
         else:
-            self.runner.page_out([branch for branch in job.branches if branch.seq >= 0])
-            job.root.image, job.was_paused = -1, True
-            self.running.remove(job)
+            self._preempt(job)
             if job.has_work:
                 self.waiting.appendleft(job)
-            self._free_unowned()
         self._is_crowded = True
+
+    def _preempt(self, job: Job) -> None:
+        """Take all pages and the image of ``job``; it is prefilled again when it has work and there is room."""
+        self.runner.page_out([branch for branch in job.branches if branch.seq >= 0])
+        job.root.image, job.was_paused = -1, True
+        self.running.remove(job)
+        self._free_unowned()
 
     def release(self, job: Job, *, is_forked: bool = False) -> None:
         """Carry out the releases that ``job`` asks for: of branches that are to be expanded once those are forked."""

@@ -66,11 +66,10 @@ class Drive:
     def _end(self) -> None:
         try:
             self._program.close()
-        except ValueError:  # it is running now, in another thread or further up this one, and ends when it yields
-            if self._is_cancelled:
-                return
-        except Exception as error:  # of its cleaning up
-            self.error = self.error or error
+        except Exception as error:
+            if isinstance(error, ValueError) and "already executing" in str(error):
+                return  # it runs now, in another thread or further up in this one, and ends when it yields
+            self.error = self.error or error  # of its cleaning up
         finally:
             self.session.close()
         self.done = True

@@ -175,6 +175,44 @@ def test_a_session_that_nobody_holds_ends(tiny):
     assert_nothing_held(tiny.engine)
 
 
+def test_a_session_that_asks_for_nothing_starves_nobody(tiny, bare_generator):
+    """It keeps its place only while nobody needs it, and goes on where it was when it asks again."""
+    generator = bare_generator(tiny.model, page_size=4, num_pages=40)
+    engine, greedy = generator.engine, SamplingParams(temperature=0.0)
+    parked, replies = engine.open(_inputs(tiny)), []
+    parked.ask([Expand(0, (0,), greedy, 8, frozenset())], replies.append)
+    engine.run_until(lambda: bool(replies))
+    ((first,),) = replies.pop()
+    assert engine.pages_in_use > 0
+    answer = generator.answer(SAMPLES[1].image, SAMPLES[1].question, "best_of_n", n=3, max_new_tokens=40)
+    assert len(answer.trace.nodes) == 3
+    parked.ask([Expand(first.id, (0,), greedy, 8, frozenset())], replies.append)
+    engine.run_until(lambda: bool(replies))
+    ((second,),) = replies.pop()
+    whole = tiny.answer(SAMPLES[0].image, SAMPLES[0].question, "greedy", max_new_tokens=16)
+    assert [*first.tokens, *second.tokens] == whole.tokens
+    parked.close()
+    assert_nothing_held(engine)
+
+
+def test_a_search_that_is_cancelled_by_its_own_scorer(tiny):
+    """The program runs when it is cancelled, and ends when it yields. What it raises while it ends is no hang."""
+    runs = []
+
+    def policy(search):
+        try:
+            yield from search.expand([search.root], 2, None, params=SamplingParams())
+            runs[0].cancel()
+            yield from search.expand([search.root], 2, None, params=SamplingParams())
+        finally:
+            raise ValueError("while cleaning up")
+
+    runs.append(tiny.submit(SAMPLES[0].image, SAMPLES[0].question, tiny.plan(policy, max_new_tokens=5)))
+    tiny.wait(runs)
+    assert runs[0].done and runs[0].result is None and "while cleaning up" in str(runs[0].error)
+    assert_nothing_held(tiny.engine)
+
+
 def test_what_a_session_refuses(tiny):
     session = tiny.engine.open(_inputs(tiny))
     replies: list = []
