@@ -48,6 +48,7 @@ extension = (CUDAExtension if with_cuda else CppExtension)(
     "llava_cot_kernels._C",
     sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern)),
     include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
+    depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.*h")),
     define_macros=[("TORCH_TARGET_VERSION", STABLE_ABI_2_11), *[("USE_CUDA", None)] * with_cuda],
     extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
 )

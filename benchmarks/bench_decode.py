@@ -12,6 +12,7 @@ instead. It shows the calls of the CUDA runtime and the kernels in a step, and t
 """
 
 import argparse
+import gc
 import sys
 import time
 from collections.abc import Callable
@@ -156,6 +157,7 @@ def attempt(step: Callable[[], float]) -> tuple[float | None, str]:
         shown = "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {error}"
         return None, shown.split("\n")[0][:120]
     finally:
+        gc.collect()  # compiled layers refer to each other in a circle
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
