@@ -1,5 +1,7 @@
 """Every file of examples/ runs from any folder, and prints what it says it prints."""
 
+import ast
+import json
 import re
 import subprocess
 import sys
@@ -33,3 +35,17 @@ def test_example_runs(name, tmp_path):
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(PRINTED[name], done.stdout), done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_the_notebook_runs_and_has_its_outputs(capsys):
+    file = EXAMPLES / "trace.ipynb"
+    assert file.stat().st_size < 300_000
+    cells = [cell for cell in json.loads(file.read_text("utf-8"))["cells"] if cell["cell_type"] == "code"]
+    names = {}
+    for count, cell in enumerate(cells, 1):
+        code = "".join(cell["source"])
+        exec(compile(code, f"{file.name}, cell {cell['id']}", "exec"), names)
+        ends_in_value = isinstance(ast.parse(code).body[-1], ast.Expr)  # which a notebook shows
+        assert cell["execution_count"] == count
+        assert bool(cell["outputs"]) == bool(capsys.readouterr().out or ends_in_value), code
+        assert all(output["output_type"] != "error" for output in cell["outputs"]), code
