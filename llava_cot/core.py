@@ -48,8 +48,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, ok, bound in (
-            ("temperature", self.temperature >= 0, ">= 0"),
-            ("top_k", self.top_k >= 0, ">= 0"),
+            ("temperature", 0 <= self.temperature < float("inf"), ">= 0 and finite"),
+            ("top_k", 0 <= self.top_k < 2**63, "in [0, 2**63)"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
         ):
@@ -118,6 +118,13 @@ class Continuation:
     wanted: tuple[float, ...] = ()  # log-probs of the next tokens that ``Extend.want`` names
 
 
+def _require_integers(**fields_of: Sequence[Any]) -> None:
+    for name, values in fields_of.items():
+        for value in values:
+            if not isinstance(value, int):
+                raise TypeError(f"{name} must be integers, got {value!r}")
+
+
 @dataclass(frozen=True)
 class Expand:
     """A request to sample one continuation of ``parent`` per seed, each until it finishes.
@@ -141,6 +148,13 @@ class Expand:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be >= 1, got {self.max_new_tokens}")
+        _require_integers(max_new_tokens=(self.max_new_tokens,), seeds=self.seeds)
+        for seed in self.seeds:
+            if not 0 <= seed < 2**63:
+                raise ValueError(f"seeds must be in [0, 2**63), got {seed}")
+        for name, tags in (("stops", self.stops), ("trims", self.trims)):
+            if not (isinstance(tags, frozenset) or (tags is None and name == "stops")):
+                raise TypeError(f"{name} must be a frozenset of tags, got {tags!r}")
 
 
 @dataclass(frozen=True)
@@ -162,6 +176,7 @@ class Extend:
     generated: bool = False
 
     def __post_init__(self) -> None:
+        _require_integers(tokens=self.tokens, top=(self.top,), want=self.want)
         if self.top < 0:
             raise ValueError(f"top must be >= 0, got {self.top}")
         if not (self.tokens or self.top or self.want):

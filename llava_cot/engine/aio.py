@@ -92,14 +92,15 @@ class AsyncEngine:
                 waiting = [*self._waiting]
                 if self._is_closed:
                     break
-            self.engine.step()
+            with suppress(BaseException):  # its search has it as its error; this thread goes on for the others
+                self.engine.step()
             for one in waiting:
-                error = None
+                error, is_done = None, one.work.done  # before the look, or what comes between would be lost
                 try:
                     one.after_step()
                 except Exception as raised:  # it is raised in the task that waits
                     error = raised
-                if error or one.work.done:
+                if error or is_done:
                     self._forget(one)
                     one.end(error)
         for one in waiting:

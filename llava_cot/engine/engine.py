@@ -140,6 +140,8 @@ class Engine:
             with self._turn:
                 if self._leader == me:
                     self._leader = outer
+                    if outer is None and any(job.is_over for job in self.schedule.jobs):
+                        self.schedule.collect()  # what another thread closed after the step had looked
                 self._turn.notify_all()
 
     def _step_once(self, is_nested: bool) -> None:

@@ -1,5 +1,7 @@
 """Which sessions run and which wait: admission, preemption where pages run out, and giving everything back."""
 
+import copy
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -11,6 +13,9 @@ from llava_cot.engine.session import Job
 from llava_cot_kernels.page_pool import OutOfPages
 
 PROMPTS_PER_PREFILL = 16
+SHARED_PASS = "the forward pass that this search shared with others"
+
+logger = logging.getLogger(__name__)
 
 
 class Schedule:
@@ -55,11 +60,22 @@ class Schedule:
                 self._preempt(job)
             self._is_crowded = False
         while not (self._is_crowded and self.running) and (jobs := self._fitting()):
-            try:
-                self._prefill(jobs)
-                self.running += jobs
-            except OutOfPages:  # nothing else runs, and this one is alone
-                self._fail(jobs[0], self._too_small())
+            self._admit(jobs)
+
+    def _admit(self, jobs: list[Job]) -> None:
+        try:
+            self._prefill(jobs)
+            self.running += jobs
+        except OutOfPages:  # nothing else runs, and this one is alone
+            self._fail(jobs[0], self._too_small())
+        except Exception as error:
+            if len(jobs) == 1:
+                self._fail(jobs[0], error)
+                return
+            for job in jobs:
+                self._take_all(job)
+            for job in jobs:  # whose fault it is shows when each is alone
+                self._admit([job])
 
     def advance(self) -> None:
         """Tell the owners of jobs that are ready. They may ask for more, open and close sessions, and step again."""
@@ -75,7 +91,11 @@ class Schedule:
         job.is_over = job.error is not None
         replies = job.take_replies(self.decode)
         if job.owner is not None and (owner := job.owner()) is not None:
-            owner.tell(replies)
+            try:
+                owner.tell(replies)
+            except Exception:  # of the owner's own function: it is nobody else's
+                job.is_over = True
+                logger.exception("a session was closed, since what was to receive its replies raised")
 
     def relieve(self) -> None:
         """Make room: evict what does not grow; if there is nothing, preempt the youngest job. One that is alone ends.
@@ -85,8 +105,12 @@ class Schedule:
         if idle := [branch for job in self.running for branch in job.idle()]:
             self.runner.page_out(idle)
             return
-        job = self.running[-1]
-        if len(self.running) == 1:
+        job = next((job for job in reversed(self.running) if not job.has_work), self.running[-1])
+        if len(self.running) == 1 and job.rebuilt_at != job.usage.steps:
+            # Branches that were restored one by one share less than they did; together they share all of it again.
+            job.rebuilt_at = job.usage.steps
+            self.runner.page_out([branch for branch in job.branches[1:] if branch.seq >= 0])
+        elif len(self.running) == 1:
             self._fail(job, self._too_small())
         else:
             self._preempt(job)
@@ -96,10 +120,9 @@ class Schedule:
 
     def _preempt(self, job: Job) -> None:
         """Take all pages and the image of ``job``; it is prefilled again when it has work and there is room."""
-        self.runner.page_out([branch for branch in job.branches if branch.seq >= 0])
-        job.root.image, job.was_paused = -1, True
+        self._take_all(job)
+        job.was_paused = True
         self.running.remove(job)
-        self._free_unowned()
 
     def release(self, job: Job, *, is_forked: bool = False) -> None:
         """Carry out the releases that ``job`` asks for: of branches that are to be expanded once those are forked."""
@@ -113,16 +136,18 @@ class Schedule:
 
     def fail_all(self, error: BaseException) -> None:
         """End every job that has begun, since ``error`` has left it in an unknown state."""
-        if not isinstance(error, Exception):
-            error = RuntimeError(f"the forward pass that this search shared with others was interrupted: {error!r}")
+        is_of_pass = isinstance(error, Exception)
+        shown = error if isinstance(error, Exception) else RuntimeError(f"{SHARED_PASS} was interrupted: {error!r}")
         for job in self.jobs:
-            if job.is_started:
-                job.error, job.slots, job.pending = error, [], []
+            if job in self.running or (job.is_started and not is_of_pass):
+                own = copy.copy(shown)  # each search notes its trace on its own
+                own.__cause__ = error
+                job.error, job.slots, job.pending = own, [], []
                 job.root.image = -1
                 for branch in job.branches:
                     branch.seq = -1
         self.running = []
-        self.waiting = deque(job for job in self.jobs if job.has_work and not job.is_started)
+        self.waiting = deque(job for job in self.jobs if job.has_work and job.error is None)
         self._is_crowded = False
         self._free_unowned()
 
@@ -182,6 +207,10 @@ class Schedule:
         job.error, job.slots, job.pending = error, [], []
         if job in self.running:
             self.running.remove(job)
+        self._take_all(job)
+
+    def _take_all(self, job: Job) -> None:
+        """Evict all branches of ``job`` and its image."""
         self.runner.page_out([branch for branch in job.branches if branch.seq >= 0])
         job.root.image = -1
         self._free_unowned()

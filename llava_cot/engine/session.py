@@ -74,6 +74,7 @@ class Job:
     is_over: bool = False
     is_started: bool = False
     was_paused: bool = False
+    rebuilt_at: int = -1  # the step at which all of its branches were evicted to be restored together
     owner: "weakref.ref[Session] | None" = None
     _reply: list[Any] | None = None  # of the requests that are opened or answered, in their order
     _since: float = 0.0  # its seconds are counted up to here

@@ -1,5 +1,6 @@
 """The driver that pumps a search program into a session of a back end, until the program returns."""
 
+import threading
 from typing import Any
 
 from llava_cot.core import Program, Replies, Session
@@ -20,6 +21,7 @@ class Drive:
         self.done = False
         self._is_asking = self._is_cancelled = False
         self._replies: list[Replies] = []
+        self._passing = threading.Lock()  # a reply may come from another thread while this one asks
         self._advance(None)
 
     def cancel(self) -> None:
@@ -43,6 +45,10 @@ class Drive:
             except Exception as error:
                 self.error = error
                 return self._end()
+            except BaseException as error:  # such as KeyboardInterrupt, in whichever thread steps
+                self.error = RuntimeError(f"the search was interrupted: {error!r}")
+                self._end()
+                raise
             if self._is_cancelled:
                 return self._end()
             self._is_asking = True
@@ -51,17 +57,18 @@ class Drive:
             except (TypeError, ValueError) as error:
                 self.error = error
                 return self._end()
-            finally:
+            with self._passing:
                 self._is_asking = False
-            if not self._replies:
-                return
-            reply = self._replies.pop()
+                if not self._replies:
+                    return
+                reply = self._replies.pop()
 
     def _receive(self, reply: Replies) -> None:
-        if self._is_asking:
-            self._replies.append(reply)
-        else:
-            self._advance(reply)
+        with self._passing:
+            if self._is_asking:
+                self._replies.append(reply)
+                return
+        self._advance(reply)
 
     def _end(self) -> None:
         try:

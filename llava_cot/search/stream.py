@@ -23,8 +23,9 @@ class EventStream:
         found: list[Event] = []
         if self._detokeniser is not None and (text := self._new_text(self._detokeniser)):
             found.append(TextDelta(text))
-        found += self._events
-        self._events.clear()
+        count = len(self._events)  # another thread may append meanwhile
+        found += self._events[:count]
+        del self._events[:count]
         return found
 
     def _new_text(self, detokeniser: Detokeniser) -> str:

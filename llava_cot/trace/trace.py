@@ -1,7 +1,7 @@
 """A trace in memory, and the questions that whoever shows it or learns from it asks."""
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ class Trace:
     ``data`` is taken as it is. Data from outside goes through ``parse_trace`` or ``read_trace``, which check it.
     """
 
-    data: TraceData
+    data: TraceData = field(repr=False)
 
     @cached_property
     def nodes(self) -> dict[int, NodeData]:

@@ -284,6 +284,30 @@ def test_logits_that_are_no_numbers_fail_their_own_session(tiny, monkeypatch):
     assert_nothing_held(tiny.engine)
 
 
+def test_a_prompt_that_cannot_be_prefilled_fails_alone(tiny, monkeypatch):
+    samples = SAMPLES[:3]
+    images, questions = [s.image for s in samples], [s.question for s in samples]
+    expected = tiny.answer_batch(images, questions, "greedy", max_new_tokens=20)
+    prefill = tiny.engine.view.prefill
+
+    def spoiling(prompts, slots):
+        if any(prompt["input_ids"].shape[1] == longest for prompt in prompts):
+            raise RuntimeError("a prompt that the model does not take")
+        return prefill(prompts, slots)
+
+    lengths = [answer.trace.data["prompt_tokens"] for answer in expected]
+    longest = max(lengths)
+    assert lengths.count(longest) == 1
+    monkeypatch.setattr(tiny.engine.view, "prefill", spoiling)
+    found = tiny.answer_batch(images, questions, "greedy", max_new_tokens=20, return_exceptions=True)
+    for answer, length, twin in zip(found, lengths, expected):
+        if length == longest:
+            assert isinstance(answer, RuntimeError) and "does not take" in str(answer)
+        else:
+            assert answer.tokens == twin.tokens
+    assert_nothing_held(tiny.engine)
+
+
 def test_a_failed_pass_fails_who_took_part(tiny, monkeypatch):
     def failing(tokens, **settings):
         raise torch.OutOfMemoryError("no room")
@@ -294,10 +318,53 @@ def test_a_failed_pass_fails_who_took_part(tiny, monkeypatch):
         patch.setattr(tiny.engine.runner, "decode", failing)
         with pytest.raises(torch.OutOfMemoryError, match="no room"):
             tiny.answer(SAMPLES[1].image, SAMPLES[1].question, "greedy", max_new_tokens=20)
-    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+    with pytest.raises(torch.OutOfMemoryError, match="no room") as of_stream:
         list(stream)
+    assert of_stream.value.trace.data["question"] == SAMPLES[0].question, "each has its own"
     assert_nothing_held(tiny.engine)
     assert tiny.answer(SAMPLES[1].image, SAMPLES[1].question, "greedy", max_new_tokens=20).tokens
+
+
+@pytest.mark.parametrize(
+    "make, error, message",
+    [
+        (lambda: Expand(0, (-1,), SamplingParams(), 3), ValueError, r"seeds must be in \[0, 2\*\*63\), got -1"),
+        (lambda: Expand(0, (2**64,), SamplingParams(), 3), ValueError, r"seeds must be in \[0, 2\*\*63\)"),
+        (lambda: Expand(0, (1,), SamplingParams(), 2.5), TypeError, "max_new_tokens must be integers, got 2.5"),
+        (lambda: Expand(0, (1,), SamplingParams(), 3, trims=None), TypeError, "trims must be a frozenset"),
+        (lambda: Extend(0, (5.0,)), TypeError, "tokens must be integers, got 5.0"),
+        (lambda: Extend(0, top=1.5), TypeError, "top must be integers, got 1.5"),
+        (lambda: SamplingParams(temperature=float("inf")), ValueError, "temperature must be >= 0 and finite, got inf"),
+        (lambda: SamplingParams(top_k=2**70), ValueError, r"top_k must be in \[0, 2\*\*63\)"),
+    ],
+)
+def test_what_would_fail_a_whole_step_is_refused_when_it_is_made(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_an_owner_that_raises_ends_its_own_session(tiny, caplog):
+    def done(replies):
+        raise ValueError("in done")
+
+    session = tiny.engine.open(_inputs(tiny))
+    session.ask([Expand(0, (1,), SamplingParams(), 3, frozenset())], done)
+    answer = tiny.answer(SAMPLES[1].image, SAMPLES[1].question, "greedy", max_new_tokens=10)
+    assert len(answer.tokens) == 10 and "in done" in caplog.text
+    assert_nothing_held(tiny.engine)
+
+
+def test_an_interrupt_in_a_program_is_told_to_its_owner(tiny):
+    def policy(search):
+        yield from search.expand([search.root], 1, None, params=SamplingParams())
+        raise KeyboardInterrupt
+
+    run = tiny.submit(SAMPLES[0].image, SAMPLES[0].question, tiny.plan(policy, max_new_tokens=5))
+    with pytest.raises(KeyboardInterrupt):
+        tiny.answer(SAMPLES[1].image, SAMPLES[1].question, "greedy", max_new_tokens=40)
+    assert run.done and "the search was interrupted: KeyboardInterrupt" in str(run.error)
+    tiny.engine.step()
+    assert_nothing_held(tiny.engine)
 
 
 def test_an_interrupt_ends_the_streams_that_shared_the_pass(tiny, monkeypatch):
