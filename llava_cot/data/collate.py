@@ -1,7 +1,7 @@
-"""From examples to a batch: sequences packed into rows, their images side by side, what is padded masked.
+"""Collate examples into a batch: pack sequences into rows, put their images side by side, and mask the padding.
 
-Packing needs no attention mask: transformers sees from ``position_ids`` that start over where a sequence begins. That
-holds without a cache only, so the model is called with ``use_cache=False``.
+Packing needs no attention mask: transformers recognises a new sequence where ``position_ids`` start over. It does so
+only without a cache, so the model is called with ``use_cache=False``.
 """
 
 import math
@@ -20,15 +20,15 @@ from llava_cot.prompt import open_image
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of tokens, and what each token is to predict."""
+    """Rows of tokens and the token that each must predict."""
 
-    inputs: dict[str, Tensor]  # keyword arguments of MllamaModel; cross_rows is for install_cross_rows
+    inputs: dict[str, Tensor]  # keyword arguments of MllamaModel, and cross_rows for install_cross_rows
     targets: Tensor  # int64 [batch, tokens]: the label of the next token of the same sequence, else IGNORE_INDEX
     stages: Tensor  # int64 [batch, tokens]: the stage of that token, -1 if none
-    ends: Tensor  # int64 [examples]: the place of each one's last token, of batch * tokens
-    values: list[float]  # of each one, NaN if it has none; no tensor, since FSDP2 would round that to bfloat16
+    ends: Tensor  # int64 [examples]: the index of each one's last token in batch * tokens
+    values: list[float]  # one per example, NaN if it has none; not a tensor, which FSDP2 would round to bfloat16
     num_tokens: int  # targets that are not IGNORE_INDEX
-    num_padding: int  # tokens of no sequence
+    num_padding: int  # tokens that belong to no sequence
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -50,11 +50,11 @@ class Image:
 
 
 class Collator:
-    """Makes a batch of rows of examples, with an Mllama's processor.
+    """Makes a batch from rows of examples, with the processor of an Mllama.
 
-    What comes out of the model is what comes out of unmodified transformers for each example alone, given
-    ``install_cross_rows``: a token before its sequence's images, which transformers lets see all their tiles, sees
-    those of its own sequence, and a sequence without an image passes the cross-attention layers untouched.
+    With ``install_cross_rows`` the model gives for each example what unmodified transformers gives for it alone. There
+    a token before the images of its sequence sees all their tiles; here it sees those of its own sequence. A sequence
+    without an image passes through the cross-attention layers unchanged.
     """
 
     def __init__(self, processor, *, pad_to_multiple_of: int = 1):
@@ -65,12 +65,12 @@ class Collator:
         self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, rows: Sequence[Sequence[Example]]) -> Batch:
-        """A batch of ``rows``, each some examples one after the other, or none: padding.
+        """Make a batch of ``rows``. A row is a list of examples that follow one another; an empty row is padding.
 
-        A batch without any image has a dummy that no token sees, so that all ranks run the same modules.
+        A batch without any image gets a dummy image that no token sees, so that all ranks run the same modules.
 
         Raises:
-            ValueError: an image that cannot be read, or an example without an image token for each of its images.
+            ValueError: an image cannot be read, or an example does not have one image token for each of its images.
         """
         if not rows:
             raise ValueError("rows must be at least one, got none")
@@ -82,10 +82,10 @@ class Collator:
         slots = max(1, *map(len, layouts))
 
         input_ids = torch.full((len(rows), tokens), self.processor.tokenizer.pad_token_id or 0)
-        position_ids = torch.zeros_like(input_ids)  # of padding too: a sequence of one token each
+        position_ids = torch.zeros_like(input_ids)  # each padding token is a sequence of its own
         targets = torch.full_like(input_ids, IGNORE_INDEX)
         stages = torch.full_like(input_ids, -1)
-        # uint8, since transformers repeats it for every image token in its own type.
+        # uint8, because transformers repeats it for every image token in its own dtype.
         cross_mask = torch.zeros(len(rows), tokens, slots, self.max_tiles, dtype=torch.uint8)
         cross_rows = torch.zeros(len(rows), tokens, 2)
         ends = []
@@ -122,7 +122,7 @@ class Collator:
     def _look(
         self, example: Example, places: dict[Any, int], images: dict[str, Image], mask: Tensor, rows: Tensor
     ) -> None:
-        """Fill in what the tokens of one example see: ``mask`` [tokens, images, tiles], ``rows`` [tokens, 2]."""
+        """Fill in what the tokens of one example see: ``mask`` [tokens, images, tiles] and ``rows`` [tokens, 2]."""
         spans = get_cross_attention_token_mask(example.input_ids, self.processor.image_token_id)
         if len(spans) != len(example.images):
             raise ValueError(
@@ -140,7 +140,7 @@ class Collator:
             mask[~sees, slot] = 1  # padding tiles too, as in transformers
 
     def _place(self, layouts: list[dict[Any, int]], images: dict[str, Image], slots: int) -> dict[str, Tensor]:
-        """The vision inputs; where there is no image, zeros of aspect ratio id 0, as the processor pads."""
+        """Return the vision inputs. Missing images are zeros with aspect ratio id 0, as the processor pads."""
         size = self.processor.image_processor.size
         pixels = torch.zeros(len(layouts), slots, self.max_tiles, 3, size["height"], size["width"])
         ids = torch.zeros(len(layouts), slots, dtype=torch.int64)
@@ -161,7 +161,7 @@ class Collator:
         for path in sorted(paths):
             try:
                 made = self.processor.image_processor(images=[[open_image(path)]], return_tensors="pt")
-            except Exception as error:  # a decoder raises what it likes on a broken file
+            except Exception as error:  # a decoder may raise anything on a broken file
                 raise ValueError(f"image {path!r} must be readable: {error}") from error
             tiles = int(np.asarray(made["num_tiles"]).item())
             images[path] = Image(made["pixel_values"][0, 0], tiles, int(made["aspect_ratio_ids"].item()))
@@ -169,12 +169,12 @@ class Collator:
 
 
 def _numbered(paths: Sequence[str]) -> list[tuple[str, int]]:
-    """Each path and how many times it came before: an example that shows an image twice attends to two."""
+    """Pair each path with how often it came before, since an example that shows an image twice attends to two."""
     return [(path, paths[:at].count(path)) for at, path in enumerate(paths)]
 
 
 def _lay_out(row: Sequence[Example]) -> dict[Any, int]:
-    """The places of a row's images; a file that several of its examples show has one."""
+    """Return the slots of a row's images. A file that several of its examples show has one slot."""
     places: dict[Any, int] = {}
     for example in row:
         for key in _numbered(example.images):

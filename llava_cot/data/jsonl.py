@@ -10,7 +10,13 @@ from llava_cot.data.traces import Item
 
 
 def read_items(path: Path | str) -> Iterator[Item]:
-    """One item a line: ``{"trace": {...}, "image": "path", "gold": "...", "id": "..."}``, the last two where known."""
+    """Read one item per line: ``{"trace": {...}, "image": "path", "gold": "...", "id": "..."}``.
+
+    ``gold`` and ``id`` are optional.
+
+    Raises:
+        ValueError: a line is not JSON or lacks a field; the message names the file and the line.
+    """
     known = ("trace", "image", "gold", "id")
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -27,9 +33,9 @@ def read_items(path: Path | str) -> Iterator[Item]:
 
 
 def write_jsonl(rows: Iterable[Mapping[str, Any]], path: Path | str) -> int:
-    """Write ``rows`` as strict JSON, one a line, and return how many there were.
+    """Write ``rows`` as strict JSON, one per line, and return how many there were.
 
-    The file appears when all are written: what ``rows`` raises leaves the old file, or none.
+    The file appears when all rows are written. If ``rows`` raises, an earlier file is unchanged.
     """
     count = 0
     with replacing(path) as file:

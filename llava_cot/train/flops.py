@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step of Mllama, and what a GPU could do: model FLOPs utilisation (MFU)."""
+"""Count the FLOPs of a training step of Mllama and of a GPU, for the model FLOPs utilisation (MFU)."""
 
 import re
 from collections.abc import Collection
@@ -6,7 +6,7 @@ from collections.abc import Collection
 import torch
 from transformers import MllamaConfig
 
-# Dense bfloat16 FLOP/s by the vendors' data sheets; the first pattern found in the device's name counts.
+# Dense bfloat16 FLOP/s from the vendors' data sheets. The first pattern that matches the name of the device counts.
 PEAK_FLOPS = {
     r"\b(GB|B)(200|300)\b": 2250e12,
     r"\b(H100|H200|H800) NVL\b": 835e12,
@@ -38,10 +38,11 @@ def flops_per_batch(
     freeze: Collection[str] = (),
     adapters_only: bool = False,
 ) -> float:
-    """FLOPs that forward and backward of a batch need, two for each multiply-add.
+    """Return the FLOPs of the forward and backward of a batch, counting two for each multiply-add.
 
-    With h hidden size, f FFN size, q and k the widths of all query and of all key heads, T tokens, S supervised tokens,
-    I images of K = max_num_tiles * (patches + 1) keys (a vision token each), forward takes, halved:
+    Let h be the hidden size, f the FFN size, q and k the widths of all query and of all key heads, T the tokens, S the
+    supervised tokens, and I the images of K = max_num_tiles * (patches + 1) keys, one per vision token. The forward
+    takes the following, times two:
 
         self-attention layer    T (2 h q + 2 h k + 3 h f) + 2 q num_pairs
         cross-attention layer   T (2 h q + 3 h f) + I K (2 h k) + 2 q num_cross_pairs
@@ -50,18 +51,21 @@ def flops_per_batch(
         vision layer            I (N (4 v v + 2 v g) + 2 v N N), v and g its sizes, N = K with each tile padded to 8
         patch embedding         I max_num_tiles patches (channels patch_size^2) v
 
-    Backward takes as much for the gradients of inputs, and as much for those of weights, of what has them; attention's
-    is twice its forward. Left out, as usual: norms, softmax, rotary and gates, recomputation under activation
-    checkpoints, padding, and the half that a causal mask spares (Chowdhery et al., 2022, appendix B).
+    The backward takes as much again for the gradients of inputs and as much for those of weights, where there are any.
+    The backward of attention takes twice its forward. As usual, some things are not counted: norms, softmax, rotary and
+    gates, recomputation under activation checkpoints, padding, and the half that a causal mask saves (Chowdhery et al.,
+    2022, appendix B).
 
     Args:
-        num_tokens: text tokens without padding.
-        num_images: images, each at ``max_num_tiles`` tiles as Mllama computes them whatever their size.
-        num_supervised: tokens the head is run for, by default all.
-        num_pairs: the sum of the examples' squared lengths, by default as if they had one image each and like lengths.
-        num_cross_pairs: pairs of a token and an image key it may see; by default every token sees one image, if any.
-        freeze: parts without gradients: vision, projector, language (head and embedding included), cross.
-        adapters_only: only adapters are trained: their FLOPs are left out, all other weights have no gradient.
+        num_tokens: the number of text tokens without padding.
+        num_images: the number of images. Mllama always computes each with ``max_num_tiles`` tiles.
+        num_supervised: the number of tokens that the head runs on; by default all.
+        num_pairs: the sum of the squared lengths of the examples. The default assumes one image each and equal lengths.
+        num_cross_pairs: the pairs of a token and an image key that it sees. By default every token sees one image, if
+            there is one.
+        freeze: the parts without gradients: vision, projector, language (with head and embedding) and cross.
+        adapters_only: whether only adapters are trained. Their FLOPs are not counted, and no other weight has a
+            gradient.
     """
     text, vision = config.text_config, config.vision_config
     patches = (vision.image_size // vision.patch_size) ** 2
@@ -72,7 +76,7 @@ def flops_per_batch(
     num_cross_pairs = (num_tokens * keys if num_images else 0) if num_cross_pairs is None else num_cross_pairs
 
     def passes(part: str, *, below: bool) -> int:
-        """How often its weights are multiplied with; ``below``: what comes before it is trained, so inputs count."""
+        """Return how often the weights are multiplied. ``below`` says whether earlier parts are trained."""
         return 1 + (below or adapters_only) + (part not in freeze and not adapters_only)
 
     hidden, head_dim = text.hidden_size, text.hidden_size // text.num_attention_heads
@@ -103,7 +107,7 @@ def flops_per_batch(
 
 
 def peak_flops(device: torch.device | str) -> float | None:
-    """Dense bfloat16 FLOP/s of a known NVIDIA GPU, None for anything else."""
+    """Return the dense bfloat16 FLOP/s of a known NVIDIA GPU, or None for any other device."""
     if torch.device(device).type != "cuda" or not torch.cuda.is_available():
         return None
     return _peak_of(torch.cuda.get_device_name(device))

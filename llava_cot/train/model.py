@@ -1,4 +1,4 @@
-"""The model of a run: which class, what of it is trained, where its attention's masks come from."""
+"""Build the model of a run: its class, its trained parts, and the masks of its attention."""
 
 import re
 from collections.abc import Iterable
@@ -21,12 +21,12 @@ PARTS: dict[Part, str] = {
 
 
 def build_model(config: TrainConfig, *, empty: bool) -> PreTrainedModel:
-    """The model to train, on the CPU with its weights, or ``empty`` on the meta device, which costs nothing.
+    """Build the model to train on the CPU with its weights, or, with ``empty``, on the meta device without memory.
 
-    Its layers take packed rows (``cross_rows``), its LM head returns log-probs, and what is frozen is.
+    Its layers take packed rows (``cross_rows``), its LM head returns log-probs, and its frozen parts need no gradient.
 
     Raises:
-        ValueError: ``config.model`` is no Mllama, or nothing is left to train.
+        ValueError: ``config.model`` is not an Mllama, or nothing is left to train.
     """
     settings = AutoConfig.from_pretrained(config.model)
     if settings.model_type != "mllama":
@@ -38,7 +38,7 @@ def build_model(config: TrainConfig, *, empty: bool) -> PreTrainedModel:
         with torch.device("meta"):
             model = model_class._from_config(settings, dtype=dtype, attn_implementation=config.attention)
     else:
-        torch.manual_seed(config.seed)  # of what is not in the checkpoint: adapters, a reward model's head
+        torch.manual_seed(config.seed)  # for what is not in the checkpoint: adapters, the head of a reward model
         model = model_class.from_pretrained(config.model, dtype=dtype, attn_implementation=config.attention)
     if config.objective == "reward" and not empty:
         _start_reward_head(model, settings)
@@ -56,7 +56,7 @@ def build_model(config: TrainConfig, *, empty: bool) -> PreTrainedModel:
 
 
 def freeze(model: PreTrainedModel, parts: Iterable[Part]) -> None:
-    """Take ``requires_grad`` from these parts of an Mllama; every parameter belongs to one."""
+    """Set ``requires_grad`` to false in these parts of an Mllama. Every parameter belongs to one part."""
     cross = "|".join(map(str, model.config.text_config.cross_attention_layers))
     patterns = [re.compile(PARTS[part].replace("CROSS", cross)) for part in parts]
     for name, parameter in model.named_parameters():
@@ -65,7 +65,7 @@ def freeze(model: PreTrainedModel, parts: Iterable[Part]) -> None:
 
 
 def _start_reward_head(model: RewardModel, settings) -> None:
-    """A reward model that was not one before gives 0 to everything at first."""
+    """Zero the head of a reward model that starts from a policy, so that every score is 0 at first."""
     if RewardModel.__name__ not in (settings.architectures or ()):
         nn.init.zeros_(model.head.weight)
         nn.init.zeros_(model.head.bias)
