@@ -19,7 +19,7 @@ STRUCTURED = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an answer is valid, who decided it, and why."""
+    """The verdict on an answer: whether it is valid, who decided it, and why."""
 
     is_valid: bool
     by: Literal["match", "model"]
