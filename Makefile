@@ -52,17 +52,17 @@ bench: $(VENV)/.ready
 # Everything that is bundled of the small world, from nothing, and its tables: about two and a half hours on two cores.
 small-world: $(VENV)/.ready
 	$(VENV)/bin/python -m llava_cot.data.world build/world --seeds 0:104000 --processes 2
-	$(VENV)/bin/python -m llava_cot.small_world.untrained build/untrained
+	$(VENV)/bin/python -m tools.small_world.untrained build/untrained
 	$(VENV)/bin/llava-cot train configs/tiny.yaml
 	rm -f llava_cot/tiny/swires_calibration.json
 	cp build/tiny/model/* llava_cot/tiny
-	$(VENV)/bin/python -m llava_cot.small_world.verifier build/verifier --rollouts build/rollouts.jsonl \
+	$(VENV)/bin/python -m tools.small_world.verifier build/verifier --rollouts build/rollouts.jsonl \
 		--steps 2500 --stop 1200
-	$(VENV)/bin/python -m llava_cot.small_world.verifier llava_cot/tiny/verifier --rollouts build/rollouts.jsonl \
+	$(VENV)/bin/python -m tools.small_world.verifier llava_cot/tiny/verifier --rollouts build/rollouts.jsonl \
 		--init build/verifier --steps 1400 --lr 1.2e-3 --word-weight 5 --seed 1
-	$(VENV)/bin/python -m llava_cot.small_world.calibration llava_cot/tiny
-	$(VENV)/bin/python -m llava_cot.small_world.search_data build/search --processes 2
-	$(VENV)/bin/python -m llava_cot.small_world.search_data build/search_dev --first-seed 710000 --questions 256
+	$(VENV)/bin/python -m tools.small_world.calibration llava_cot/tiny
+	$(VENV)/bin/python -m tools.small_world.search_data build/search --processes 2
+	$(VENV)/bin/python -m tools.small_world.search_data build/search_dev --first-seed 710000 --questions 256
 	$(VENV)/bin/llava-cot train-reward configs/tiny_reward.yaml
 	$(VENV)/bin/python benchmarks/bench_accuracy.py --out build/accuracy.json
 	$(VENV)/bin/python benchmarks/accuracy_report.py build/accuracy.json
@@ -70,9 +70,9 @@ small-world: $(VENV)/.ready
 # What each stage is worth: fine-tunes with stages left out, from one base. About two hours on two cores.
 ablation: $(VENV)/.ready
 	$(VENV)/bin/python -m llava_cot.data.world build/ablation_world --seeds 250000:362000 --variant apart --processes 2
-	$(VENV)/bin/python -m llava_cot.small_world.untrained build/untrained
+	$(VENV)/bin/python -m tools.small_world.untrained build/untrained
 	$(VENV)/bin/llava-cot train configs/ablation_base.yaml
-	$(VENV)/bin/python -m llava_cot.small_world.ablation build/ablation --base build/ablation_base/model \
+	$(VENV)/bin/python -m tools.small_world.ablation build/ablation --base build/ablation_base/model \
 		--variants full "without SUMMARY" "without CAPTION" "without REASONING" direct "direct with caption" "shuffled order"
 	$(VENV)/bin/python benchmarks/ablation_report.py build/ablation
 

@@ -16,8 +16,9 @@ from scipy.stats import binomtest
 
 from llava_cot import tiny_path
 from llava_cot.checkpoint import checkpoint_sha256
-from llava_cot.scoring import Span, diagnose, normalise, self_consistency, vote
+from llava_cot.scoring import Span, diagnose, self_consistency, vote
 from llava_cot.stages import parse
+from llava_cot.text import normalise
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
 RESULTS = Path(__file__).parent / "results" / "tiny_accuracy.json"

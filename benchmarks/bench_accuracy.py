@@ -12,6 +12,7 @@ calibration questions, ``by_stage``, the reward model of ``configs/tiny_reward.y
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -21,13 +22,15 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from llava_cot import SwiresGenerator, tiny_path
 from llava_cot.checkpoint import checkpoint_sha256
+from llava_cot.core import SamplingParams
 from llava_cot.data import shapes
-from llava_cot.engine.branch import SamplingParams
 from llava_cot.scoring import SCORERS, Calibration, JudgeScorer, Scorer
-from llava_cot.small_world.scorers import Oracle, World, load_reward_model, load_verifier
+from llava_cot.scoring.verifier import load_verifier
 from llava_cot.stages import parse
+from tools.small_world.scorers import Oracle, World, load_reward_model
 
 POOL = 16
 FREE = ("confidence", "lowest_group", "tail", "negative_entropy", "self_certainty")
@@ -66,7 +69,7 @@ def scorers_of(generator: SwiresGenerator, world: World) -> dict[str, Scorer]:
     found |= {oracle.__name__: oracle for oracle in (Oracle(world), *(Oracle(world, noise) for noise in NOISES))}
     if REWARD.is_dir():
         found["reward model"] = load_reward_model(REWARD)
-    return found | {"verifier": load_verifier(world)}
+    return found | {"verifier": load_verifier(world.clean_view)}
 
 
 def ask(generator: SwiresGenerator, world: World, search: Any, **settings) -> list:

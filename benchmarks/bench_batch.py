@@ -15,7 +15,7 @@ recomputed because their pages were evicted, and the time relative to that with 
 import argparse
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from bench_search import environment
 from timing import Results
 from torch.profiler import ProfilerActivity, profile
 
-from llava_cot import BestOfNConfig, GreedyConfig, SwiresConfig, SwiresGenerator
+from llava_cot import BestOfNConfig, EngineConfig, GreedyConfig, SwiresConfig, SwiresGenerator
 from llava_cot.answer import Answer
 from llava_cot.data import shapes
 
@@ -89,15 +89,13 @@ def shares_of_steps(generator: SwiresGenerator, samples: Sequence[Any], search: 
     """Return the shares of a step's time for one group, without prefills and preprocessing; "host" is the rest."""
 
     def run_steps(watch: AbstractContextManager) -> float:
-        plan = generator._plan(search, {})
-        jobs = [generator._ask(sample.image, sample.question, plan, 0) for sample in samples]
-        with closing(generator.engine.steps(jobs)) as steps:
-            next(steps)  # this prefills all of them
-            with watch:
-                start = time.perf_counter()
-                for _ in steps:
-                    pass
-                return time.perf_counter() - start
+        plan = generator.plan(search)
+        runs = [generator.submit(sample.image, sample.question, plan) for sample in samples]
+        generator.engine.step()  # prefills all
+        with watch:
+            start = time.perf_counter()
+            generator.wait(runs)
+            return time.perf_counter() - start
 
     # The profiler slows down what it watches, so its seconds are compared with those of a run without it.
     plain = min(run_steps(nullcontext()) for _ in range(2))
@@ -139,7 +137,9 @@ def bench_pressure(generator: SwiresGenerator, samples: Sequence[Any]) -> Iterat
     for share in (1.0, 0.5, 0.25, 0.1):
         pages = int(share * first["pages"]) if first else None
         calibrations = [*generator.calibrations.values()]
-        tight = SwiresGenerator(generator.model, generator.processor, calibrations=calibrations, num_pages=pages)
+        tight = SwiresGenerator(
+            generator.model, generator.processor, calibrations=calibrations, engine=EngineConfig(num_pages=pages)
+        )
         ask(tight, samples[:2], "greedy")  # warm
         tight.engine.runner.peak_pages = 0
         start = time.perf_counter()

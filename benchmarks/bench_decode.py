@@ -15,7 +15,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,10 @@ from transformers import AutoConfig, MllamaForConditionalGeneration
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers.random_mllama import open_gates, random_inputs
 
-from llava_cot.engine.branch import Expand, SamplingParams
+from llava_cot.core import Expand, SamplingParams
+from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.engine import Engine
-from llava_cot.engine.job import Job
+from llava_cot.search.drive import Drive
 from llava_cot_kernels.stage_tags import StageTags
 
 ROOT = Path(__file__).parents[1]
@@ -68,19 +68,26 @@ def step_bytes(model: MllamaForConditionalGeneration, n: int, tiles: int, text: 
     return (weights + per_token * keys) * model.dtype.itemsize
 
 
+def grow(engine: Engine, inputs: dict[str, torch.Tensor], n: int, tokens: int) -> Drive:
+    """``n`` continuations of the prompt, of ``tokens`` tokens each."""
+    session = engine.open(inputs)
+
+    def program():
+        yield [Expand(session.root, tuple(range(n)), SAMPLING, tokens, frozenset())]
+
+    return Drive(session, program())
+
+
 def engine_step(engine: Engine, inputs: dict[str, torch.Tensor], n: int, tokens: int) -> float:
     """Return the milliseconds of a step in the second of two runs; the first captures."""
 
-    def program(root):
-        yield [Expand(root, tuple(range(n)), SAMPLING, tokens, frozenset())]
-
     for _ in range(2):
-        job, looks = Job(inputs, program), []
-        with closing(engine.steps([job])) as steps:
-            for _ in steps:  # each ends by reading the drawn tokens
-                looks.append((job.usage.steps, time.perf_counter()))
-        if job.error:
-            raise job.error
+        drive, looks = grow(engine, inputs, n, tokens), []
+        while not drive.done:
+            engine.step()  # ends with a look at what was drawn
+            looks.append((drive.session.usage.steps, time.perf_counter()))
+        if drive.error:
+            raise drive.error
     (first, start), (last, end) = looks[1], looks[-2]
     return (end - start) / (last - first) * 1e3
 
@@ -115,20 +122,18 @@ def generate_step(model, inputs: dict[str, torch.Tensor], n: int, tokens: int) -
 def profiled(engine: Engine, inputs: dict[str, torch.Tensor], n: int) -> dict[str, Any]:
     """Return, per step, the CUDA runtime calls by name, the number of kernels, and their device time by name."""
 
-    def program(root):
-        yield [Expand(root, tuple(range(n)), SAMPLING, 3 * PROFILED_STEPS, frozenset())]
-
     kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    profile, job = torch.profiler.profile(activities=kinds), Job(inputs, program)
-    with closing(engine.steps([job])) as steps:
-        while job.usage.steps < PROFILED_STEPS:  # run the prefill and the captures first
-            next(steps)
-        before = job.usage.steps
-        with profile:
-            while job.usage.steps < before + PROFILED_STEPS:
-                next(steps)
-            synchronize(engine.view.device)
-        count = job.usage.steps - before
+    profile, drive = torch.profiler.profile(activities=kinds), grow(engine, inputs, n, 3 * PROFILED_STEPS)
+    usage = drive.session.usage
+    while usage.steps < PROFILED_STEPS:  # the prefill, and what captures
+        engine.step()
+    before = usage.steps
+    with profile:
+        while usage.steps < before + PROFILED_STEPS:
+            engine.step()
+        synchronize(engine.view.device)
+    drive.cancel()
+    count = usage.steps - before
     calls: dict[str, float] = {}
     kernels: dict[str, float] = {}
     num_kernels = 0
@@ -173,7 +178,8 @@ def main() -> None:
     model = random_mllama(args.model, args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
     tags = StageTags([b"a", b"</x>"], ["</x>"])
     num_pages = -(-args.text // 16) + max(args.candidates) * (-(-args.tokens // 16) + 2)
-    engine = Engine(model, tags, num_pages=num_pages, steps_per_look=args.steps_per_look, compile=args.compile)
+    config = EngineConfig(num_pages=num_pages, steps_per_look=args.steps_per_look, compile=args.compile)
+    engine = Engine(model, tags, config=config)
     bandwidth = copy_bandwidth(args.device)
     results = Results(args.json, machine=environment(args.device), copy_bandwidth=bandwidth, settings=vars(args))
     print(f"{environment(args.device)}; copy bandwidth {bandwidth / 1e9:.0f} GB/s")

@@ -15,7 +15,7 @@ import torch
 from timing import Results, check_device, copy_bandwidth, environment
 from torch.nn.functional import linear
 
-from llava_cot.engine.capture import CudaRecorder
+from llava_cot.engine.graphs import CudaRecorder
 
 SHAPES = {  # (output features, input features); two names mean a fused product
     "q,o": (4096, 4096), "k,v": (1024, 4096), "qkv": (6144, 4096), "gate,up": (14336, 4096),

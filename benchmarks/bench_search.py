@@ -42,8 +42,7 @@ from helpers.reference_loop import CachedWay, Counts, PublishedWay, Text, swires
 from static_decode import StaticDecoder, prefill
 from timing import Results, check_device
 
-from llava_cot import SwiresConfig, SwiresGenerator
-from llava_cot.small_world.processor import build_processor
+from llava_cot import EngineConfig, SwiresConfig, SwiresGenerator, tiny_path
 
 ROOT = Path(__file__).parents[1]
 STAGE_TOKENS = {"SUMMARY": 24, "CAPTION": 96, "REASONING": 160, "CONCLUSION": 16}
@@ -241,7 +240,8 @@ def agreement(found, expected):
 
 def bench(args: argparse.Namespace, model, ways: Ways) -> list[dict[str, Any]]:
     """Return the rows of the ways that ran, the engine's first."""
-    processor, config = build_processor(), search_config(STAGE_TOKENS, args.rounds)
+    processor = transformers.AutoProcessor.from_pretrained(tiny_path())
+    config = search_config(STAGE_TOKENS, args.rounds)
     warm, *questions = (
         random_inputs(model, length=PROMPT_TOKENS, ratio_id=TWO_BY_ONE_TILES, seed=seed)
         for seed in range(args.questions + 1)
@@ -250,7 +250,7 @@ def bench(args: argparse.Namespace, model, ways: Ways) -> list[dict[str, Any]]:
 
     def engine() -> dict[str, Any]:
         num_pages = args.questions * pages_needed(config)
-        generator = SwiresGenerator(model, processor, page_size=PAGE_SIZE, num_pages=num_pages, compile=args.compile)
+        generator = SwiresGenerator(model, processor, engine=EngineConfig(PAGE_SIZE, num_pages, compile=args.compile))
         first, _ = run_engine(generator, questions, config)
         found, tokens = run_engine(generator, questions, config)
         expected.extend(tokens)

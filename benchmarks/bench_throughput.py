@@ -32,9 +32,9 @@ from bench_search import (
     used_mib,
 )
 from timing import Results, check_device, synchronize
+from transformers import AutoProcessor
 
-from llava_cot import SwiresGenerator
-from llava_cot.small_world.processor import build_processor
+from llava_cot import EngineConfig, SwiresGenerator, tiny_path
 
 SAMPLING = {"temperature": 1.0, "top_p": 0.9, "top_k": 0}
 
@@ -113,8 +113,8 @@ def main() -> None:
     model = build_model(args.device)
     # Only the pages that are needed, so that the peer has the rest of a GPU's memory.
     per_question = PROMPT_PAGES + pages_drawn(args.candidates, args.tokens)
-    settings = {"page_size": PAGE_SIZE, "num_pages": max(args.questions) * per_question, "compile": args.compile}
-    generator = SwiresGenerator(model, build_processor(), **settings)
+    engine = EngineConfig(PAGE_SIZE, max(args.questions) * per_question, compile=args.compile)
+    generator = SwiresGenerator(model, AutoProcessor.from_pretrained(tiny_path()), engine=engine)
     questions = [
         random_inputs(model, length=PROMPT_TOKENS, ratio_id=TWO_BY_ONE_TILES, seed=1 + index)
         for index in range(max(args.questions))

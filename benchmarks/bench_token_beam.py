@@ -32,9 +32,9 @@ from bench_search import (
     used_mib,
 )
 from timing import Results, check_device
+from transformers import AutoProcessor
 
-from llava_cot import SwiresGenerator
-from llava_cot.small_world.processor import build_processor
+from llava_cot import EngineConfig, SwiresGenerator, tiny_path
 
 
 def run_engine(generator: SwiresGenerator, inputs: dict, num_beams: int, new_tokens: int) -> tuple[dict, list[int]]:
@@ -106,8 +106,8 @@ def main() -> None:
     model = build_model(args.device)
     # Only the pages that are needed, so that the peer has the rest of a GPU's memory. A beam is copied before it dies.
     num_pages = PROMPT_PAGES + pages_drawn(2 * max(args.beams), args.tokens)
-    settings = {"page_size": PAGE_SIZE, "num_pages": num_pages, "compile": args.compile}
-    generator = SwiresGenerator(model, build_processor(), **settings)
+    engine = EngineConfig(PAGE_SIZE, num_pages, compile=args.compile)
+    generator = SwiresGenerator(model, AutoProcessor.from_pretrained(tiny_path()), engine=engine)
     inputs = random_inputs(model, length=PROMPT_TOKENS, ratio_id=TWO_BY_ONE_TILES, seed=1)
     environ = environment(args.threads, args.device)
     results = Results(args.json, benchmark="bench_token_beam", **environ, new_tokens=args.tokens, compile=args.compile)

@@ -22,9 +22,10 @@ from bench_train_memory import available_bytes, build_run, random_batch, train_s
 from timing import Results, check_device, environment, synchronize
 from transformers import AutoConfig
 
+from llava_cot.families import training_of
 from llava_cot.train.config import TrainConfig
 from llava_cot.train.distributed import process_group
-from llava_cot.train.flops import flops_per_batch, peak_flops
+from llava_cot.train.flops import peak_flops
 from llava_cot.train.memory import simulate_step
 
 ROOT = Path(__file__).parents[1]
@@ -73,8 +74,7 @@ def measure(config: TrainConfig, args: argparse.Namespace) -> dict[str, Any]:
             synchronize(device)
             seconds.append(time.perf_counter() - began)
         tokens = args.rows * args.row_tokens
-        flops = flops_per_batch(
-            root.model.config,
+        flops = training_of(root.model.config).flops(
             num_tokens=tokens,
             num_images=args.rows * args.images,
             num_pairs=tokens * args.row_tokens // args.images,

@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from llava_cot.engine.capture import open_recorder
 from llava_cot.engine.compile import compile_layer
+from llava_cot.engine.graphs import open_recorder
 from llava_cot.engine.model import cache_parameter, copy_around_tensors
 
 MASK_ALIGNMENT = 8  # entries of a row; otherwise SDPA copies the mask in every layer

@@ -28,9 +28,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, MllamaForConditionalGeneration
 from triton.runtime.jit import KernelInterface
 
-from llava_cot.engine.capture import Shape
+from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.engine import CUDA_STEPS_PER_LOOK, Engine
-from llava_cot.engine.window import Buffers
+from llava_cot.engine.graphs import Shape, StepBuffers
 from llava_cot_kernels import backend
 from llava_cot_kernels.backend import available
 from llava_cot_kernels.stage_tags import StageTags
@@ -168,10 +168,11 @@ class Step:
         """
         pages = -(-(text + private) // PAGE_SIZE)
         tags = StageTags([b"a", b"</x>"], ["</x>"])
-        engine = Engine(model, tags, page_size=PAGE_SIZE, num_pages=pages, steps_per_look=CUDA_STEPS_PER_LOOK)
+        config = EngineConfig(PAGE_SIZE, pages, steps_per_look=CUDA_STEPS_PER_LOOK)
+        engine = Engine(model, tags, config=config)
         view, window = engine.view, engine.window
         shape = Shape.with_room(n, pages, segments=1, prefixes=int(n > 1))
-        buffers = Buffers(shape, window.num_steps, window.num_tags, view.device)
+        buffers = StepBuffers(shape, window.num_steps, window.num_tags, view.device)
         image = view.image_tokens({"cross_attention_mask": torch.ones(1, 1, 1, tiles)})
         trace = Trace({"paged_attention": text + private, "shared_attention": image})
         layers = view._model.model.language_model.layers

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from llava_cot.atomic import replacing
-from llava_cot.engine.capture import CudaRecorder
+from llava_cot.engine.graphs import CudaRecorder
 
 NEEDS_GPU = 77  # the exit code of a benchmark that has no device to run on
 

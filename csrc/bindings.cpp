@@ -19,7 +19,7 @@ DEFINE_OPS(m) {
   m.def(
       "sample(Tensor logits, Tensor row, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, "
       "Tensor position, Tensor? tag_table, Tensor? tag_ends, Tensor? token_bytes, Tensor? token_offsets, "
-      "Tensor(a!) token, Tensor(b!) logprob, Tensor(c!) sampling_logprob, Tensor(d!) entropy, "
+      "Tensor(a!) token, Tensor(b!) logprob, Tensor(c!) entropy, Tensor(d!) sampling_logprob, "
       "Tensor(e!) tag_state, Tensor(f!) tag, Tensor(g!) overhang, Tensor(h!) status) -> ()");
   // logprob
   m.def("token_logprobs(Tensor logits, Tensor targets, Tensor(a!) logprobs) -> ()");

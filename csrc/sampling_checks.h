@@ -18,7 +18,7 @@ struct Candidates {
   const float *top_p, *min_p;
   const int64_t *seed, *position;
   int64_t* token;
-  float *logprob, *sampling_logprob, *entropy;
+  float *logprob, *entropy, *sampling_logprob;
   int32_t *tag_state, *tag, *overhang, *status;
 };
 
@@ -26,8 +26,8 @@ inline Candidates check_candidates(const torch::stable::Tensor& row, const torch
                                    const torch::stable::Tensor& top_k, const torch::stable::Tensor& top_p,
                                    const torch::stable::Tensor& min_p, const torch::stable::Tensor& seed,
                                    const torch::stable::Tensor& position, const torch::stable::Tensor& token,
-                                   const torch::stable::Tensor& logprob, const torch::stable::Tensor& sampling_logprob,
-                                   const torch::stable::Tensor& entropy, const torch::stable::Tensor& tag_state,
+                                   const torch::stable::Tensor& logprob, const torch::stable::Tensor& entropy,
+                                   const torch::stable::Tensor& sampling_logprob, const torch::stable::Tensor& tag_state,
                                    const torch::stable::Tensor& tag, const torch::stable::Tensor& overhang,
                                    const torch::stable::Tensor& status) {
   const int64_t n = row.numel();
@@ -40,8 +40,8 @@ inline Candidates check_candidates(const torch::stable::Tensor& row, const torch
   CHECK_VECTOR(position, n, Long);
   CHECK_VECTOR(token, n, Long);
   CHECK_VECTOR(logprob, n, Float);
-  CHECK_VECTOR(sampling_logprob, n, Float);
   CHECK_VECTOR(entropy, n, Float);
+  CHECK_VECTOR(sampling_logprob, n, Float);
   CHECK_VECTOR(tag_state, n, Int);
   CHECK_VECTOR(tag, n, Int);
   CHECK_VECTOR(overhang, n, Int);
@@ -55,8 +55,8 @@ inline Candidates check_candidates(const torch::stable::Tensor& row, const torch
           position.const_data_ptr<int64_t>(),
           token.mutable_data_ptr<int64_t>(),
           logprob.mutable_data_ptr<float>(),
-          sampling_logprob.mutable_data_ptr<float>(),
           entropy.mutable_data_ptr<float>(),
+          sampling_logprob.mutable_data_ptr<float>(),
           tag_state.mutable_data_ptr<int32_t>(),
           tag.mutable_data_ptr<int32_t>(),
           overhang.mutable_data_ptr<int32_t>(),

@@ -9,9 +9,8 @@ from collections import Counter
 
 import torch
 
-from llava_cot import SwiresGenerator
+from llava_cot import SamplingParams, SwiresGenerator
 from llava_cot.data import shapes
-from llava_cot.engine.branch import SamplingParams
 from llava_cot.scoring import confidence
 
 AGREE = 3  # the search stops when so many endings agree

@@ -4,12 +4,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llava_cot.answer import Answer, Finished, SearchOutput
-    from llava_cot.engine.budget import Budget
+    from llava_cot.answer import Answer, Finished
+    from llava_cot.core import Extend, SamplingParams
+    from llava_cot.custom_generate import SearchOutput
+    from llava_cot.engine.config import EngineConfig
     from llava_cot.generator import SwiresGenerator
     from llava_cot.scoring import Calibration
     from llava_cot.search import (
+        NEXT,
         BestOfNConfig,
+        Budget,
         GreedyConfig,
         MajorityConfig,
         SampleConfig,
@@ -25,16 +29,20 @@ __version__: str  # of the installed distribution; "0+unknown" in a source tree 
 
 __all__ = [
     "LLAVA_COT",
+    "NEXT",
     "STAGES",
     "Answer",
     "BestOfNConfig",
     "Budget",
     "Calibration",
+    "EngineConfig",
+    "Extend",
     "Finished",
     "Grammar",
     "GreedyConfig",
     "MajorityConfig",
     "SampleConfig",
+    "SamplingParams",
     "SearchOutput",
     "SentenceBeamConfig",
     "Stage",
@@ -46,8 +54,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "llava_cot.answer": ("Answer", "Finished", "SearchOutput"),
-    "llava_cot.engine.budget": ("Budget",),
+    "llava_cot.answer": ("Answer", "Finished"),
+    "llava_cot.custom_generate": ("SearchOutput",),
+    "llava_cot.core": ("Extend", "SamplingParams"),
+    "llava_cot.engine.config": ("EngineConfig",),
     "llava_cot.generator": ("SwiresGenerator",),
     "llava_cot.scoring": ("Calibration",),
     "llava_cot.stages": ("LLAVA_COT", "STAGES", "Grammar", "Stage"),

@@ -2,12 +2,9 @@
 
 from dataclasses import dataclass
 
-import torch
-from transformers.utils import ModelOutput
-
-from llava_cot.engine.job import Usage
-from llava_cot.search.tree import Trace
+from llava_cot.core import Usage
 from llava_cot.stages import LLAVA_COT, Grammar, StageText
+from llava_cot.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -26,15 +23,6 @@ class Answer:
     def conclusion(self) -> str:
         """The stripped text of the last stage, CONCLUSION; empty if the model wrote none."""
         return self.stages[self.grammar.conclusion].text
-
-
-@dataclass
-class SearchOutput(ModelOutput):
-    """``generate(..., return_dict_in_generate=True)``: what it returns otherwise, and every row's answer."""
-
-    sequences: torch.Tensor | None = None  # int64 [B, T + new]
-    sequences_scores: torch.Tensor | None = None  # float32 [B], of a search that scores what it returns
-    answers: tuple[Answer, ...] | None = None  # of B rows
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,24 @@
 """What transformers hands to a custom function, as arguments of ``SwiresGenerator.generate``."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from llava_cot.prompt import MODEL_INPUTS
+import torch
+from transformers.utils import ModelOutput
+
+from llava_cot.answer import Answer
+from llava_cot.families import FAMILIES, family_of
+
+
+@dataclass
+class SearchOutput(ModelOutput):
+    """``generate(..., return_dict_in_generate=True)``: what it returns otherwise, and every row's answer."""
+
+    sequences: torch.Tensor | None = None  # int64 [B, T + new]
+    sequences_scores: torch.Tensor | None = None  # float32 [B], of a search that scores what it returns
+    answers: tuple[Answer, ...] | None = None  # of B rows
+
 
 # What transformers itself makes of its arguments before it calls a custom function
 KNOWN = {
@@ -33,13 +48,17 @@ def arguments(model: Any, input_ids: Any, config: Any, inputs: Mapping[str, Any]
     """``generate``'s arguments, of a generation configuration and of inputs that transformers has prepared.
 
     Raises:
-        ValueError: the model is no Mllama: of others transformers has encoded the images already.
+        ValueError: the model's family is one of which transformers has encoded the images already.
     """
-    if model.config.model_type != "mllama":
-        kind = model.config.model_type
-        raise ValueError(f"model must be an Mllama, got {kind!r}: call generator.generate(**inputs) instead")
+    family = family_of(model.config)
+    if not family.has_custom_generate:
+        kinds = sorted(name for name, each in FAMILIES.items() if each.has_custom_generate)
+        raise ValueError(
+            f"model must be one of {kinds}, got model_type {family.model_type!r}: "
+            "call generator.generate(**inputs) instead"
+        )
     repeats = max(config.num_beams or 1, config.num_return_sequences or 1)  # of every row, made already
-    rows = {n: v[::repeats] for n, v in inputs.items() if n in MODEL_INPUTS["mllama"] and v is not None}
+    rows = {n: v[::repeats] for n, v in inputs.items() if n in family.inputs and v is not None}
     return {
         **rows,
         "input_ids": input_ids[::repeats],

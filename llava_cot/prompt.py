@@ -1,49 +1,14 @@
 """From an image and a question to what the model is fed, one sample at a time."""
 
-from os import PathLike
-from typing import Literal
-
-import numpy as np
 import torch
-from PIL import Image
+from transformers import PreTrainedConfig, ProcessorMixin
 
-Bos = Literal["one", "released"]
-ImageLike = Image.Image | np.ndarray | str | PathLike
-MODEL_INPUTS = {  # what the processor makes, by the model_type of the model's config
-    "mllama": (
-        "input_ids",
-        "attention_mask",
-        "pixel_values",
-        "aspect_ratio_ids",
-        "aspect_ratio_mask",
-        "cross_attention_mask",
-    ),
-    "llava": ("input_ids", "attention_mask", "pixel_values"),
-    "qwen2_5_vl": ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids"),
-}
-OPTIONAL_INPUTS = {"attention_mask", "aspect_ratio_mask", "mm_token_type_ids"}
+from llava_cot.core import Bos
+from llava_cot.families import Prompt, family_of
+from llava_cot.image import ImageLike, open_image
 
 
-def open_image(image: ImageLike) -> Image.Image:
-    """An RGB image; raises ``ValueError`` or ``TypeError`` when there is none to be had."""
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise ValueError(f"image must be a uint8 array [H, W, 3], got {image.dtype} {list(image.shape)}")
-        image = Image.fromarray(image)
-    if isinstance(image, (str, PathLike)):
-        try:
-            image = Image.open(image)
-        except (OSError, Image.DecompressionBombError) as error:
-            raise ValueError(f"image must be a readable image file, got {str(image)!r}: {error}") from None
-    if not isinstance(image, Image.Image):
-        raise TypeError(f"image must be a PIL image, an array or a path, got {type(image).__name__}")
-    try:
-        return image.convert("RGB")
-    except OSError as error:
-        raise ValueError(f"image must be a readable image, got one that breaks off: {error}") from None
-
-
-def build_inputs(processor, image: ImageLike, question: str, bos: Bos) -> dict[str, torch.Tensor]:
+def build_inputs(processor: ProcessorMixin, image: ImageLike, question: str, bos: Bos) -> Prompt:
     """The processor's inputs for one question: chat template, generation prompt, one BOS.
 
     Most chat templates write a BOS themselves; ``bos="released"`` lets the tokenizer add a second one, as the released
@@ -63,21 +28,20 @@ def build_inputs(processor, image: ImageLike, question: str, bos: Bos) -> dict[s
     return {name: tensor for name, tensor in batch.items() if name != "attention_mask"}  # nothing is padded
 
 
-def split_rows(inputs: dict[str, torch.Tensor], config) -> list[dict[str, torch.Tensor]]:
+def split_rows(inputs: dict[str, torch.Tensor], config: PreTrainedConfig) -> list[Prompt]:
     """The rows of a processor's batch, each without its padding. Raises ``ValueError`` naming what does not fit.
 
     ``config`` is the model's: it says what there must be, and which tokens stand for images.
     """
-    names = MODEL_INPUTS[config.model_type]
-    for name in names:
-        if name not in OPTIONAL_INPUTS and inputs.get(name) is None:
+    family = family_of(config)
+    for name in family.inputs:
+        if name not in family.optional and inputs.get(name) is None:
             raise ValueError(f"{name} must be given: an image and its prompt, as the processor makes them, got None")
     input_ids = inputs["input_ids"]
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
         raise ValueError(f"input_ids must have shape [batch, tokens >= 1], got {list(input_ids.shape)}")
-    in_cross_attention = "cross_attention_mask" in names
-    for name in names if in_cross_attention else ("attention_mask",):
-        if inputs.get(name) is not None and len(inputs[name]) != len(input_ids):
+    for name, dimensions in family.inputs.items():
+        if dimensions[0] == "batch" and inputs.get(name) is not None and len(inputs[name]) != len(input_ids):
             raise ValueError(f"{name} must have batch={len(input_ids)} in dimension 0, got {len(inputs[name])}")
     attention_mask = inputs.get("attention_mask")
     keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
@@ -85,61 +49,4 @@ def split_rows(inputs: dict[str, torch.Tensor], config) -> list[dict[str, torch.
         shapes = f"the shape of input_ids={list(input_ids.shape)}, got {list(keep.shape)}"
         raise ValueError(f"attention_mask must have {shapes}")
     rows = [{"input_ids": ids[kept].unsqueeze(0)} for ids, kept in zip(input_ids, keep)]
-    images = _cross_attention_images(inputs, keep) if in_cross_attention else _prompt_images(inputs, rows, config)
-    return [row | image for row, image in zip(rows, images)]
-
-
-def _cross_attention_images(inputs: dict[str, torch.Tensor], keep: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-    """The image inputs of each row of a model with cross-attention, all of which have a row for each prompt."""
-    names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
-    cross_mask = inputs["cross_attention_mask"]
-    missing = keep.shape[1] - cross_mask.shape[1]
-    if missing > 0:  # a prompt that goes on past what the processor saw sees what its last token saw
-        cross_mask = torch.cat([cross_mask, cross_mask[:, -1:].expand(-1, missing, -1, -1)], dim=1)
-    images = []
-    for index, kept in enumerate(keep):
-        image = {name: inputs[name][index : index + 1] for name in names if inputs.get(name) is not None}
-        image["cross_attention_mask"] = cross_mask[index, kept].unsqueeze(0)
-        if not kept.any() or not image["cross_attention_mask"][0, -1].any():
-            raise ValueError(f"input_ids[{index}] must contain the image token, so that its last token sees an image")
-        images.append(image)
-    return images
-
-
-def _prompt_images(
-    inputs: dict[str, torch.Tensor], rows: list[dict[str, torch.Tensor]], config
-) -> list[dict[str, torch.Tensor]]:
-    """The image inputs of each row where images are tokens of the prompt: they come in the order of their tokens.
-
-    ``pixel_values`` has an entry for each image, or with ``image_grid_thw`` [images, 3] one for each of its patches,
-    of which ``spatial_merge_size`` squared make a token.
-    """
-    pixels, grids = inputs["pixel_values"], inputs.get("image_grid_thw")
-    counts = [int((row["input_ids"] == config.image_token_id).sum()) for row in rows]
-    if grids is None:
-        entries = [1] * len(pixels)
-        tokens = [sum(counts) // max(1, len(pixels))] * len(pixels)  # images of one size
-    else:
-        entries = grids.prod(-1).tolist()
-        tokens = [patches // config.vision_config.spatial_merge_size**2 for patches in entries]
-    if sum(entries) != len(pixels):
-        raise ValueError(f"pixel_values must have image_grid_thw's patches={sum(entries)} rows, got {len(pixels)}")
-    images, first, start = [], 0, 0
-    for index, count in enumerate(counts):
-        if not count:
-            raise ValueError(f"input_ids[{index}] must contain the image token, so that its last token sees an image")
-        last = first
-        while last < len(tokens) and sum(tokens[first:last]) < count:
-            last += 1
-        if sum(tokens[first:last]) != count:
-            expected = sum(tokens[first:last])
-            raise ValueError(f"input_ids[{index}] must have its images' tokens={expected}, got {count} image tokens")
-        end = start + sum(entries[first:last])
-        image = {"pixel_values": pixels[start:end]}
-        if grids is not None:
-            image["image_grid_thw"] = grids[first:last]
-        images.append(image)
-        first, start = last, end
-    if first != len(tokens):
-        raise ValueError(f"pixel_values must have the images of input_ids={first}, got {len(tokens)}")
-    return images
+    return [row | images for row, images in zip(rows, family.split_images(inputs, keep))]

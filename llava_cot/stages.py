@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 
 class Stage(StrEnum):
@@ -45,6 +45,12 @@ class StageText:
     outcome: Outcome
 
 
+class _Settings(TypedDict, total=False):
+    start: Sequence[str]
+    max_visits: Mapping[str, int]
+    tags: Mapping[str, Sequence[str]]
+
+
 @dataclass(frozen=True)
 class Grammar:
     """Which stages a model writes and which may come after which.
@@ -67,7 +73,7 @@ class Grammar:
     max_visits: Mapping[str, int] = field(default_factory=dict)
     tags: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         names = self.names
         if not names:
             raise ValueError("follows must have at least one stage, got none")
@@ -90,7 +96,7 @@ class Grammar:
                 raise ValueError(f"follows must lead from every stage to one without followers, got none from {name!r}")
 
     @classmethod
-    def sequence(cls, *names: str, **settings) -> "Grammar":
+    def sequence(cls, *names: str, **settings: Unpack[_Settings]) -> "Grammar":
         """Every stage once, in this order."""
         return cls({name: names[at + 1 : at + 2] for at, name in enumerate(names)}, **settings)
 

@@ -47,7 +47,8 @@ def __getattr__(name: str) -> Any:
         raise ImportError(
             f"llava_cot_kernels needs its compiled extension, which could not be imported ({_load_error}): install "
             "torch 2.11 or newer first, and then build the extension with `pip install -e .` or with `python setup.py "
-            "build_ext --inplace`"
+            "build_ext --inplace`",
+            name="llava_cot_kernels._C",
         ) from _load_error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -184,5 +184,5 @@ def _check_offsets(name: str, offsets: Tensor, end: int, *, whole: bool) -> None
 
 @torch.library.register_fake("llava_cot_kernels::paged_attention")
 @torch.library.register_fake("llava_cot_kernels::shared_attention")
-def _(*_) -> None:
+def _(*_: object) -> None:
     return None

@@ -13,7 +13,7 @@ class Sizes:
     >>> sizes.check("value", value, "T Hkv D", key.dtype)   # ValueError: value must have T=12 in dimension 0, got 10
     """
 
-    def __init__(self, **bound: int):
+    def __init__(self, **bound: int) -> None:
         self._bound = bound
 
     def __getitem__(self, name: str) -> int:

@@ -1,6 +1,7 @@
 """Log-probs of given tokens without a softmax tensor, from logits or from hidden states and the output embedding."""
 
 import math
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -98,7 +99,7 @@ def linear_logprobs(
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logprobs = torch.empty_like(targets, dtype=torch.float32)
         OPS["native"].token_logprobs(logits, targets, logprobs)
         ctx.save_for_backward(logits, targets)
@@ -106,7 +107,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logprobs: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, grad_logprobs: torch.Tensor) -> tuple[torch.Tensor, None]:
         logits, targets = ctx.saved_tensors
         grad, target = grad_logprobs[:, None], targets.clamp(0, logits.shape[1] - 1)[:, None]
         grad_logits = torch.softmax(logits, dim=-1, dtype=torch.float32).mul_(-grad).scatter_add_(1, target, grad)
@@ -117,7 +118,7 @@ class _TokenLogprobs(torch.autograd.Function):
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float, backend: str
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float, backend: str
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logprobs, lse, entropy = (torch.empty_like(targets, dtype=torch.float32) for _ in range(3))
         OPS[backend].linear_logprobs(hidden, weight, targets, temperature, logprobs, lse, entropy)
@@ -127,7 +128,9 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_logprobs: torch.Tensor, grad_entropy: torch.Tensor):
+    def backward(
+        ctx: Any, grad_logprobs: torch.Tensor, grad_entropy: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
         hidden, weight, targets, lse, entropy = ctx.saved_tensors
         grad_hidden, grad_weight = (
             torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed else None
@@ -165,17 +168,34 @@ def _check_targets(targets: torch.Tensor, vocab_size: int) -> None:
 
 
 @torch.library.register_fake("llava_cot_kernels::token_logprobs")
-def _(logits, targets, logprobs) -> None:
+def _(logits: torch.Tensor, targets: torch.Tensor, logprobs: torch.Tensor) -> None:
     return None
 
 
 @torch.library.register_fake("llava_cot_kernels::linear_logprobs")
-def _(hidden, weight, targets, temperature, logprobs, lse, entropy) -> None:
+def _(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float,
+    logprobs: torch.Tensor,
+    lse: torch.Tensor,
+    entropy: torch.Tensor,
+) -> None:
     return None
 
 
 @torch.library.register_fake("llava_cot_kernels::linear_logprobs_backward")
 def _(
-    grad_logprobs, grad_entropy, hidden, weight, targets, lse, entropy, temperature, grad_hidden, grad_weight
+    grad_logprobs: torch.Tensor,
+    grad_entropy: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    lse: torch.Tensor,
+    entropy: torch.Tensor,
+    temperature: float,
+    grad_hidden: torch.Tensor | None,
+    grad_weight: torch.Tensor | None,
 ) -> None:
     return None

@@ -188,14 +188,14 @@ def _native(
         logits = logits.contiguous()
     automaton = (None,) * 4 if tags is None else (tags.table, tags.ends, tags.token_bytes, tags.token_offsets)
     token = torch.empty_like(row, memory_format=torch.contiguous_format)
-    logprob, sampling_logprob, entropy = (
+    logprob, entropy, sampling_logprob = (
         torch.empty(len(row), dtype=torch.float32, device=row.device) for _ in range(3)
     )
     tag, overhang, status = (torch.empty(len(row), dtype=torch.int32, device=row.device) for _ in range(3))
-    scores = (logprob, sampling_logprob, entropy)
     inputs = [tensor.contiguous() for tensor in (row, *parameters)]
-    OPS["native"].sample(logits, *inputs, *automaton, token, *scores, tag_state, tag, overhang, status)
-    return SampleOutput(token, logprob, entropy, sampling_logprob, tag_state, tag, overhang, status)
+    output = SampleOutput(token, logprob, entropy, sampling_logprob, tag_state, tag, overhang, status)
+    OPS["native"].sample(logits, *inputs, *automaton, *output)
+    return output
 
 
 def _raise_on_bad_row(status: torch.Tensor, row: torch.Tensor) -> None:

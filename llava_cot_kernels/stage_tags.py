@@ -34,7 +34,7 @@ class StageTags:
 
     start_state = 0
 
-    def __init__(self, token_bytes: Sequence[bytes], tags: Sequence[str | bytes]):
+    def __init__(self, token_bytes: Sequence[bytes], tags: Sequence[str | bytes]) -> None:
         self.tags = tuple(tag.encode() if isinstance(tag, str) else bytes(tag) for tag in tags)
         for i, tag in enumerate(self.tags):
             if not tag:

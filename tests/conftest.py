@@ -4,8 +4,9 @@ from collections import Counter
 import pytest
 import torch
 from helpers.random_mllama import TINY_SHAPE, build_random_mllama
+from hypothesis import HealthCheck, settings
 
-from llava_cot import SwiresGenerator, tiny_path
+from llava_cot import EngineConfig, SwiresGenerator, tiny_path
 from llava_cot_kernels import _C
 from llava_cot_kernels.backend import available
 
@@ -13,6 +14,10 @@ BACKENDS = {"reference", "native", "fibers", "triton", "cuda"}
 TRITON_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SLOW = {"test_reference_loop", "test_trainer"}  # files
 NEEDS_GPU = 77  # the exit code, where --gpu finds none
+
+# On a busy machine every example may be slow.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 def pytest_addoption(parser):
@@ -80,7 +85,7 @@ def one_thread():
 @pytest.fixture(scope="session")
 def tiny():
     """The bundled model behind a generator."""
-    return SwiresGenerator.from_pretrained("tiny", page_size=4)
+    return SwiresGenerator.from_pretrained("tiny", engine=EngineConfig(page_size=4))
 
 
 @pytest.fixture(scope="session")
@@ -102,6 +107,7 @@ def bare_generator(tiny):
     """A generator on any model; its processor only stands in for a tokenizer."""
 
     def make(model, **kwargs):
-        return SwiresGenerator(model, tiny.processor, **kwargs)
+        settings = {name: kwargs.pop(name) for name in ("bos", "grammar", "calibrations") if name in kwargs}
+        return SwiresGenerator(model, tiny.processor, engine=EngineConfig(**kwargs), **settings)
 
     return make

@@ -68,10 +68,9 @@ def train_step(train_memory):
 
 
 @pytest.fixture
-def small(monkeypatch, endless, tiny):
+def small(monkeypatch, endless):
     for module in (bench_search, bench_token_beam, bench_throughput):
         monkeypatch.setattr(module, "build_model", lambda device: endless)
-        monkeypatch.setattr(module, "build_processor", lambda: tiny.processor)
     stages = {"SUMMARY": 2, "CAPTION": 4, "REASONING": 3, "CONCLUSION": 2}
     monkeypatch.setattr(bench_search, "STAGE_TOKENS", stages)
 

@@ -1,6 +1,8 @@
 """The command line: what it prints, what it writes, and how it fails."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +11,9 @@ from helpers.traces import two_retraces
 
 from llava_cot import cli
 from llava_cot.data import shapes
+from llava_cot.scoring import SCORERS
+from llava_cot.stages import render
+from llava_cot.trace import read_trace
 
 SAMPLE = shapes.sample(804_000)
 
@@ -44,6 +49,39 @@ def test_answer_as_json_in_a_process_of_its_own(image):
     assert list(answer["stages"]) == ["SUMMARY", "CAPTION", "REASONING", "CONCLUSION"]
     assert answer["conclusion"] == answer["stages"]["CONCLUSION"]["text"]
     assert answer["usage"]["image_encodings"] == 1 and 0 < answer["usage"]["generated_tokens"] <= 30
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--help",),
+        ("validate", "rows.jsonl", "--images", ".", "--clean", "clean.jsonl", "--quarantine", "bad.jsonl"),
+        ("annotate", "questions.jsonl", "out.jsonl", "--model", "any", "--dry-run"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_what_needs_no_model_imports_no_library_for_it(image, tmp_path, arguments):
+    """Such a library takes seconds to import, and a machine that annotates may have no use for one."""
+    turns = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": render(SAMPLE.stages)}]
+    files = {
+        "rows.jsonl": {"conversations": turns},
+        "questions.jsonl": {"question": "How many?", "answer": "3"},
+    }
+    shutil.copy(image, tmp_path / "image.png")
+    for name, row in files.items():
+        (tmp_path / name).write_text(json.dumps({"id": "1", "image": "image.png", **row}) + "\n")
+    code = """if True:
+        import sys
+        from llava_cot.cli import main
+        try:
+            main()
+        except SystemExit as ended:
+            loaded = {"torch", "transformers", "openai"} & set(sys.modules)
+            sys.exit(ended.code or ", ".join(sorted(loaded)) or None)
+    """
+    command, path = [sys.executable, "-c", code, *arguments], {"PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_answer_and_its_trace(run, image, tmp_path):
@@ -85,8 +123,41 @@ def test_what_no_report_can_be_made_of(run, tmp_path, content):
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     status, _, err = run("report", str(file), "--html", str(tmp_path / "out.html"))
     assert status == 2 and err.count("\n") == 1 and "Traceback" not in err
-    assert err.startswith(f"error: trace must be a search's trace as JSON, got {str(file)!r}: ")
+    assert err.startswith("error: [bad].json: " if content is not None else "error: [Errno 2] No such file")
+    assert "[bad].json" in err
     assert not (tmp_path / "out.html").exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_search_that_fails_leaves_its_trace(run, image, tmp_path, monkeypatch, flags):
+    def broken(spans):
+        raise RuntimeError("the scorer is broken")
+
+    monkeypatch.setitem(SCORERS, "broken", broken)
+    file, page = tmp_path / "trace.json", tmp_path / "trace.html"
+    asked = ["answer", image, SAMPLE.question, "--search", "stage_beam", "--max-new-tokens", "30", "--scorer", "broken"]
+    with pytest.raises(RuntimeError, match="the scorer is broken"):
+        run(*asked, "--trace", str(file), *flags)
+    trace = read_trace(file).trace
+    assert trace.failure.startswith("RuntimeError: the scorer is broken") and trace.nodes
+    status, out, _ = run("report", str(file), "--html", str(page))
+    assert status == 0 and "failed: RuntimeError: the scorer is broken" in " ".join(out.split())
+    assert page.read_text("utf-8").count("<article") == len(trace.nodes)
+    (tmp_path / "traces.jsonl").write_text(trace.to_json())
+    status, _, err = run("report", str(tmp_path / "traces.jsonl"))
+    assert status == 0 and err.startswith("failed: traces.jsonl, line 1: RuntimeError: the scorer is broken")
+
+
+def test_a_report_loads_neither_torch_nor_transformers(tmp_path):
+    file = tmp_path / "trace.json"
+    file.write_text(two_retraces().to_json())
+    code = (
+        "import sys\nfrom llava_cot import cli\ntry: cli.main()\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    )
+    arguments = ["report", str(file), "--html", str(tmp_path / "page.html")]
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, stdout=subprocess.DEVNULL)
+    assert (tmp_path / "page.html").stat().st_size > 0
 
 
 def test_a_report_of_many_traces(run, tmp_path):
@@ -97,7 +168,7 @@ def test_a_report_of_many_traces(run, tmp_path):
     traces.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     status, out, err = run("report", str(traces))
     assert status == 0 and "swires 3 50.0% of 2 3 3 153 86%" in " ".join(out.split())
-    assert err == "failed: traces.jsonl, line 4: trace must be a search's trace of version 3, got version 1\n"
+    assert err == "failed: traces.jsonl, line 4: trace.version must be 4, got 1\n"
     assert not out_folder.exists()
     assert run("report", str(traces), "--html", str(out_folder))[:2] == (status, out)
     assert sorted(page.name for page in out_folder.iterdir()) == [*(f"0000{n}.html" for n in (1, 2, 3)), "index.html"]
@@ -145,7 +216,7 @@ def test_what_a_model_writes_is_never_markup(run, image, monkeypatch):
     """Brackets in a candidate or an answer are text, also where they look like rich's markup."""
     from llava_cot.generator import SwiresGenerator
 
-    monkeypatch.setattr(SwiresGenerator, "_decode", lambda self, tokens: "<CONCLUSION> [A] or [/b] </CONCLUSION>")
+    monkeypatch.setattr(SwiresGenerator, "decode", lambda self, tokens: "<CONCLUSION> [A] or [/b] </CONCLUSION>")
     for search in ("swires", "greedy"):
         status, out, _ = run("answer", image, SAMPLE.question, "--search", search, "--max-new-tokens", "4")
         assert status == 0 and "answer: [A] or [/b]" in out

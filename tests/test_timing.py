@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import bench_decode
 import timing
 
-from llava_cot.engine import capture
+from llava_cot.engine import graphs
 
 
 @pytest.fixture
@@ -23,8 +23,8 @@ def cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: mode[0])
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda new: mode.__setitem__(0, new))
-    monkeypatch.setattr(timing, "CudaRecorder", lambda device: capture.CudaRecorder(torch.device("cpu", 0)))
-    capture._capture_stream.cache_clear()
+    monkeypatch.setattr(timing, "CudaRecorder", lambda device: graphs.CudaRecorder(torch.device("cpu", 0)))
+    graphs._capture_stream.cache_clear()
 
     def wait():
         if fake.into is not None:
@@ -34,7 +34,7 @@ def cuda(monkeypatch):
 
     fake.wait, fake.mode = wait, mode
     yield fake
-    capture._capture_stream.cache_clear()
+    graphs._capture_stream.cache_clear()
 
 
 def test_what_waits_is_timed_last_and_never_captured(cuda, capsys):

@@ -242,7 +242,7 @@ struct Arguments : Candidates {
 
 void sample_candidate(const Arguments& a, Candidate& candidate, int64_t n) {
   a.token[n] = -1;
-  a.logprob[n] = a.sampling_logprob[n] = a.entropy[n] = 0.0f;
+  a.logprob[n] = a.entropy[n] = a.sampling_logprob[n] = 0.0f;
   a.status[n] = 0;
   if (a.row[n] < 0) return;
   if (!candidate.load(a.dtype, a.logits + a.row[n] * a.row_bytes, a.row[n], a.vocabulary)) {
@@ -291,11 +291,11 @@ void sample(const Tensor& logits, const Tensor& row, const Tensor& temperature, 
             const Tensor& top_p, const Tensor& min_p, const Tensor& seed, const Tensor& position,
             const std::optional<Tensor>& tag_table, const std::optional<Tensor>& tag_ends,
             const std::optional<Tensor>& token_bytes, const std::optional<Tensor>& token_offsets, const Tensor& token,
-            const Tensor& logprob, const Tensor& sampling_logprob, const Tensor& entropy, const Tensor& tag_state,
+            const Tensor& logprob, const Tensor& entropy, const Tensor& sampling_logprob, const Tensor& tag_state,
             const Tensor& tag, const Tensor& overhang, const Tensor& status) {
   check_logits(logits);
   const Candidates candidates =
-      check_candidates(row, temperature, top_k, top_p, min_p, seed, position, token, logprob, sampling_logprob, entropy,
+      check_candidates(row, temperature, top_k, top_p, min_p, seed, position, token, logprob, entropy, sampling_logprob,
                        tag_state, tag, overhang, status);
   const StageTags tags = check_tags(tag_table, tag_ends, token_bytes, token_offsets);
   const int64_t num_rows = logits.size(0), n = row.numel();

@@ -302,7 +302,7 @@ __device__ __forceinline__ Draw draw(const Row& row, const Board& board, const S
 // ---- a candidate ----
 
 struct Scores {
-  float logprob = 0.0f, sampling_logprob = 0.0f, entropy = 0.0f;
+  float logprob = 0.0f, entropy = 0.0f, sampling_logprob = 0.0f;
 };
 
 // Run by one thread of the team.
@@ -310,8 +310,8 @@ __device__ __forceinline__ void write(const Arguments& a, int64_t n, int64_t tok
                                       int32_t status) {
   store(a.token + n, token);
   store(a.logprob + n, scores.logprob);
-  store(a.sampling_logprob + n, scores.sampling_logprob);
   store(a.entropy + n, scores.entropy);
+  store(a.sampling_logprob + n, scores.sampling_logprob);
   store(a.status + n, status);
   TagStep step{0, -1, 0};
   if (a.tags.table) {

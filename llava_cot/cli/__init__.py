@@ -16,9 +16,11 @@ for part in (search, data, train):
 
 
 def main() -> None:
-    """Entry point: the errors of bad input are one line, not a traceback."""
+    """Entry point: bad input, and kernels that are not built, give one line and exit code 2, not a traceback."""
     try:
         app()
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if isinstance(error, ImportError) and error.name != "llava_cot_kernels._C":
+            raise
         Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)

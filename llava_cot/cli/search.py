@@ -3,8 +3,9 @@
 import random
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, Group
@@ -15,6 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from llava_cot.atomic import replacing
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from llava_cot.answer import Answer, Finished
+    from llava_cot.search import SwiresConfig
+    from llava_cot.search.events import Candidates, Event
+    from llava_cot.trace import Trace
 
 app = typer.Typer()
 
@@ -51,7 +60,7 @@ def answer(
     trace: TraceFile = None,
 ) -> None:
     """Answer a question about an image, stage by stage."""
-    from llava_cot.engine.budget import Budget
+    from llava_cot.search import Budget
 
     settings: dict[str, Any] = {"seed": seed, "max_new_tokens": max_new_tokens}
     if scorer is not None:
@@ -75,7 +84,7 @@ def demo(
 ) -> None:
     """Make a fresh image, ask the bundled tiny model about it, search, and show the truth."""
     from llava_cot.data import shapes
-    from llava_cot.small_world.scorers import World, load_verifier
+    from llava_cot.scoring.verifier import load_verifier
 
     number = random.choice(shapes.TEST_SEEDS) if seed is None else seed
     sample = shapes.sample(number)
@@ -87,7 +96,7 @@ def demo(
         settings: dict[str, Any] = {"seed": 0, "max_new_tokens": 256}
         known = _settings(search) if verifier else set()
         if "scorer" in known:
-            settings["scorer"] = load_verifier(World([number]))
+            settings["scorer"] = load_verifier(lambda _: shapes.clean_view(number))
         if "cutoff" in known:
             settings["cutoff"] = 0.0  # a logit: rather right than wrong
         conclusion = _run(image, sample.question, search, "tiny", None, settings, json, trace, sample.answer)
@@ -110,28 +119,21 @@ def report(
     ] = None,
 ) -> None:
     """Show what a search did: its rounds, candidates and retraces; of many searches, what came of them."""
-    from llava_cot.report import files
-    from llava_cot.report.html import to_html
     from llava_cot.report.many import read_rows, to_table, write_pages
-    from llava_cot.report.tree import to_tree
+    from llava_cot.trace import holds_many, read_trace
 
-    if files.holds_many(traces):
+    if holds_many(traces):
         rows = read_rows(traces) if html is None else write_pages(traces, html)
         for row in rows:
-            if row.error is not None:
-                print(f"failed: {row.source}: {row.error}", file=sys.stderr)
+            if error := row.error or row.failure:
+                print(f"failed: {row.source}: {error}", file=sys.stderr)
         Console().print(to_table(rows))
         return
-    try:
-        entry = files.read_entry(traces)
-        data = entry.trace or {}
-        tree, page = to_tree(data), to_html(data, gold=entry.gold)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"trace must be a search's trace as JSON, got {str(traces)!r}: {error}") from None
-    Console().print(tree)
+    record = read_trace(traces)
+    Console().print(record.trace.to_tree())
     if html is not None:
         with replacing(html) as file:
-            file.write(page)
+            file.write(record.trace.to_html(gold=record.gold))
 
 
 @app.command()
@@ -156,32 +158,49 @@ def export(
     print(f"{export_file(traces, out, format, model=model, **settings)} rows")
 
 
-def _run(image, question, search, model, device, settings, json, trace, gold=None) -> str:
+def _run(
+    image: Path,
+    question: str,
+    search: str,
+    model: str,
+    device: str | None,
+    settings: dict[str, Any],
+    json: bool,
+    trace: Path | None,
+    gold: str | None = None,
+) -> str:
     from transformers.utils import logging
 
     from llava_cot.generator import SwiresGenerator
-    from llava_cot.prompt import open_image
+    from llava_cot.image import open_image
 
     logging.disable_progress_bar()
     generator = SwiresGenerator.from_pretrained(model, device=device)
     plan = _search(search)
-    if json:
-        result = generator.answer(image, question, plan, **settings)
-        print(_json(result))
-    else:
-        events = generator.stream(image, question, plan, **settings)
-        result = _watch(question, events)
-    if trace is not None:
-        is_page = trace.suffix.lower() == ".html"
-        written = (
-            result.trace.to_html(image=open_image(image), gold=gold) if is_page else result.trace.to_json(indent=1)
-        )
-        with replacing(trace) as file:
-            file.write(written + "\n")
+
+    def write(found: "Trace") -> None:
+        if trace is not None:
+            is_page = trace.suffix.lower() == ".html"
+            written = found.to_html(image=open_image(image), gold=gold) if is_page else found.to_json(indent=1)
+            with replacing(trace) as file:
+                file.write(written + "\n")
+
+    try:
+        if json:
+            result = generator.answer(image, question, plan, **settings)
+            print(_json(result))
+        else:
+            events = generator.stream(image, question, plan, **settings)
+            result = _watch(question, events)
+    except Exception as error:
+        if hasattr(error, "trace"):  # of a search that failed: how far it came
+            write(error.trace)
+        raise
+    write(result.trace)
     return result.conclusion
 
 
-def _search(name: str):
+def _search(name: str) -> "str | SwiresConfig":
     from llava_cot.search import SwiresConfig
 
     policy, _, preset = name.partition(":")
@@ -202,7 +221,7 @@ def _settings(search: str) -> set[str]:
     return {field.name for field in fields(policy[0])} if policy else set()
 
 
-def _json(result) -> str:
+def _json(result: "Answer") -> str:
     import json
     from dataclasses import asdict
 
@@ -210,7 +229,7 @@ def _json(result) -> str:
     return json.dumps({"conclusion": result.conclusion, "stages": stages, "usage": asdict(result.usage)}, indent=1)
 
 
-def _watch(question: str, events):
+def _watch(question: str, events: "Iterable[Event | Finished]") -> "Answer":
     """Show the search as it happens; returns its answer."""
     from llava_cot.answer import Finished
     from llava_cot.search.events import Candidates, Retrace, StageFinal, TextDelta
@@ -238,10 +257,11 @@ def _watch(question: str, events):
             elif isinstance(event, Finished):
                 shown.append(_answer(event.answer))
             live.update(Group(*shown))
+    assert isinstance(event, Finished)  # every stream ends with it
     return event.answer
 
 
-def _candidates(event) -> Table:
+def _candidates(event: "Candidates") -> Table:
     table = Table(title=f"{event.stage or 'ANSWERS'} · round {event.round}", title_justify="left", expand=True)
     for name, options in (("", {"width": 1}), ("score", {"justify": "right", "width": 8}), ("candidate", {"ratio": 1})):
         table.add_column(name, **options)
@@ -253,7 +273,7 @@ def _candidates(event) -> Table:
     return table
 
 
-def _answer(answer) -> Panel:
+def _answer(answer: "Answer") -> Panel:
     lines = Text()
     for name, stage in answer.stages.items():
         note = "" if stage.outcome == "complete" else f" ({stage.outcome})"
@@ -267,10 +287,10 @@ def _answer(answer) -> Panel:
     return Panel(lines, title=Text(f"answer: {answer.conclusion}"), title_align="left", border_style="green")
 
 
-def _show_image(image, title: str) -> None:
+def _show_image(image: "Image", title: str) -> None:
     """The image in the terminal, two pixels a character."""
     lines = Text()
-    pixels = image.load()
+    pixels: Any = image.load()
     for y in range(0, image.height, 2):
         for x in range(image.width):
             top, bottom = pixels[x, y], pixels[x, y + 1]

@@ -40,7 +40,7 @@ class BatchPlan:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
-    ):
+    ) -> None:
         at_least_one = {"batch_size": batch_size, "rows_per_batch": rows_per_batch, "world_size": world_size}
         if max_row_tokens is not None:
             at_least_one["max_row_tokens"] = max_row_tokens

@@ -4,7 +4,7 @@
 class Defect(ValueError):
     """The reason why a line cannot be trained on: a kind, by which lines are counted, and a detail."""
 
-    def __init__(self, kind: str, detail: str):
+    def __init__(self, kind: str, detail: str) -> None:
         super().__init__(kind, detail)
         self.kind, self.detail = kind, detail
 

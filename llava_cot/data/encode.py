@@ -8,11 +8,15 @@ import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from llava_cot.core import Bos
 from llava_cot.data.conversations import Conversation
 from llava_cot.data.example import IGNORE_INDEX, Example
-from llava_cot.prompt import Bos
 from llava_cot.stages import LLAVA_COT, Grammar
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 # Llama 3.2's template writes today's date into a conversation without an image. This is its own default, a fixed date.
 DATE = "26 Jul 2024"
@@ -20,7 +24,7 @@ DATE = "26 Jul 2024"
 
 def encode(
     conversation: Conversation,
-    processor,
+    processor: "ProcessorMixin",
     *,
     grammar: Grammar = LLAVA_COT,
     bos: Bos = "one",
@@ -45,7 +49,7 @@ def encode(
     return Example(input_ids, labels, stages, [str(Path(image_folder) / path) for path in conversation.images])
 
 
-def check_counts(rule: str, input_ids: Sequence[int], processor, *, images: int, bos: Bos) -> None:
+def check_counts(rule: str, input_ids: Sequence[int], processor: "ProcessorMixin", *, images: int, bos: Bos) -> None:
     """Check that these tokens have so many image tokens and the BOS of ``bos``.
 
     Raises:
@@ -60,7 +64,7 @@ def check_counts(rule: str, input_ids: Sequence[int], processor, *, images: int,
 
 
 def _encode_turns(
-    conversation: Conversation, processor, grammar: Grammar, bos: Bos
+    conversation: Conversation, processor: "ProcessorMixin", grammar: Grammar, bos: Bos
 ) -> tuple[list[int], list[int], list[int]]:
     tokenizer = processor.tokenizer
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
@@ -106,7 +110,7 @@ def _encode_turns(
     return input_ids, labels, stages
 
 
-def _render(processor, messages: list[dict], add_generation_prompt: bool) -> str:
+def _render(processor: "ProcessorMixin", messages: list[dict], add_generation_prompt: bool) -> str:
     date = {"date_string": DATE} if "date_string" in (processor.chat_template or "") else {}
     return processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **date)
 

@@ -9,14 +9,17 @@ import inspect
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_cot.data.forms import MESSAGES, MessageForm, TextForm
 from llava_cot.data.groups import to_groups
 from llava_cot.data.jsonl import read_items, write_jsonl
 from llava_cot.data.steps import to_steps
-from llava_cot.data.traces import Item, TraceTree, trace_id
+from llava_cot.data.traces import Item, trace_id
 from llava_cot.data.trl import to_preferences, to_sft, to_unpaired
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 FORMATS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
     "sft": to_sft,
@@ -27,7 +30,9 @@ FORMATS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
 }
 
 
-def export_file(traces: Path | str, out: Path | str, format: str, *, model: str | None = None, **settings) -> int:
+def export_file(
+    traces: Path | str, out: Path | str, format: str, *, model: str | None = None, **settings: object
+) -> int:
     """Write the rows of a file of items (see ``read_items``) to another file, and return how many there are.
 
     ``model`` is the folder or name of the processor for rows that are text (preferences and unpaired). By default it is
@@ -48,23 +53,25 @@ def export_file(traces: Path | str, out: Path | str, format: str, *, model: str 
         first = next(items, None)
         if first is None:
             return write_jsonl([], out)
-        name = model or str(TraceTree(first).data.get("model"))
+        name = model or first.trace.data["model"]
+        if not name:
+            raise ValueError("model must name the processor that renders text: the first trace names none, got ''")
         settings["form"] = TextForm(_processor(name))
         items = (item if model else _of_model(item, name) for item in chain([first], items))
     return write_jsonl(FORMATS[format](items, **settings), out)
 
 
 def _of_model(item: Item, name: str) -> Item:
-    tree = TraceTree(item)
-    if tree.data.get("model") != name:
+    model = item.trace.data["model"]
+    if model != name:
         raise ValueError(
-            f"model of trace {tree.trace_id!r} must be that of the first trace, {name!r}, got {tree.data['model']!r}; "
-            "name one processor for all with model="
+            f"model of trace {item.id or trace_id(item.trace)!r} must be that of the first trace, {name!r}, got "
+            f"{model!r}; name one processor for all with model="
         )
     return item
 
 
-def _processor(name: str):
+def _processor(name: str) -> "ProcessorMixin":
     from transformers import AutoProcessor
 
     from llava_cot.tiny import tiny_path

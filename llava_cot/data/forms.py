@@ -11,7 +11,10 @@ of ``MessageForm`` are exact for whole answers. With a prefix they are for train
 ``continue_final_message=True``.
 """
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 Messages = list[dict[str, Any]]
 
@@ -44,7 +47,7 @@ class TextForm:
         ValueError: the template has no visible end of a turn.
     """
 
-    def __init__(self, processor):
+    def __init__(self, processor: "ProcessorMixin") -> None:
         self._processor = processor
         marker = "the answer stands here"
         messages = [*MessageForm().prompt("?", "", "one"), *MessageForm().completion(marker, True)]

@@ -30,9 +30,8 @@ def to_groups(
         tree = TraceTree(item)
         tree.check(by)
         sampling = _sampling_of(tree)
-        greedy = _drawn_to_finish(tree)
         for siblings in tree.siblings():
-            drawn = [node for node in siblings if node.tokens and node.id not in greedy]
+            drawn = [node for node in siblings if node.tokens and node.id not in tree.trace.drawn_after_budget]
             found = [tree.quality(node, by) for node in drawn]
             known = [missing_reward if reward is None else reward for reward in found]
             values = [float(reward) for reward in known if reward is not None]
@@ -50,7 +49,7 @@ def to_groups(
                 closed=[node.closed for node in drawn],
                 kept=[node.kept for node in drawn],
                 parent=drawn[0].parent,
-                prompt_tokens=tree.data["prompt_tokens"],
+                prompt_tokens=tree.trace.data["prompt_tokens"],
                 prefix_ids=[token for node in prefix for token in node.tokens],
                 completion_ids=[node.tokens for node in drawn],
                 sampling_logprobs=[node.sampling_logprobs for node in drawn],
@@ -66,15 +65,12 @@ def _advantages(rewards: list[float], scale: bool) -> list[float]:
 
 
 def _sampling_of(tree: TraceTree) -> dict[str, float]:
-    config = tree.data["config"] or {}
-    names = ("temperature", "top_k", "top_p", "min_p")
-    if any(name not in config for name in names):
-        raise ValueError(f"search of trace {tree.trace_id!r} must sample by its settings, got {tree.data['search']!r}")
-    return {name: config[name] if name == "top_k" else float(config[name]) for name in names}
-
-
-def _drawn_to_finish(tree: TraceTree) -> set[int]:
-    """Return the ids of nodes that were drawn greedily after the budget was spent."""
-    events = tree.data["events"]
-    spent = next((at for at, event in enumerate(events) if event["event"] == "budget_spent"), len(events))
-    return {id for event in events[spent:] if event["event"] == "generated" for id in event["nodes"]}
+    config, search = tree.trace.data["config"], tree.trace.data["search"]
+    if any(name not in config for name in ("temperature", "top_k", "top_p", "min_p")):
+        raise ValueError(f"search of trace {tree.trace_id!r} must sample by its settings, got {search!r}")
+    return {
+        "temperature": float(config["temperature"]),
+        "top_k": config["top_k"],
+        "top_p": float(config["top_p"]),
+        "min_p": float(config["min_p"]),
+    }

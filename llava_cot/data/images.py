@@ -3,11 +3,12 @@
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -35,7 +36,7 @@ class ImageChecks:
         max_aspect: float = 50.0,
         decode: bool = True,
         forbidden: frozenset[bytes] = frozenset(),
-    ):
+    ) -> None:
         if not max_aspect >= 1:
             raise ValueError(f"max_aspect must be >= 1, got {max_aspect}")
         if forbidden and not decode:
@@ -57,10 +58,10 @@ class ImageChecks:
         raise Defect(kind, f"{path!r} {text}" if len(path) < 300 else f"{path[:300]!r}... {text}")
 
     @cached_property
-    def _judged(self):
+    def _judged(self) -> Callable[[str], tuple[str, str | None]]:
         return lru_cache(CACHE)(self._judge)
 
-    def __getstate__(self):  # the cache is not sent to a worker
+    def __getstate__(self) -> dict[str, Any]:  # the cache is not sent to a worker
         return {name: value for name, value in vars(self).items() if name != "_judged"}
 
     def _judge(self, path: str) -> tuple[str, str | None]:

@@ -1,15 +1,19 @@
 """Show a training example: its tokens, coloured by stage."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from llava_cot.data.example import IGNORE_INDEX, Example
 
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
 COLOURS = ("green", "cyan", "yellow", "magenta", "blue", "red")
 
 
-def show(example: Example, processor, names: Sequence[str]) -> Text:
+def show(example: Example, processor: "ProcessorMixin", names: Sequence[str]) -> Text:
     """Return the text of an example with a legend: one colour per stage, context dimmed, images in reverse."""
     text = Text()
     for index, name in enumerate(names):
@@ -29,7 +33,7 @@ def _colour(stage: int) -> str:
     return COLOURS[stage % len(COLOURS)] if stage >= 0 else "bold"
 
 
-def _runs(example: Example, image_token: int):
+def _runs(example: Example, image_token: int) -> Iterator[tuple[slice, bool, int]]:
     """Yield slices of equal style as (slice, is ignored, stage), so that characters of several tokens stay whole."""
     keys = [
         (token == image_token, label == IGNORE_INDEX, stage)

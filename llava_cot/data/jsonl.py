@@ -7,29 +7,21 @@ from typing import Any
 
 from llava_cot.atomic import replacing
 from llava_cot.data.traces import Item
+from llava_cot.trace import TraceError, read_traces
 
 
 def read_items(path: Path | str) -> Iterator[Item]:
     """Read one item per line: ``{"trace": {...}, "image": "path", "gold": "...", "id": "..."}``.
 
-    ``gold`` and ``id`` are optional.
+    ``gold`` and ``id`` are optional. ``llava_cot.trace.scan_traces`` says what else ``path`` may be.
 
     Raises:
-        ValueError: a line is not JSON or lacks a field; the message names the file and the line.
+        TraceError: a trace can't be read or has no image; the message names the file and the line.
     """
-    known = ("trace", "image", "gold", "id")
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                data = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"line {number} of {str(path)!r} must be JSON, got {line[:40]!r}: {error}") from None
-            if not isinstance(data, dict) or not {"trace", "image"} <= set(data) <= set(known):
-                got = sorted(data) if isinstance(data, dict) else type(data).__name__
-                raise ValueError(f"line {number} of {str(path)!r} must have trace and image of {known}, got {got}")
-            yield Item(**data)
+    for record in read_traces(path):
+        if record.image is None:
+            raise TraceError(record.source, "image must be given beside the trace, got none")
+        yield Item(record.trace, record.image, record.gold, id=record.id)
 
 
 def write_jsonl(rows: Iterable[Mapping[str, Any]], path: Path | str) -> int:

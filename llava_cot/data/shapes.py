@@ -48,7 +48,7 @@ class _Object:
 class _Stream:
     """Draws integers below a bound from the raw 64-bit stream, by multiply-shift."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int) -> None:
         self._bits = np.random.PCG64(seed)
 
     def below(self, n: int) -> int:

@@ -29,7 +29,7 @@ def to_steps(
         raise ValueError(f"threshold must be in [0, 1], got {threshold}")
     for item in items:
         tree = TraceTree(item)
-        scorer = (tree.data["config"] or {}).get("scorer")
+        scorer = tree.trace.data["config"].get("scorer")
         if calibration is not None and scorer != calibration.scorer:
             raise ValueError(
                 f"calibration must be of scorer {scorer!r} of trace {tree.trace_id!r}, got {calibration.scorer!r}"

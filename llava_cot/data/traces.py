@@ -1,15 +1,15 @@
 """Read a trace for training: its candidates as a tree, and how good each is known to be."""
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Literal
 
-from llava_cot.scoring.normalise import normalise
-from llava_cot.search.tree import TRACE_VERSION, Trace
-from llava_cot.stages import Grammar, Outcome
+from llava_cot.stages import Outcome
+from llava_cot.text import normalise
+from llava_cot.trace import Trace, to_json
+from llava_cot.trace.schema import NodeData
 
 ROW_VERSION = 1
 By = Literal["score", "answers"]  # by a candidate's score, or by the share of right answers that end at or below it
@@ -20,14 +20,14 @@ class Item:
     """A trace, with what it does not hold.
 
     Args:
-        trace: ``answer.trace``, its ``data``, or its JSON.
+        trace: ``answer.trace``, or what ``llava_cot.trace.parse_trace`` returns.
         image: the name of the image in the rows, such as the path of its file. The caller saves the image.
         gold: the right answer. It is compared with a conclusion as ``normalise`` writes both.
         is_right: used instead of ``gold``: a function of the conclusion, or a verdict on each whole answer by node id.
         id: the name of the trace in the rows; by default a hash of its settings and of what was drawn.
     """
 
-    trace: Trace | Mapping[str, Any] | str
+    trace: Trace
     image: str
     gold: str | None = None
     is_right: Callable[[str], bool] | Mapping[int, bool] | None = None
@@ -56,40 +56,34 @@ class TraceTree:
     """The candidates of ``item`` by id. Every parent comes before its children.
 
     Raises:
-        ValueError: the trace is not of this version, or its question is null, as after ``generate``.
+        TypeError: the trace is not a ``Trace``.
+        ValueError: its question is null, as after ``generate``, or its image is not named.
     """
 
-    def __init__(self, item: Item):
-        data = _data_of(item.trace)
-        self.item, self.data = item, data
-        entries = [_node(entry) for entry in data["nodes"]]
-        self.trace_id = item.id or trace_id(data)
-        if not isinstance(data["question"], str):
+    def __init__(self, item: Item) -> None:
+        trace = item.trace
+        if not isinstance(trace, Trace):
+            raise TypeError(f"trace must be a Trace, got {type(trace).__name__}; parse_trace(...) makes one of JSON")
+        self.item, self.trace, self.grammar = item, trace, trace.grammar
+        self.trace_id = item.id or trace_id(trace)
+        question = trace.data["question"]
+        if question is None:
             raise ValueError(
-                f"question of trace {self.trace_id!r} must be a string, got {data['question']!r}: "
+                f"question of trace {self.trace_id!r} must be a string, got None: "
                 "generate() is given tokens alone, answer() keeps the question"
             )
         if not isinstance(item.image, str) or not item.image:
             raise ValueError(f"image of trace {self.trace_id!r} must be a path or another string, got {item.image!r}")
-        self.question: str = data["question"]
-        self.bos: str = data["bos"]
-        self.grammar = Grammar(**data["grammar"])
-        self.nodes: dict[int, TraceNode] = {}
-        for node in entries:
-            if node.parent and node.parent not in self.nodes:
-                raise ValueError(f"node {node.id} of trace {self.trace_id!r} must have a parent, got {node.parent}")
-            self.nodes[node.id] = node
-        if data["answer"] not in self.nodes:
-            raise ValueError(f"answer of trace {self.trace_id!r} must be one of its nodes, got {data['answer']}")
-        self.answer = self.nodes[data["answer"]]
+        self.question: str = question
+        self.bos = trace.data["bos"]
+        self.nodes = {id: _node(node) for id, node in trace.nodes.items()}
+        answer = trace.data["answer"]
+        self.answer = None if answer is None else self.nodes[answer]  # None: the search failed
         self._shares = self._count_right()
 
     def path(self, node: TraceNode) -> list[TraceNode]:
         """Return the nodes from the first stage to this one."""
-        nodes = [node]
-        while nodes[-1].parent:
-            nodes.append(self.nodes[nodes[-1].parent])
-        return nodes[::-1]
+        return [self.nodes[data["id"]] for data in self.trace.path(node.id)]
 
     def prefix(self, node: TraceNode) -> list[TraceNode]:
         """Return the text after which ``node`` was drawn."""
@@ -115,7 +109,7 @@ class TraceTree:
             return None
         if isinstance(verdict, Mapping):
             return verdict.get(node.id)
-        conclusion = self.grammar.parse(text_of(self.path(node)))[self.grammar.conclusion]
+        conclusion = self.grammar.parse(self.trace.text(node.id))[self.grammar.conclusion]
         if conclusion.outcome is not Outcome.COMPLETE:
             return False
         if verdict is not None:
@@ -155,12 +149,13 @@ class TraceTree:
         return {id: right[id] / count for id, count in known.items() if count}
 
 
-def trace_id(data: Mapping[str, Any]) -> str:
+def trace_id(trace: Trace) -> str:
     """Hash the content without times and scores. A trace, its JSON and a repeated search have the same hash."""
-    nodes = [[node["id"], node["parent"], node["tokens"], node["logprobs"]] for node in data["nodes"]]
+    nodes = [[node["id"], node["parent"], node["tokens"], node["logprobs"]] for node in trace.nodes.values()]
     # The same tokens may come from another image, with other log-probs, or with another scorer, which config names.
-    content = {name: data.get(name) for name in ("seed", "question", "model", "search", "config")} | {"nodes": nodes}
-    return blake2b(Trace(content).to_json().encode(), digest_size=12).hexdigest()
+    data = trace.data
+    content = {name: data[name] for name in ("seed", "question", "model", "search", "config")}  # type: ignore[literal-required]
+    return blake2b(to_json(content | {"nodes": nodes}).encode(), digest_size=12).hexdigest()
 
 
 def row_of(tree: TraceTree, nodes: Iterable[TraceNode], **columns: Any) -> dict[str, Any]:
@@ -174,31 +169,20 @@ def text_of(nodes: Iterable[TraceNode]) -> str:
     return "".join(node.text for node in nodes)
 
 
-def _data_of(trace: Any) -> Mapping[str, Any]:
-    if isinstance(trace, str):
-        trace = json.loads(trace)
-    data = trace.data if isinstance(trace, Trace) else trace
-    if not isinstance(data, Mapping):
-        raise ValueError(f"trace must be a search's trace, got {type(data).__name__}")
-    if data.get("version") != TRACE_VERSION:
-        raise ValueError(f"trace must have version {TRACE_VERSION}, got {data.get('version')!r}")
-    names = ("question", "search", "config", "grammar", "seed", "bos", "prompt_tokens", "nodes", "events", "answer")
-    missing = [name for name in names if name not in data]
-    if missing:
-        raise ValueError(f"trace must have {missing[0]!r}, got {sorted(data)}")
-    return data
-
-
-def _node(entry: Mapping[str, Any]) -> TraceNode:
-    names = ("id", "stage", "text", "tokens", "logprobs", "sampling_logprobs", "finish", "closed", "kept")
-    missing = [name for name in ("parent", "score", "error", *names) if name not in entry]
-    if missing:
-        raise ValueError(f"trace must have nodes with {missing[0]!r}, got {dict(entry)!s:.80}")
-    score = None if entry["score"] is None else float(entry["score"])  # JSON spells infinities "inf" and "-inf"
-    failed = entry["error"] is not None or (score is not None and not math.isfinite(score))
+def _node(data: NodeData) -> TraceNode:
+    score = data["score"]
+    failed = data["error"] is not None or (score is not None and not math.isfinite(score))
     return TraceNode(
-        parent=entry["parent"] or 0,
+        id=data["id"],
+        parent=data["parent"],
+        stage=data["stage"],
+        text=data["text"],
+        tokens=data["tokens"],
+        logprobs=data["logprobs"],
+        sampling_logprobs=data["sampling_logprobs"],
+        finish=data["finish"],
+        closed=data["closed"],
+        kept=data["kept"],
         score=None if failed else score,
         failed=failed,
-        **{name: entry[name] for name in names},
     )

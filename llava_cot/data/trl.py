@@ -14,11 +14,14 @@ ROUNDING = 1e-9  # the mean of equal scores may differ from them by this
 def to_sft(items: Iterable[Item], form: Form = MESSAGES, *, keep_wrong: bool = False) -> Iterator[Row]:
     """Yield the answers of the searches in TRL's prompt-completion format.
 
-    A row has ``prompt``, ``completion`` (all stages) and ``images``. An answer that did not end as it should makes no
-    row. An answer that is known to be wrong makes none either, unless ``keep_wrong``: this is rejection sampling.
+    A row has ``prompt``, ``completion`` (all stages) and ``images``. A search that failed makes no row, and an answer
+    that did not end as it should makes none. An answer that is known to be wrong makes none either, unless
+    ``keep_wrong``: this is rejection sampling.
     """
     for item in items:
         tree = TraceTree(item)
+        if tree.answer is None:
+            continue
         path = tree.path(tree.answer)
         is_wrong = tree.is_right(tree.answer) is False and not keep_wrong
         if is_wrong or not tree.is_finished(tree.answer) or any(node.failed or not node.closed for node in path):

@@ -28,7 +28,7 @@ def paged_attention_forward(
     *,
     paged_batch: Batch,
     paged_layers: list,
-    **kwargs,
+    **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
     """Attention of T flattened tokens: ``query`` [1, Hq, T, D] to [1, T, Hq, D]; in prefill B rows of them.
 

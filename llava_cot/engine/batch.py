@@ -31,12 +31,12 @@ class Batch:
 
 
 def shared_prefixes(branches: Sequence[Branch]) -> tuple[list[int], list[int]]:
-    """(group of each branch, tokens that those of a group share): the children of one branch share its path.
+    """(group of each branch, tokens that those of a group share): branches share the path of a common ancestor.
 
-    No lengths where no two have a parent in common.
+    That ancestor is the nearest one that has not been released. There are no lengths where no two have one in common.
     """
     groups: dict[Branch | None, int] = {}
-    group = [groups.setdefault(branch.parent, len(groups)) for branch in branches]
+    group = [groups.setdefault(branch.holder(), len(groups)) for branch in branches]
     if len(groups) == len(branches):
         return group, []
-    return group, [parent.length if parent else 0 for parent in groups]
+    return group, [ancestor.length if ancestor else 0 for ancestor in groups]

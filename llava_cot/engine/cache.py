@@ -15,7 +15,7 @@ class _Layer(CacheLayerMixin):
     is_sliding = False
     is_compileable = False
 
-    def lazy_initialization(self, key_states, value_states) -> None:
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.is_initialized = True
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -31,12 +31,14 @@ class _Layer(CacheLayerMixin):
 class PagedLayer(_Layer):
     """Self-attention: new keys and values go to their slots, the attention function reads the pages."""
 
-    def __init__(self, kv_cache: torch.Tensor, batch: Batch):
+    def __init__(self, kv_cache: torch.Tensor, batch: Batch) -> None:
         super().__init__()
         self.kv_cache = kv_cache  # [2, num_pages, page_size, Hkv, D]
         self.batch = batch
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         # [rows, Hkv, T, D], a strided view of the projection; of a single row it stays one
         key, value = (states.transpose(1, 2).flatten(0, 1) for states in (key_states, value_states))
         store_kv(key, value, self.kv_cache[0], self.kv_cache[1], self.batch.slot_mapping)
@@ -49,12 +51,14 @@ class PagedLayer(_Layer):
 class ImageLayer(_Layer):
     """Cross-attention: filled by the prefill with every tile, read from the image store afterwards."""
 
-    def __init__(self, key: torch.Tensor | None = None, value: torch.Tensor | None = None):
+    def __init__(self, key: torch.Tensor | None = None, value: torch.Tensor | None = None) -> None:
         super().__init__()
         self.keys, self.values = key, value
         self.is_initialized = key is not None
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self.keys, self.values = key_states, value_states  # [rows, Hkv, tiles * patches, D]
         self.is_initialized = True
         return key_states, value_states
@@ -66,7 +70,7 @@ class ImageLayer(_Layer):
 class PagedCache(Cache):
     """The cache of one forward pass over ``kv_cache`` [2, num_self_layers, num_pages, page_size, Hkv, D]."""
 
-    def __init__(self, kv_cache: torch.Tensor, images: ImageStore, cross_layers: tuple[int, ...], batch: Batch):
+    def __init__(self, kv_cache: torch.Tensor, images: ImageStore, cross_layers: tuple[int, ...], batch: Batch) -> None:
         layers: list[_Layer] = []
         num_cross = 0
         for index in range(kv_cache.shape[1] + len(cross_layers)):

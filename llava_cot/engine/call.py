@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from llava_cot.engine.branch import Call
+from llava_cot.core import Call
 
 
 def call_together(calls: list[Call]) -> dict[Call, Sequence[Any] | Exception]:

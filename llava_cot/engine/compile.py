@@ -8,6 +8,9 @@ import torch
 import torch.fx.experimental._config
 from torch import nn
 from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from llava_cot.engine.batch import Batch
 
 
 def compile_layers(model: PreTrainedModel, cache_parameter: str) -> None:
@@ -22,8 +25,9 @@ def compile_layer(layer: nn.Module) -> Callable[..., Any]:
 
     What is compiled depends on nothing but shapes, so that all layers of a kind share it: the layer forgets its number.
     """
-    attention: Any = layer.cross_attn if hasattr(layer, "cross_attn") else layer.self_attn
-    attention.layer_idx = 0
+    for module in layer.modules():
+        if hasattr(module, "layer_idx"):
+            module.layer_idx = 0  # type: ignore[assignment]
     return partial(_call, torch.compile(layer.forward, dynamic=True))
 
 
@@ -34,7 +38,16 @@ def _call(compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return compiled(*args, **kwargs)
 
 
-def _forward(plain, compiled, index: int, cache_parameter: str, *args, paged_batch, paged_layers, **kwargs) -> Any:
+def _forward(
+    plain: Callable[..., Any],
+    compiled: Callable[..., Any],
+    index: int,
+    cache_parameter: str,
+    *args: Any,
+    paged_batch: Batch,
+    paged_layers: list[CacheLayerMixin],
+    **kwargs: Any,
+) -> Any:
     layer = paged_layers[index]
     kwargs[cache_parameter] = Cache(layers=[layer])
     is_decoding = not paged_batch.is_prefill and paged_batch.cu_seqlens_q is None

@@ -1,12 +1,14 @@
 """The end of a step: a token for every growing branch, and whether the branch ends with it."""
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 
-from llava_cot.engine.branch import Branch, Finish
-from llava_cot.engine.job import Job, Slot
+from llava_cot.core import Finish
+from llava_cot.engine.branch import Branch
+from llava_cot.engine.session import Slot
 from llava_cot_kernels.page_pool import PagePool
 from llava_cot_kernels.sampling import sample
 from llava_cot_kernels.stage_tags import StageTags
@@ -52,7 +54,7 @@ class Drawn(NamedTuple):
 def candidates(rows: list[int], slots: list[Slot], device: torch.device) -> Candidates:
     """``rows`` are those of the logits that each slot draws from."""
 
-    def column(values, dtype) -> torch.Tensor:
+    def column(values: Iterable[float], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(list(values), dtype=dtype, device=device)
 
     params = [slot.request.params for slot in slots]
@@ -64,7 +66,8 @@ def candidates(rows: list[int], slots: list[Slot], device: torch.device) -> Cand
         min_p=column((p.min_p for p in params), torch.float32),
         seed=column((slot.branch.seed for slot in slots), torch.int64),
         position=column((slot.branch.length for slot in slots), torch.int64),
-        tag_state=column((slot.branch.tag_state for slot in slots), torch.int32),
+        # A branch that grows has a state.
+        tag_state=column((slot.branch.tag_state for slot in slots), torch.int32),  # type: ignore[misc]
     )
 
 
@@ -82,16 +85,29 @@ def draw(logits: torch.Tensor, candidates: Candidates, tags: StageTags) -> Drawn
     )
 
 
+def draw_rows(logits: torch.Tensor, rows: list[int], slots: list[Slot], tags: StageTags) -> list[Row]:
+    """Draw one token for each slot from its row of ``logits`` [R, V]; -1 where there is nothing to draw from."""
+    asked = candidates(rows, slots, logits.device)
+    try:
+        return draw(logits, asked, tags).rows()
+    except ValueError:  # on the CPU the sampler refuses all rows where one is bad
+        is_bad = ~logits.amax(-1).isfinite()
+        if not is_bad.any():
+            raise
+        drawn = draw(logits.masked_fill(is_bad.unsqueeze(1), 0.0), asked, tags).rows()
+        return [found._replace(token=-1) if is_bad[row] else found for row, found in zip(rows, drawn)]
+
+
 def grow(slots: list[Slot], rows: list[Row], eos_token_ids: frozenset[int], tags: StageTags, pool: PagePool) -> None:
     """Note the drawn tokens, and which branches end with them.
 
     Raises:
-        ValueError: there was nothing to draw from (on CUDA the sampler itself waits for no value).
+        ValueError: there was nothing to draw from.
     """
     for slot, row in zip(slots, rows, strict=True):
         branch, request = slot.branch, slot.request
         if row.token < 0:
-            place = f"behind {len(branch.tokens)} tokens of a branch"
+            place = f"after {len(branch.tokens)} tokens of a candidate"
             raise ValueError(f"logits must have a finite largest value and no NaN, got others {place}")
         branch.tokens.append(row.token)
         branch.logprobs.append(row.logprob)
@@ -110,22 +126,6 @@ def grow(slots: list[Slot], rows: list[Row], eos_token_ids: frozenset[int], tags
                 _take_back(branch, tags, pool)
         elif len(branch.tokens) == request.max_new_tokens:
             branch.finish = Finish.LENGTH
-
-
-def stop(job: Job) -> None:
-    """Ask each request once whether its branches are to stop here; what it raises is the job's error."""
-    asked: dict[int, bool] = {}
-    try:
-        for slot in job.slots:
-            ask = slot.request.stop
-            if ask is None or slot.branch.finish is not None:
-                continue
-            if id(slot.request) not in asked:
-                asked[id(slot.request)] = ask()
-            if asked[id(slot.request)]:
-                slot.branch.finish = Finish.STOPPED
-    except Exception as error:
-        job.error = error
 
 
 def _take_back(branch: Branch, tags: StageTags, pool: PagePool) -> None:

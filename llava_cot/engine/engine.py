@@ -1,67 +1,68 @@
-"""Continuous batching of search programs over one paged KV pool."""
+"""Continuous batching of searches over one paged KV pool: an engine to which work can be added at any time."""
 
+import threading
 import time
-from collections.abc import Generator, Sequence
-from contextlib import closing
-from typing import TypeVar
-from weakref import WeakSet
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import PreTrainedModel
 
-from llava_cot.engine.branch import Branch, Call, Expand, Extend, Rank, Ranked
+from llava_cot.core import Call, Expand, Extend, Feature, Finish, Usage
+from llava_cot.engine.branch import Branch
 from llava_cot.engine.call import call_together
-from llava_cot.engine.draw import Row, candidates, draw, grow, stop
-from llava_cot.engine.job import Job
+from llava_cot.engine.config import EngineConfig
+from llava_cot.engine.draw import Row, draw_rows, grow
+from llava_cot.engine.extend import read_extensions
+from llava_cot.engine.graphs import Window
+from llava_cot.engine.model import Prompt
 from llava_cot.engine.runner import ModelRunner
 from llava_cot.engine.schedule import Schedule
-from llava_cot.engine.window import Window
-from llava_cot_kernels.logprob import token_logprobs
+from llava_cot.engine.session import Extension, Job, Pending, Session
+from llava_cot.engine.threads import at_most, threads_for
 from llava_cot_kernels.page_pool import OutOfPages
 from llava_cot_kernels.stage_tags import StageTags
 
 CUDA_STEPS_PER_LOOK = 4
 
-_Request = TypeVar("_Request", Expand, Rank, Extend, Call)
-
 
 class Engine:
-    """Runs jobs on an unmodified model: ``engine.run(jobs)``, or ``for _ in engine.steps(jobs)`` to look in between.
+    """Runs sessions on an unmodified model.
 
-    A step is one forward pass over one token of every growing branch of every job, and one draw for each. ``tags`` are
-    the stop tags; their index is a branch's ``tag``. Pages and images are given back when a job ends, however it ends.
+    ``open`` starts a session, and ``step`` does one forward pass over one token of every growing branch of every
+    session and draws one token for each. Sessions may be opened, asked and closed at any time and from any thread; one
+    thread steps at a time. Where pages run out, branches that do not grow are evicted first; if that is not enough, the
+    youngest session is preempted until another has ended. Nothing that was drawn or scored is lost: keys and values are
+    recomputed when they are needed. A session that needs too many pages alone ends with ``OutOfPages``.
 
-    Where nothing but growing is to be done, the host looks at what was drawn every ``steps_per_look`` steps only. What
-    a branch draws does not depend on it, but up to so many steps run in vain once all branches have finished: None is
-    4 on CUDA, where a look costs more, and 1 on the CPU. ``compile`` has torch compile the decoder layers.
+    Args:
+        model: stays as it is; the engine runs a copy of its module tree that shares every tensor.
+        tags: the stop tags; their index is a continuation's ``tag``.
+        decode: from token ids to text.
     """
+
+    features = frozenset(Feature)
 
     def __init__(
         self,
         model: PreTrainedModel,
         tags: StageTags,
-        *,
-        page_size: int = 16,
-        num_pages: int | None = None,
-        steps_per_look: int | None = None,
-        compile: bool = False,
-    ):
-        if steps_per_look is not None and steps_per_look < 1:
-            raise ValueError(f"steps_per_look must be >= 1, got {steps_per_look}")
-        if page_size < 1:
-            raise ValueError(f"page_size must be >= 1, got {page_size}")
-        if num_pages is not None and num_pages < 1:
-            raise ValueError(f"num_pages must be >= 1, got {num_pages}")
-        self.runner = ModelRunner(model, page_size, num_pages, compile=compile)
+        decode: Callable[[Sequence[int]], str] = lambda tokens: "",
+        config: EngineConfig = EngineConfig(),  # noqa: B008, it is frozen
+    ) -> None:
+        self.runner = ModelRunner(model, config)
         self.view, self.pool = self.runner.view, self.runner.pool
         self.tags = tags.to(self.view.device)
         eos = model.generation_config.eos_token_id
         self.eos_token_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
+        steps_per_look = config.steps_per_look
         if steps_per_look is None:
             steps_per_look = CUDA_STEPS_PER_LOOK if self.view.device.type == "cuda" else 1
         self.window = Window(self.view, self.runner.recorder, self.tags, self.eos_token_ids, steps_per_look)
-        # Weak, so that a job whose cleaning up was itself interrupted owns nothing once its caller has let go of it.
-        self._live: WeakSet[Job] = WeakSet()
+        self.schedule = Schedule(self.runner, decode)
+        self.num_threads = config.num_threads or threads_for(model, self.view.device)
+        self._turn = threading.Condition()
+        self._leader: int | None = None  # the thread that steps
+        self._is_cut_short = False  # whether a step has begun and not ended
 
     @property
     def pages_in_use(self) -> int:
@@ -71,75 +72,139 @@ class Engine:
     def images_in_use(self) -> int:
         return len(self.view.images.starts())
 
-    def run(self, jobs: Sequence[Job]) -> None:
-        """Run every job to its end; one that fails has an ``error`` then and does not touch the others."""
-        with closing(self.steps(jobs)) as steps:
-            for _ in steps:
-                pass
+    @property
+    def has_work(self) -> bool:
+        """Whether a session waits for an answer."""
+        return self.schedule.has_work
 
-    def steps(self, jobs: Sequence[Job]) -> Generator[None, None, None]:
-        """Run jobs, yielding after each step; closing the iterator frees everything they hold.
+    def open(self, prompt: Prompt) -> Session:
+        """Open a session on the processor's inputs for one sample, without padding. It is prefilled once it is asked.
 
-        Where pages run out, branches that do not grow lose theirs first; should that not do, the youngest job pauses
-        until another has ended. Nothing that was drawn or scored is lost: keys and values are computed again when they
-        are needed. A job that needs too many pages alone ends with ``OutOfPages``.
+        Keep the session: when nobody refers to it any more, its work ends.
         """
-        schedule = Schedule(self.runner, self._live, self.tags.start_state, jobs)
+        root = Branch(None, -1, prompt["input_ids"].shape[1], tag_state=self.tags.start_state)
+        return Session(self, Job(prompt, root))
+
+    def take_in(self, job: Job) -> None:
+        """Note that ``job`` has requests."""
+        self.schedule.inbox.append(job)
+
+    def collect(self) -> None:
+        """Give back what closed sessions hold; a step that runs now does so when it ends."""
+        with self._turn:
+            if self._leader is None:
+                was_cut_short, self._is_cut_short = self._is_cut_short, True
+                self.schedule.collect()
+                self._is_cut_short = was_cut_short
+
+    def step(self) -> bool:
+        """Do one step; returns whether there is more to do.
+
+        An exception that is not an ``Exception``, such as ``KeyboardInterrupt``, ends every session that has begun:
+        their owners get a ``RuntimeError``. An error of a forward pass is given to the sessions that took part in it.
+        """
+        self._lead(lambda: False)
+        return self.has_work
+
+    def run_until(self, is_done: Callable[[], bool]) -> None:
+        """Step until ``is_done()``. Several threads may do so at once: they take turns, and share forward passes.
+
+        Raises:
+            RuntimeError: no session has asked for anything, so that nothing can become done.
+        """
+        while not is_done():
+            self._lead(is_done)
+            with self._turn:
+                if self._leader is None and not self.has_work and not is_done():
+                    raise RuntimeError("the sessions that are waited for have asked for nothing")
+
+    def _lead(self, is_done: Callable[[], bool]) -> None:
+        """Wait for this thread's turn and step, unless ``is_done`` comes first."""
+        me = threading.get_ident()
+        outer: int | None = None  # this thread too, where a program runs another search inside a step
         try:
-            while schedule:
-                schedule.admit()
-                if not self._window(schedule.running):
-                    self._step(schedule)
-                schedule.advance()
-                yield
+            with self._turn:
+                while self._leader not in (None, me) and not is_done():
+                    self._turn.wait()
+                if is_done():
+                    return
+                outer, self._leader = self._leader, me
+            with at_most(self.num_threads):
+                self._step_once(is_nested=outer is not None)
+        except BaseException as error:
+            if self._leader == me:
+                self.schedule.fail_all(error)
+                self._is_cut_short = False
+            raise
         finally:
-            schedule.close()
+            with self._turn:
+                if self._leader == me:
+                    self._leader = outer
+                self._turn.notify_all()
 
-    def _step(self, schedule: Schedule) -> None:
-        """Compute the last token of what grows, is opened or ranked and all tokens of an extension, then draw one token
-        for everything that grows.
+    def _step_once(self, is_nested: bool) -> None:
+        schedule = self.schedule
+        if self._is_cut_short and not is_nested:
+            schedule.fail_all(RuntimeError("an earlier step was interrupted"))
+        self._is_cut_short = True
+        schedule.take_in()
+        schedule.collect()
+        try:
+            schedule.admit()
+            self._call()
+            if not self._window(schedule.running):
+                self._decode()
+        except Exception as error:  # such as torch.OutOfMemoryError
+            schedule.fail_all(error)
+        schedule.advance()
+        self._is_cut_short = is_nested
+
+    def _decode(self) -> None:
+        """Compute the last token of what grows or is expanded and all tokens of an extension, then draw one token for
+        everything that grows.
         """
-        running = schedule.running
-        self._call(running)
+        running = self.schedule.running
         while True:
             try:
                 self._prepare(running)
                 logits, sources = self._compute(running)
                 break
             except OutOfPages:
-                schedule.relieve()
-        self._rank(logits, sources, running)
+                self.schedule.relieve()
         for job in running:
-            job.usage.steps += bool(job.slots or any(not isinstance(request, Call) for request in job.requests))
-            for request in job.requests:
-                if isinstance(request, Expand):
-                    job.open(request, self._fork(job, request))
-                elif isinstance(answer := job.answers[request], Exception):
-                    job.fail(answer)
+            job.usage.steps += bool(job.slots or any(pending.parent for pending in job.pending))
+            for pending in job.pending:
+                if isinstance(pending.request, Expand):
+                    job.open(pending.request, self._fork(job, pending))
                 else:
-                    job.reply(answer)
-            job.requests, job.answers = [], {}
+                    job.reply([pending.extension.branch] if pending.extension else pending.answer)
+            self.schedule.release(job, is_forked=True)
+            job.pending = []
         slots = [slot for job in running for slot in job.slots]
-        if not slots:
-            return
-        rows = [sources[slot.branch if slot.branch.tokens else slot.request.parent] for slot in slots]
-        self._grow(running, draw(logits, candidates(rows, slots, logits.device), self.tags).rows())
+        if slots:
+            rows = [sources[slot.branch if slot.branch.tokens else slot.branch.parent] for slot in slots]
+            self._grow(running, draw_rows(logits, rows, slots, self.tags))
 
     def _grow(self, running: list[Job], drawn: list[Row]) -> None:
         """Note what all growing branches of ``running`` drew; those that end with it grow no more."""
-        slots = [slot for job in running for slot in job.slots]
-        grow(slots, drawn, self.eos_token_ids, self.tags, self.pool)
-        now = time.perf_counter()
+        rows, now = iter(drawn), time.perf_counter()
         for job in running:
+            own = [next(rows) for _ in job.slots]
+            try:
+                grow(job.slots, own, self.eos_token_ids, self.tags, self.pool)
+            except ValueError as error:
+                job.error, job.slots = error, []
             job.usage.generated_tokens += len(job.slots)
             job.tick(now)
-            stop(job)
+            for slot in job.slots:
+                if slot.branch.finish is None and slot.request.limit and slot.request.limit.reached(job.usage):
+                    slot.branch.finish = Finish.STOPPED
             job.slots = [slot for slot in job.slots if slot.branch.finish is None]
 
     def _window(self, running: list[Job]) -> bool:
-        """Let all branches grow by several tokens, if that is all there is to do; False if it takes a ``_step``."""
+        """Let all branches grow by several tokens, if that is all there is to do; False if it takes a ``_decode``."""
         slots = [slot for job in running for slot in job.slots]
-        if not slots or any(job.requests for job in running) or any(slot.branch.seq < 0 for slot in slots):
+        if not slots or any(job.pending for job in running) or any(slot.branch.seq < 0 for slot in slots):
             return False
         left = [slot.request.max_new_tokens - len(slot.branch.tokens) for slot in slots]
         counts = [min(count, self.window.num_steps) for count in left]
@@ -154,136 +219,106 @@ class Engine:
             for job in running:
                 job.usage.steps += bool(job.slots)
                 job.usage.decoded_tokens += len(job.slots)
-            self._grow(running, [row for slot, row in zip(slots, rows) if slot.branch.finish is None])
+            grows = {slot.branch for job in running for slot in job.slots}
+            self._grow(running, [row for slot, row in zip(slots, rows) if slot.branch in grows])
         for slot in slots:
             if slot.branch.finish is not None:
                 self.pool.truncate(slot.branch.seq, slot.branch.length - 1)
         return True
 
-    def _call(self, running: list[Job]) -> None:
-        calls = [(job, request) for job, request in _requests(running, Call) if request not in job.answers]
-        results = call_together([request for _, request in calls])
-        for job, request in calls:
-            job.answers[request] = results[request]
+    def _call(self) -> None:
+        calls = [
+            pending
+            for job in self.schedule.running
+            for pending in job.pending
+            if isinstance(pending.request, Call) and pending.answer is None
+        ]
+        results = call_together([pending.request for pending in calls])  # type: ignore[misc]
+        for pending in calls:
+            pending.answer = results[pending.request]  # type: ignore[index]
 
     def _prepare(self, running: list[Job]) -> None:
-        """Give pages to what is computed next, and make the branches that are ranked and extended."""
+        """Give pages to what is computed next, and fork the branches that are extended."""
         for job in running:
-            job.usage.recomputed_tokens += self.runner.restore(job.active(), job.branches)
-            for request in job.requests:
-                if isinstance(request, Rank) and request not in job.answers:
-                    job.answers[request] = self._children(job, request)
-                elif isinstance(request, Extend) and request not in job.answers:
-                    job.answers[request] = [self._extension(job, request)]
+            job.usage.recomputed_tokens += self.runner.restore(job.active())
+            for pending in job.pending:
+                if isinstance(pending.request, Extend) and pending.extension is None:
+                    pending.extension = self._extend(job, pending)
+            self.schedule.release(job)
 
-    def _compute(self, running: list[Job]) -> tuple[torch.Tensor, dict[Branch, int]]:
-        """The logits to draw from or to rank, [R, V], and the row of each branch.
+    def _compute(self, running: list[Job]) -> tuple[torch.Tensor, dict[Branch | None, int]]:
+        """The logits to draw from, [R, V], and the row of each branch.
 
         Raises ``OutOfPages`` before anything has changed.
         """
-        opened = [(job, request.parent) for job, request in _requests(running, Expand) if request.seeds]
-        looked_at = [(job, branch) for job, request in _requests(running, Rank) for branch in job.answers[request]]
-        extensions = [(job, request, job.answers[request][0]) for job, request in _requests(running, Extend)]
+        requests = [(job, pending) for job in running for pending in job.pending]
+        opened = [(job, p.parent) for job, p in requests if isinstance(p.request, Expand) and p.parent and p.width]
+        extensions = [(job, p.extension) for job, p in requests if p.extension]
         rows = {slot.branch: job for job in running for slot in job.slots}
-        rows |= {branch: job for job, branch in opened + looked_at if branch.next_logits is None}
+        rows |= {branch: job for job, branch in opened if branch.next_logits is None}
         tokens = {branch: branch.tokens[-1:] for branch in rows}
-        # An extension reads the last token of its parent too, if nobody has yet.
-        tokens |= {
-            branch: (request.parent.tokens[-1:] if request.parent.next_logits is None else []) + branch.tokens
-            for _, request, branch in extensions
-        }
-        parts, sources, at = [], {}, 0
-        if tokens:
-            parts.append(self.runner.decode(tokens))
+        tokens |= {extension.branch: extension.unread for _, extension in extensions if extension.unread}
+        logits = self.runner.decode(tokens) if tokens else None
+        sources, at = dict[Branch | None, int](), 0
         for branch, new in tokens.items():
             at += len(new)
             sources[branch] = at - 1
         for job in rows.values():
             job.usage.decoded_tokens += 1
-        for job, request, branch in extensions:
-            first = request.parent.next_logits
-            read = parts[0][sources[branch] + 1 - len(tokens[branch]) : sources[branch]]
-            read = read if first is None else torch.cat([first.unsqueeze(0), read])
-            targets = torch.tensor(branch.tokens, device=read.device)
-            branch.logprobs = token_logprobs(read, targets).tolist()
-            branch.next_logits = parts[0][sources[branch]].clone()
-            job.usage.prompt_tokens += len(tokens[branch])
+        for job, extension in extensions:
+            _count(job.usage, extension)
+        read_extensions([extension for _, extension in extensions], logits, sources)
         for _, parent in opened:
             if parent.next_logits is None:
-                parent.next_logits = parts[0][sources[parent]].clone()
-        for _, branch in opened + looked_at:
-            if branch not in sources:
-                assert branch.next_logits is not None
-                sources[branch] = at
+                assert logits is not None
+                parent.next_logits = logits[sources[parent]].clone()
+        parts = [] if logits is None else [logits]
+        for _, parent in opened:
+            if parent not in sources:
+                assert parent.next_logits is not None
+                sources[parent] = at
                 at += 1
-                parts.append(branch.next_logits.unsqueeze(0))
+                parts.append(parent.next_logits.unsqueeze(0))
         return torch.cat(parts) if parts else self.view.kv_cache.new_empty(0, self.view.vocab_size), sources
 
-    def _extension(self, job: Job, request: Extend) -> Branch:
-        parent = request.parent
+    def _extend(self, job: Job, pending: Pending) -> Extension:
+        parent, request = pending.parent, pending.request
+        assert parent is not None and isinstance(request, Extend)
         (seq,) = self.pool.fork(parent.seq, 1)
-        state = parent.tag_state
-        for token in request.tokens:
-            state, _, _ = self.tags.advance(state, token)
         length = parent.length + len(request.tokens)
-        branch = Branch(parent, seq, length, parent.image, tag_state=state, tokens=list(request.tokens))
-        job.branches.append(branch)
-        return branch
+        branch = Branch(parent, seq, length, image=parent.image, tag_state=None, tokens=list(request.tokens))
+        unread = (parent.tokens[-1:] if parent.next_logits is None else []) + branch.tokens
+        return Extension(request, job.add(branch), unread, parent.next_logits, parent.top)
 
-    def _children(self, job: Job, request: Rank) -> list[Branch]:
-        """Put the children of a ranked branch in its place; the first takes over its sequence, the others fork it."""
-        parent = request.parent
-        if request.children is None:
-            return [parent]
-        job.usage.generated_tokens += len(request.children)
-        is_root = parent.parent is None
-        seqs = self.pool.fork(parent.seq, max(0, len(request.children) - (not is_root)))
-        if not is_root:
-            job.branches.remove(parent)
-            if request.children:
-                seqs.insert(0, parent.seq)
-            else:
-                self.pool.free(parent.seq)
-        children = [
-            Branch(
-                parent.parent or parent,
-                seq,
-                parent.length + 1,
-                parent.image,
-                tokens=[*parent.tokens, token],
-                logprobs=[*parent.logprobs, logprob],
-            )
-            for seq, (token, logprob) in zip(seqs, request.children)
-        ]
-        job.branches += children
-        return children
-
-    @torch.inference_mode()
-    def _rank(self, logits: torch.Tensor, sources: dict[Branch, int], running: list[Job]) -> None:
-        ranks = _requests(running, Rank)
-        if not ranks:
-            return
-        rows = [sources[branch] for job, request in ranks for branch in job.answers[request]]
-        k = min(max(request.k for _, request in ranks), logits.shape[1])
-        best = torch.log_softmax(logits[rows].float(), -1).topk(k)
-        values = iter(zip(best.indices.tolist(), best.values.tolist()))
-        for job, request in ranks:
-            job.answers[request] = [
-                Ranked(branch, tokens[: request.k], logprobs[: request.k])
-                for branch, (tokens, logprobs) in zip(job.answers[request], values)
-            ]
-
-    def _fork(self, job: Job, request: Expand) -> list[Branch]:
-        parent = request.parent
-        seqs = self.pool.fork(parent.seq, len(request.seeds))
+    def _fork(self, job: Job, pending: Pending) -> list[Branch]:
+        parent, request = pending.parent, pending.request
+        assert parent is not None and isinstance(request, Expand)
+        state = self._tag_state(parent)
         kids = [
-            Branch(parent, seq, parent.length, parent.image, seed=seed, tag_state=parent.tag_state)
-            for seq, seed in zip(seqs, request.seeds)
+            job.add(Branch(parent, seq, parent.length, image=parent.image, seed=seed, tag_state=state))
+            for seq, seed in zip(self.pool.fork(parent.seq, len(request.seeds)), request.seeds)
         ]
-        job.branches += kids
         job.usage.generations += len(kids)
         return kids
 
+    def _tag_state(self, branch: Branch) -> int:
+        """The state of the stop tags after ``branch``. Given tokens are followed here, once somebody draws on."""
+        unknown, known = list[Branch](), branch
+        while known.tag_state is None:
+            assert known.parent is not None
+            unknown.append(known)
+            known = known.parent
+        state = known.tag_state
+        for given in reversed(unknown):
+            for token in given.tokens:
+                state, _, _ = self.tags.advance(state, token)
+            given.tag_state = state
+        return state
 
-def _requests(jobs: list[Job], kind: type[_Request]) -> list[tuple[Job, _Request]]:
-    return [(job, request) for job in jobs for request in job.requests if isinstance(request, kind)]
+
+def _count(usage: Usage, extension: Extension) -> None:
+    if extension.request.generated:
+        usage.decoded_tokens += len(extension.unread)
+        usage.generated_tokens += len(extension.branch.tokens)
+    else:
+        usage.prompt_tokens += len(extension.unread)

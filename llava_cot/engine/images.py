@@ -8,7 +8,7 @@ class ImageStore:
 
     def __init__(
         self, num_layers: int, num_kv_heads: int, head_dim: int, capacity: int, dtype: torch.dtype, device: torch.device
-    ):
+    ) -> None:
         self.capacity = capacity  # tokens
         self.kv = torch.empty(2, num_layers, capacity, num_kv_heads, head_dim, dtype=dtype, device=device)
         self._segments: dict[int, int] = {}  # start -> end

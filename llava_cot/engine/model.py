@@ -3,7 +3,7 @@
 import copy
 import inspect
 import logging
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -13,14 +13,13 @@ from llava_cot.engine.attention import NAME
 from llava_cot.engine.batch import Batch
 from llava_cot.engine.cache import PagedCache
 from llava_cot.engine.compile import compile_layers
+from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.images import ImageStore
+from llava_cot.families import Prompt, family_of
 
 CPU_BYTES = 2 << 30  # address space, for pages and for images: only what was written becomes resident
 CUDA_PAGES_SHARE, CUDA_IMAGES_SHARE = 0.5, 0.2  # of the memory that is free once the weights are there
 MAX_IMAGE_TOKENS = 1 << 20  # of the image store: 163 images of four tiles, more than run at once
-PER_TOKEN = ("input_ids", "cross_attention_mask", "mm_token_type_ids")  # inputs with an entry for each token
-
-Prompt = dict[str, torch.Tensor]  # the processor's inputs for one sample, without padding
 
 logger = logging.getLogger(__name__)
 
@@ -56,15 +55,20 @@ class ModelView:
     """Runs a model on flattened batches: a copy of the caller's model that shares every tensor with it.
 
     The families differ in where a prompt's image goes, and so in parts of ``prefill``: decoding is the same for all.
+
+    Raises:
+        ValueError: the model's family is not supported, or a layer of it attends to a window.
     """
 
-    cross_layers: tuple[int, ...] = ()  # indices of the layers that attend to the image store
-
-    def __init__(self, model: PreTrainedModel, page_size: int, num_pages: int | None, compile: bool):
+    def __init__(self, model: PreTrainedModel, config: EngineConfig) -> None:
+        self.family = family_of(model.config)
+        self.cross_layers = self.family.cross_layers
+        _require_full_attention(model.config.text_config)
         self._model = copy_around_tensors(model).eval()
         self._model.set_attn_implementation({"text_config": NAME})
         self._cache_parameter = cache_parameter(self._model)
-        if compile:
+        page_size, num_pages = config.page_size, config.num_pages
+        if config.compile:
             compile_layers(self._model, self._cache_parameter)
         text = model.config.text_config
         self.vocab_size = text.vocab_size
@@ -89,18 +93,19 @@ class ModelView:
 
     def image_tokens(self, prompt: Prompt) -> int:
         """How many tokens of the image store it takes."""
-        return 0
+        return self.family.image_tokens(prompt)
 
     def prefill(self, prompts: list[Prompt], slot_mappings: list[torch.Tensor]) -> list[Prefilled]:
         """Run prompts with their images in one pass; of several the image inputs must have one shape.
 
         ``slot_mappings`` are int64 [T] for each prompt: where the keys and values of its tokens go.
         """
-        inputs = {name: self._stack(name, prompts) for name in prompts[0] if name != "attention_mask"}
+        prompts = [{name: tensor.to(self.device) for name, tensor in prompt.items()} for prompt in prompts]
+        inputs = self.family.stack(prompts)
         lengths = torch.tensor([prompt["input_ids"].shape[1] for prompt in prompts], device=self.device)
         slots = pad_sequence(slot_mappings, batch_first=True, padding_value=-1).flatten()
         cache = PagedCache(self.kv_cache, self.images, self.cross_layers, Batch(slots.to(self.device)))
-        positions, offsets = self._positions(inputs, lengths)
+        positions, offsets = self.family.positions(self._model, inputs, lengths)
         logits = self._forward(cache, position_ids=positions, logits_to_keep=lengths - 1, **inputs)
         kept = self._store_images(cache, prompts)
         return [Prefilled(logits[row, row].clone(), *rest) for row, rest in enumerate(zip(kept, offsets))]
@@ -115,93 +120,27 @@ class ModelView:
         return self._forward(cache, logits_to_keep=keep, **rows)[0]
 
     @torch.inference_mode()
-    def _forward(self, cache: PagedCache, **inputs) -> torch.Tensor:
+    def _forward(self, cache: PagedCache, **inputs: object) -> torch.Tensor:
         inputs[self._cache_parameter] = cache
         return self._model(**inputs, use_cache=True, paged_batch=cache.batch, paged_layers=cache.layers).logits
 
-    def _stack(self, name: str, prompts: list[Prompt]) -> torch.Tensor:
-        """Padding on the right is seen by nobody, but must not look like an image."""
-        values = [prompt[name].to(self.device) for prompt in prompts]
-        if name not in PER_TOKEN:
-            return torch.cat(values)
-        is_image = name == "input_ids" and getattr(self._model.config, "image_token_id", None) == 0
-        return pad_sequence([value[0] for value in values], batch_first=True, padding_value=int(is_image))
-
-    def _positions(self, inputs: Prompt, lengths: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-        """Rotary positions of the padded prompts, and the offset to them from the index of a later token of each."""
-        ids = inputs["input_ids"]
-        return torch.arange(ids.shape[1], device=self.device).expand_as(ids), [0] * len(ids)
-
     def _store_images(self, cache: PagedCache, prompts: list[Prompt]) -> list[int]:
-        """The segment of each prompt's image in the store."""
-        return [-1] * len(prompts)
-
-
-class CrossAttentionView(ModelView):
-    """Mllama: text tokens attend to the image in layers of their own; its keys and values go to the image store."""
-
-    def __init__(self, model: PreTrainedModel, page_size: int, num_pages: int | None, compile: bool):
-        self.cross_layers = tuple(model.config.text_config.cross_attention_layers)
-        super().__init__(model, page_size, num_pages, compile)
-
-    def image_tokens(self, prompt: Prompt) -> int:
-        vision = self._model.config.vision_config
-        return int(_visible_tiles(prompt).sum()) * ((vision.image_size // vision.patch_size) ** 2 + 1)
-
-    def _store_images(self, cache: PagedCache, prompts: list[Prompt]) -> list[int]:
+        """The segment of each prompt's image in the store; -1 if the model has no cross-attention."""
+        if not self.cross_layers:
+            return [-1] * len(prompts)
         layers = [cache.layers[index] for index in self.cross_layers]
         segments = []
         for row, prompt in enumerate(prompts):
             key = torch.stack([layer.keys[row].transpose(0, 1) for layer in layers])
             value = torch.stack([layer.values[row].transpose(0, 1) for layer in layers])
-            tiles = _visible_tiles(prompt).to(self.device)
-            # [2, num_cross_layers, images * tiles, patches, Hkv, D]
-            key_value = torch.stack([key, value]).unflatten(2, (len(tiles), -1))
-            segments.append(self.images.add(key_value[:, :, tiles].flatten(2, 3)))
+            # [2, num_cross_layers, S, Hkv, D]
+            kept = torch.stack([key, value])[:, :, self.family.stored_image_tokens(prompt)]
+            segments.append(self.images.add(kept))
         return segments
 
 
-def _visible_tiles(prompt: Prompt) -> torch.Tensor:
-    """bool [images * tiles]: what the last token of a prompt may see is what every later token sees."""
-    return prompt["cross_attention_mask"][0, -1].flatten().bool()
-
-
-class TextPrefixView(ModelView):
-    """LLaVA, Qwen2.5-VL: the image is tokens of the prompt, and so pages that every branch shares."""
-
-    def __init__(self, model: PreTrainedModel, page_size: int, num_pages: int | None, compile: bool):
-        text = model.config.text_config
-        kinds = getattr(text, "layer_types", None) or ["full_attention"]
-        if getattr(text, "sliding_window", None) or set(kinds) != {"full_attention"}:
-            # The pages would be read from the first token on all the same: an answer, but another one.
-            raise ValueError(f"model must have full attention in every layer, got {text.model_type} with a window")
-        super().__init__(model, page_size, num_pages, compile)
-
-    def _positions(self, inputs: Prompt, lengths: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-        if "image_grid_thw" not in inputs:
-            return super()._positions(inputs, lengths)
-        ids = inputs["input_ids"]
-        is_image = (ids == self._model.config.image_token_id).int()
-        is_token = torch.arange(ids.shape[1], device=self.device) < lengths.unsqueeze(1)
-        # M-RoPE: positions [3, B, T], in which an image counts as its longer side
-        positions, deltas = self._model.model.get_rope_index(
-            ids, is_image, image_grid_thw=inputs["image_grid_thw"], attention_mask=is_token.int()
-        )
-        return positions, deltas.flatten().tolist()
-
-
-VIEWS: dict[str, type[ModelView]] = {
-    "mllama": CrossAttentionView,
-    "llava": TextPrefixView,
-    "qwen2_5_vl": TextPrefixView,
-}
-
-
-def open_view(
-    model: PreTrainedModel, page_size: int, num_pages: int | None = None, *, compile: bool = False
-) -> ModelView:
-    """The view that fits the model's family."""
-    model_type = model.config.model_type
-    if model_type not in VIEWS:
-        raise ValueError(f"model must be one of {sorted(VIEWS)}, got model_type {model_type!r}")
-    return VIEWS[model_type](model, page_size, num_pages, compile)
+def _require_full_attention(text: Any) -> None:
+    kinds = getattr(text, "layer_types", None) or ["full_attention"]
+    if getattr(text, "sliding_window", None) or set(kinds) != {"full_attention"}:
+        # The pages would be read from the first token on all the same: an answer, but another one.
+        raise ValueError(f"model must have full attention in every layer, got {text.model_type} with a window")

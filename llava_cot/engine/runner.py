@@ -1,6 +1,7 @@
 """A model and the pages of its branches: every forward pass, also that of what has lost its pages."""
 
-from collections.abc import Collection, Iterable
+from collections import Counter
+from collections.abc import Iterable
 from itertools import accumulate
 
 import torch
@@ -8,23 +9,22 @@ from transformers import PreTrainedModel
 
 from llava_cot.engine.batch import Batch, shared_prefixes
 from llava_cot.engine.branch import Branch
-from llava_cot.engine.capture import open_recorder
-from llava_cot.engine.model import Prompt, open_view
-from llava_cot.engine.replay import Replay
+from llava_cot.engine.config import EngineConfig
+from llava_cot.engine.graphs import Replay, open_recorder
+from llava_cot.engine.model import ModelView
+from llava_cot.families import Prompt
 from llava_cot_kernels.page_pool import OutOfPages, PagePool
 from llava_cot_kernels.paged_kv import copy_pages
 
-# Of several prompts or branches together: what a pass holds besides keys and values is bounded by them.
-PIXEL_VALUES_PER_PASS = {"cpu": 4 << 20, "cuda": 40 << 20}  # an image of 4 tiles has 3.8 million
-TOKENS_PER_PASS = 8192
+TOKENS_PER_PASS = 8192  # of several prompts or branches together: what a pass holds besides keys and values
 
 
 class ModelRunner:
     """Computes tokens of branches; raises ``OutOfPages`` before anything has changed."""
 
-    def __init__(self, model: PreTrainedModel, page_size: int, num_pages: int | None = None, *, compile: bool = False):
-        self.view = open_view(model, page_size, num_pages, compile=compile)
-        self.pool = PagePool(self.view.num_pages, page_size)
+    def __init__(self, model: PreTrainedModel, config: EngineConfig) -> None:
+        self.view = ModelView(model, config)
+        self.pool = PagePool(self.view.num_pages, config.page_size)
         self.recorder = open_recorder(self.view.device)
         self.replay = Replay(self.view, self.recorder)
         self.replays = self.view.device.type == "cuda"  # elsewhere idle rows only cost
@@ -46,7 +46,7 @@ class ModelRunner:
         """Compute prompts, in one pass those whose images have one shape, if that is not too much at once."""
         passes: dict[tuple[int, ...], list[list[int]]] = {}
         for row, prompt in enumerate(prompts):
-            alike = passes.setdefault(prompt["pixel_values"].shape[1:], [[]])
+            alike = passes.setdefault(self.view.family.image_shape(prompt), [[]])
             if alike[-1] and self._is_too_much([prompts[other] for other in (*alike[-1], row)]):
                 alike.append([])
             alike[-1].append(row)
@@ -95,9 +95,10 @@ class ModelRunner:
         return self.view.decode(read[0], read[1], batch, with_logits=with_logits)
 
     def _is_too_much(self, prompts: list[Prompt]) -> bool:
-        pixel_values = sum(prompt["pixel_values"].numel() for prompt in prompts)
+        family = self.view.family
+        pixel_values = sum(map(family.pixel_values, prompts))
         padded = len(prompts) * max(prompt["input_ids"].shape[1] for prompt in prompts)
-        return pixel_values > PIXEL_VALUES_PER_PASS[self.view.device.type] or padded > TOKENS_PER_PASS
+        return pixel_values > family.pixel_values_per_pass[self.view.device.type] or padded > TOKENS_PER_PASS
 
     def page_out(self, branches: Iterable[Branch]) -> None:
         """Take back the pages of branches that are not computed next."""
@@ -106,47 +107,68 @@ class ModelRunner:
             self.pool.free(branch.seq)
             branch.seq = -1
 
-    def restore(self, branches: Iterable[Branch], held: Collection[Branch]) -> int:
-        """Compute ``branches`` again where they have no pages, and what they hang on; the root has some.
+    def restore(self, branches: Iterable[Branch]) -> int:
+        """Recompute ``branches`` where they have been evicted, and the ancestors that they need; the root has pages.
 
-        ``held`` are all branches of their search that are not dropped. Returns how many tokens that took.
+        A released ancestor that several of them share is recomputed for the time being, so that they share its pages
+        again. Returns how many tokens were recomputed.
         """
-        missing: dict[Branch, Branch] = {}  # and what each is forked from
+        forks = Counter[Branch]()
+        chain: dict[Branch, Branch] = {}  # evicted branches and their parents
         for branch in branches:
-            while branch.seq < 0 and branch not in missing:
-                missing[branch] = _nearest(branch.parent, held)
-                branch = missing[branch]
+            while branch.seq < 0 and branch not in chain:
+                assert branch.parent is not None
+                chain[branch] = branch.parent
+                branch = branch.parent
+                forks[branch] += 1
+        missing: dict[Branch, Branch] = {}  # and the ancestor that each is forked from
+        for branch in chain:
+            if not branch.is_released or forks[branch] > 1:
+                origin = chain[branch]
+                while origin in chain and origin.is_released and forks[origin] == 1:
+                    origin = chain[origin]
+                missing[branch] = origin
+        passing = [branch for branch in missing if branch.is_released]
+        try:
+            return self._recompute(missing)
+        finally:
+            for branch in passing:
+                self._free(branch)
+
+    def _recompute(self, missing: dict[Branch, Branch]) -> int:
+        """Compute the keys of ``missing``, of all that can be forked at once in one pass."""
         count = 0
         while missing:
-            level, size = list[Branch](), 0
+            level, size = dict[Branch, Branch](), 0
             for branch, origin in missing.items():
                 lost = branch.computed - self.pool.length(origin.seq) if origin.seq >= 0 else 0
                 if origin.seq >= 0 and (not level or size + lost <= TOKENS_PER_PASS):
-                    level.append(branch)
+                    level[branch] = origin
                     size += lost
             tokens = {}
-            for branch in level:
-                path, (branch.seq,) = branch.path(), self.pool.fork(missing.pop(branch).seq, 1)
+            for branch, origin in level.items():
+                path, (branch.seq,) = branch.path(), self.pool.fork(origin.seq, 1)
+                branch.image = origin.image  # a released one has not heard that the prompt was prefilled again
+                del missing[branch]
                 prompt_length = branch.length - len(path)
                 again = path[self.pool.length(branch.seq) - prompt_length : branch.computed - prompt_length]
                 if again:
                     tokens[branch] = again
+            for origin in set(level.values()):
+                if origin.is_released and origin not in missing.values():
+                    self._free(origin)  # before its forks write: one of them may take over its last page
             if not tokens:
                 continue
             try:
                 self.decode(tokens, with_logits=False)
             except OutOfPages:
                 for branch in level:
-                    self.pool.free(branch.seq)
-                    branch.seq = -1
+                    self._free(branch)
                 raise
             count += size
         return count
 
-
-def _nearest(branch: Branch | None, held: Collection[Branch]) -> Branch:
-    """Itself or what it comes from: the ``Rank`` of a branch drops it, and its children take over its pages."""
-    while branch is not None and branch not in held:
-        branch = branch.parent
-    assert branch is not None  # the root is never dropped
-    return branch
+    def _free(self, branch: Branch) -> None:
+        if branch.seq >= 0:
+            self.pool.free(branch.seq)
+            branch.seq = -1

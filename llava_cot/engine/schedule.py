@@ -1,80 +1,130 @@
-"""Which searches run and which wait: their admission, pauses for want of pages, and giving everything back."""
+"""Which sessions run and which wait: admission, preemption where pages run out, and giving everything back."""
 
 import time
 from collections import deque
-from collections.abc import Sequence
-from weakref import WeakSet
+from collections.abc import Callable, Sequence
 
-from llava_cot.engine.branch import Branch, Call, Extend, Request
-from llava_cot.engine.job import Job
+from llava_cot.core import Expand, Release
+from llava_cot.engine.branch import Branch
 from llava_cot.engine.runner import ModelRunner
+from llava_cot.engine.session import Job
 from llava_cot_kernels.page_pool import OutOfPages
 
 PROMPTS_PER_PREFILL = 16
 
 
 class Schedule:
-    """The jobs of one run, in their order; ``running`` ones have a prompt in the pages.
+    """All open jobs. ``running`` ones have their prompt in the pages, ``waiting`` ones wait for room.
 
-    ``live`` are the jobs that own pages, those of other runs on the same pages too.
+    ``inbox`` may be appended to by any thread at any time; everything else belongs to the thread that steps.
     """
 
-    def __init__(self, runner: ModelRunner, live: WeakSet[Job], start_state: int, jobs: Sequence[Job]):
+    def __init__(self, runner: ModelRunner, decode: Callable[[Sequence[int]], str]) -> None:
+        self.decode = decode
         self.runner, self.view, self.pool = runner, runner.view, runner.pool
-        self.start_state = start_state  # of the stop tags
-        self.waiting, self.running = deque(jobs), list[Job]()
-        self._jobs, self._live = jobs, live
+        self.inbox = deque[Job]()
+        self.waiting, self.running = deque[Job](), list[Job]()
+        self.jobs = dict[Job, None]()  # every job that was taken in and is not over, in their order
         self._is_crowded = False  # nobody is admitted before somebody has ended
 
-    def __bool__(self) -> bool:
-        return bool(self.waiting or self.running)
+    @property
+    def has_work(self) -> bool:
+        return bool(self.inbox or self.waiting or any(job.has_work for job in self.running))
+
+    def take_in(self) -> None:
+        """Queue the jobs of the inbox. Those that run already, with all answered so far, just go on."""
+        while self.inbox:
+            job = self.inbox.popleft()
+            self.jobs[job] = None
+            if job not in self.running and job not in self.waiting:
+                self.waiting.append(job)
+
+    def collect(self) -> None:
+        """Give back what closed sessions hold, and sessions that nobody refers to any more."""
+        over = [job for job in self.jobs if job.is_over or job.owner is None or job.owner() is None]
+        for job in over:
+            self._drop(job)
+        if over:
+            self._free_unowned()
+            self._is_crowded = False
 
     def admit(self) -> None:
-        """Let go of what was cancelled, and prefill waiting jobs, several at once, while there is room."""
-        for job in [job for job in (*self.waiting, *self.running) if job.cancelled]:
-            (self.running if job in self.running else self.waiting).remove(job)
-            self._release(job)
+        """Prefill waiting jobs, several at once, while there is room."""
         while not (self._is_crowded and self.running) and (jobs := self._fitting()):
             try:
                 self._prefill(jobs)
                 self.running += jobs
             except OutOfPages:  # nothing else runs, and this one is alone
-                jobs[0].error = self._too_small()
-                self._release(jobs[0])
+                self._fail(jobs[0], self._too_small())
 
     def advance(self) -> None:
-        """Let the programs go on where nothing grows."""
-        for job in [*self.running]:
-            if not self._advance(job):
-                self.running.remove(job)
-                self._release(job)
+        """Tell the owners of jobs that are ready. They may ask for more, open and close sessions, and step again."""
+        while ready := [job for job in self.jobs if job.is_ready and not job.is_over]:
+            for job in ready:
+                if job.is_ready and not job.is_over:
+                    self._tell(job)
+        self.collect()
+
+    def _tell(self, job: Job) -> None:
+        if job in self.running:
+            job.tick(time.perf_counter())
+        job.is_over = job.error is not None
+        replies = job.take_replies(self.decode)
+        if job.owner is not None and (owner := job.owner()) is not None:
+            owner.tell(replies)
 
     def relieve(self) -> None:
-        """Make room: take the pages of what does not grow; if there are none, all of the youngest job, which pauses.
+        """Make room: evict what does not grow; if there is nothing, preempt the youngest job. One that is alone ends.
 
-        One that is alone ends, or starts again if it was paused before: what is computed again shares fewer pages than
-        it did where a ``Rank`` has dropped what it came from.
+        What is recomputed later shares the pages that it shared before, so a job that ran alone once can do so again.
         """
         if idle := [branch for job in self.running for branch in job.idle()]:
             self.runner.page_out(idle)
             return
-        job = self.running.pop()
-        if self.running:
-            self.runner.page_out([branch for branch in job.branches if branch.seq >= 0])
-            job.branches[0].image, job.was_paused = -1, True
-            self._free_unowned()
+        job = self.running[-1]
+        if len(self.running) == 1:
+            self._fail(job, self._too_small())
         else:
-            job.error = None if job.was_paused else self._too_small()
-            self._release(job)
-        if not job.error:
-            self.waiting.appendleft(job)
+            self.runner.page_out([branch for branch in job.branches if branch.seq >= 0])
+            job.root.image, job.was_paused = -1, True
+            self.running.remove(job)
+            if job.has_work:
+                self.waiting.appendleft(job)
+            self._free_unowned()
         self._is_crowded = True
 
-    def close(self) -> None:
-        """Take back everything that the jobs still hold."""
-        for job in self._jobs:
-            self._release(job)
+    def release(self, job: Job, *, is_forked: bool = False) -> None:
+        """Carry out the releases that ``job`` asks for: of branches that are to be expanded once those are forked."""
+        expanded = {pending.parent for pending in job.pending if isinstance(pending.request, Expand)}
+        for pending in job.pending:
+            if isinstance(pending.request, Release):
+                pending.answer = []
+                for branch in (job.by_id[id] for id in pending.request.ids):
+                    if not branch.is_released and (is_forked or branch not in expanded):
+                        self._forget(job, branch)
+
+    def fail_all(self, error: BaseException) -> None:
+        """End every job that has begun, since ``error`` has left it in an unknown state."""
+        if not isinstance(error, Exception):
+            error = RuntimeError(f"the forward pass that this search shared with others was interrupted: {error!r}")
+        for job in self.jobs:
+            if job.is_started:
+                job.error, job.slots, job.pending = error, [], []
+                job.root.image = -1
+                for branch in job.branches:
+                    branch.seq = -1
+        self.running = []
+        self.waiting = deque(job for job in self.jobs if job.has_work and not job.is_started)
+        self._is_crowded = False
         self._free_unowned()
+
+    def _forget(self, job: Job, branch: Branch) -> None:
+        branch.is_released, branch.next_logits = True, None
+        job.branches.remove(branch)
+        if branch.seq >= 0:
+            branch.computed = self.pool.length(branch.seq)
+            self.pool.free(branch.seq)
+            branch.seq = -1
 
     def _fitting(self) -> list[Job]:
         """The next jobs to prefill: as many as fit with a page for every growing branch, or one if nothing runs."""
@@ -82,85 +132,66 @@ class Schedule:
         found, image_tokens = list[Job](), 0
         while self.waiting and len(found) < PROMPTS_PER_PREFILL:
             job = self.waiting[0]
-            if job.branches or self._start(job):
-                free -= self._pages_to_go_on(job)
-                is_alone = not (self.running or found)
-                if free < 0 and not is_alone:
-                    break
-                image_tokens += self.view.image_tokens(job.inputs)
-                has_room = self.view.images.has_room(image_tokens)
-                if not has_room and not is_alone:
-                    break
-                if has_room:
-                    found.append(self.waiting.popleft())
-                    continue
-                size = f"{self.view.images.capacity} image tokens"
-                job.error = OutOfPages(f"the store of {size} is too small for this image alone: it has {image_tokens}")
-                image_tokens = 0
-            self._release(self.waiting.popleft())
+            free -= self._pages_to_go_on(job)
+            is_alone = not (self.running or found)
+            if free < 0 and not is_alone:
+                break
+            image_tokens += self.view.image_tokens(job.inputs)
+            has_room = self.view.images.has_room(image_tokens)
+            if not has_room and not is_alone:
+                break
+            self.waiting.popleft()
+            if has_room:
+                found.append(job)
+                continue
+            size = f"{self.view.images.capacity} image tokens"
+            job.error = OutOfPages(f"the store of {size} is too small for this image alone: it has {image_tokens}")
+            image_tokens = 0
         return found
 
-    def _start(self, job: Job) -> bool:
-        """Begin its program, whose prompt is computed next; False if there is nothing to be done."""
-        self._live.add(job)
-        job.usage.prompt_tokens += job.prompt_length
-        job.usage.image_encodings += 1
-        job.start(Branch(None, -1, job.prompt_length, tag_state=self.start_state), time.perf_counter())
-        return self._advance(job)
-
     def _pages_to_go_on(self, job: Job) -> int:
-        """At most so many: for the prompt, what grows or is asked for, and a page for each new branch."""
-        size, root = self.pool.page_size, job.branches[0]
+        """Upper bound on the pages that this job needs to make progress."""
+        size, root = self.pool.page_size, job.root
         own = sum(-(-(branch.length - root.length) // size) + 1 for branch in job.active() if branch is not root)
         return -(-root.length // size) + own + job.width + 1
 
     def _prefill(self, jobs: list[Job]) -> None:
-        self.runner.prefill([job.branches[0] for job in jobs], [job.inputs for job in jobs])
+        for job in jobs:
+            job.is_started = True
+        self.runner.prefill([job.root for job in jobs], [job.inputs for job in jobs])
         for job in jobs:
             job.resume(time.perf_counter())
-            job.usage.recomputed_tokens += job.prompt_length * job.was_paused
+            if job.was_paused:
+                job.usage.recomputed_tokens += job.root.length
+            else:
+                job.usage.prompt_tokens += job.root.length
+                job.usage.image_encodings += 1
             for branch in job.branches:
-                branch.image = job.branches[0].image
+                branch.image = job.root.image
 
-    def _advance(self, job: Job) -> bool:
-        """False once it has ended, as it does by a request that would fail a whole step."""
-        if job.error or not job.advance(time.perf_counter()):
-            return False
-        try:
-            self._check(job)
-        except (TypeError, ValueError) as error:
-            job.error = error
-        return job.error is None
-
-    def _check(self, job: Job) -> None:
-        """Raise for what would fail a whole step, and so other jobs."""
-        if not job.requests:  # it grows still
-            return
-        held, size = set(job.branches), self.view.vocab_size
-        for request in job.requests:
-            if not isinstance(request, Request):
-                raise TypeError(f"a program must yield requests, got {request!r}")
-            if not isinstance(request, Call) and request.parent not in held:
-                raise ValueError("parent must be a branch of this search that has not been dropped")
-            if isinstance(request, Extend):
-                unknown = [token for token in request.tokens if not 0 <= token < size]
-                if unknown:
-                    raise ValueError(f"tokens must be in [0, vocab_size={size}), got {unknown[0]}")
-
-    def _release(self, job: Job) -> None:
-        """Take back everything ``job`` holds."""
-        self._live.discard(job)
-        job.reset()
+    def _fail(self, job: Job, error: Exception) -> None:
+        """Give back what ``job`` holds; its owner is told ``error`` at the end of the step."""
+        job.error, job.slots, job.pending = error, [], []
+        if job in self.running:
+            self.running.remove(job)
+        self.runner.page_out([branch for branch in job.branches if branch.seq >= 0])
+        job.root.image = -1
         self._free_unowned()
-        self._is_crowded = False
+
+    def _drop(self, job: Job) -> None:
+        self.jobs.pop(job, None)
+        for jobs in (self.running, self.waiting):
+            if job in jobs:
+                jobs.remove(job)
+        job.drop()
 
     def _free_unowned(self) -> None:
-        """Free what no live job owns: also what an interrupt left between its making and its noting."""
-        owned = {branch.seq for job in self._live for branch in job.branches}
+        """Free what no job owns: also what an interrupt left between its making and its noting."""
+        owned = {branch.seq for job in self.jobs for branch in job.branches}
         for seq in self.pool.sequences():
             if seq not in owned:
                 self.pool.free(seq)
-        images = {job.branches[0].image for job in self._live if job.branches}
+        images = {job.root.image for job in self.jobs}
         for image in self.view.images.starts():
             if image not in images:
                 self.view.images.free(image)

@@ -3,9 +3,10 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from llava_cot.report.card import Card
+from llava_cot.trace import Trace
+from llava_cot.trace.schema import EVENTS
 
 OUTSIDE = "outside the tree"
 
@@ -31,9 +32,7 @@ def wasted(tokens: int, path: int) -> float:
     return max(0.0, 1 - path / tokens) if tokens else 0.0
 
 
-def accounts(
-    cards: Mapping[int, Card], headings: Sequence[str], events: Sequence[Mapping[str, Any]], generated: int
-) -> list[Account]:
+def accounts(trace: Trace, cards: Mapping[int, Card], headings: Sequence[str]) -> list[Account]:
     """One for each column, and one for the tokens that are not in the tree: of what a scorer let the model write, of
     beams that were dropped, of a run that was lost.
 
@@ -41,18 +40,15 @@ def accounts(
     """
     seconds: dict[tuple[int, bool], float] = defaultdict(float)
     before = 0.0
-    for event in events:
-        ids = event.get("nodes") or event.get("pool")
-        card = cards.get(int(ids[0])) if ids else None
-        if card:
-            now = float(event["seconds"])
-            seconds[card.column, event["event"] == "scored"] += now - before
-            before = now
+    for event in trace.events(*EVENTS):
+        if ids := event.get("nodes") or event.get("pool"):
+            seconds[cards[ids[0]].column, event["event"] == "scored"] += event["seconds"] - before
+            before = event["seconds"]
     found = []
     for column, heading in enumerate(headings):
         own = [card for card in cards.values() if card.column == column]
         path = sum(card.tokens for card in own if card.in_answer)
         tokens = sum(card.tokens for card in own)
         found.append(Account(heading, len(own), tokens, path, seconds[column, False], seconds[column, True]))
-    outside = generated - sum(account.tokens for account in found)
+    outside = trace.data["usage"]["generated_tokens"] - sum(account.tokens for account in found)
     return [*found, Account(OUTSIDE, 0, outside, 0, 0.0, 0.0)] if outside > 0 else found

@@ -4,14 +4,15 @@ A stage that a path visits twice has two columns, and stages that may take one a
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+
+from llava_cot.trace.schema import NodeData
 
 UNSTAGED = 1_000_000  # the step of whole answers and of parts of one: behind every stage
 GREEDY = UNSTAGED + 1  # of what was finished greedily once the budget was spent
 
 
 def columns(
-    nodes: Mapping[int, Any], greedy: Collection[int], names: Sequence[str]
+    nodes: Mapping[int, NodeData], greedy: Collection[int], names: Sequence[str]
 ) -> tuple[list[str], dict[int, int]]:
     """The heading of each column, and the column of each node.
 
@@ -26,9 +27,9 @@ def columns(
         staged[id] = staged.get(node["parent"], 0) + (node["stage"] is not None)
         steps[id] = staged[id] if node["stage"] is not None else GREEDY if id in greedy else UNSTAGED
     stages: dict[int, set[str]] = {step: set() for step in sorted(set(steps.values()))}
-    for id, step in steps.items():
-        if step < UNSTAGED:
-            stages[step].add(str(nodes[id]["stage"]))
+    for id, node in nodes.items():
+        if node["stage"] is not None:
+            stages[steps[id]].add(node["stage"])
     parts = any(steps.get(nodes[id]["parent"]) == UNSTAGED for id, step in steps.items() if step == UNSTAGED)
     headings = {UNSTAGED: "PARTS OF ANSWERS" if parts else "ANSWERS", GREEDY: "FINISHED GREEDILY"}
     order = {name: place for place, name in enumerate(names)}

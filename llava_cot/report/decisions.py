@@ -6,6 +6,7 @@ from typing import Any
 
 from llava_cot.report.card import Card
 from llava_cot.report.numbers import number
+from llava_cot.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -31,38 +32,36 @@ class Retrace:
         return f"{self.stage} failed in round {self.round - 1}: back to {self.to}, round {self.round}"
 
 
-def pools(events: Sequence[Mapping[str, Any]], cards: Mapping[int, Card], config: Any) -> dict[tuple[int, int], Pool]:
+def pools(trace: Trace, cards: Mapping[int, Card]) -> dict[tuple[int, int], Pool]:
     """By round and column, that of the first member which the round drew."""
-    agreement = config.get("cutoff_agreement") if isinstance(config, Mapping) else None
-    decisions = [event for event in events if event["event"] in ("kept", "retraced")]
+    agreement = trace.data["config"].get("cutoff_agreement")
+    decisions = trace.events("kept", "retraced")
     found = {}
     for event, after in zip(decisions, [*decisions[1:], {"event": ""}]):
         if event["event"] == "kept" and event["pool"]:
-            members = [cards[int(id)] for id in event["pool"]]
-            round = int(event["round"])
+            members = [cards[id] for id in event["pool"]]
+            round = event["round"]
             column = next((card.column for card in members if card.round == round), members[0].column)
             verdict = _verdict(event, members, after["event"] == "retraced", agreement)
             carried = [card for card in members if card.round < round]
-            found[round, column] = Pool(verdict, _float(event["cutoff"]), carried)
+            found[round, column] = Pool(verdict, event["cutoff"], carried)
     return found
 
 
 def retraces(
-    events: Sequence[Mapping[str, Any]],
-    cards: Mapping[int, Card],
-    headings: Sequence[str],
-    pools: Mapping[tuple[int, int], Pool],
+    trace: Trace, cards: Mapping[int, Card], headings: Sequence[str], pools: Mapping[tuple[int, int], Pool]
 ) -> list[Retrace]:
     """Each from the column of the decision before it to that of what was drawn next."""
+    events = trace.events("kept", "retraced", "generated")
     found, start = [], 0
     for place, event in enumerate(events):
         if event["event"] == "kept" and event["pool"]:
-            start = max(cards[int(id)].column for id in event["pool"])
+            start = max(cards[id].column for id in event["pool"])
         if event["event"] == "retraced":
-            stage, to, round = str(event["stage"]), str(event["to"]), int(event["round"])
+            stage, to, round = event["stage"], event["to"], event["round"]
             drawn = (later["nodes"] for later in events[place + 1 :] if later["event"] == "generated")
             ids: Sequence[int] = next(drawn, ())
-            end = cards[int(ids[0])].column if ids else 0
+            end = cards[ids[0]].column if ids else 0
             pool = pools.get((round - 1, start))
             reason = pool.verdict if pool and pool.verdict else _reason(event)
             found.append(Retrace(_step(stage, headings[start]), _step(to, headings[end]), start, end, round, reason))
@@ -75,9 +74,9 @@ def _step(stage: str, heading: str) -> str:
 
 
 def _verdict(event: Mapping[str, Any], members: Sequence[Card], is_retraced: bool, agreement: float | None) -> str:
-    cutoff, score, rank = _float(event["cutoff"]), _float(event["score"]), int(event["pass_rank"])
+    cutoff, score, rank = event["cutoff"], event["score"], event["pass_rank"]
     if cutoff is None:
-        wanted = f"{float(agreement):.0%} of the {len(members)} candidates say the same" if agreement else ""
+        wanted = f"{agreement:.0%} of the {len(members)} candidates say the same" if agreement else ""
         return f"fewer than {wanted}" if is_retraced and wanted else ""
     closed = [card.score for card in members if card.closed and card.score is not None]
     if score is None:
@@ -96,12 +95,7 @@ def _verdict(event: Mapping[str, Any], members: Sequence[Card], is_retraced: boo
 
 def _reason(event: Mapping[str, Any]) -> str:
     """What the search itself says: there may be no pool."""
-    score, cutoff = _float(event["score"]), _float(event["cutoff"])
+    score, cutoff = event["score"], event["cutoff"]
     if score is None or cutoff is None:
-        return str(event["reason"])
+        return event["reason"]
     return f"{number(score)} is not above the cutoff {number(cutoff)}"
-
-
-def _float(value: Any) -> float | None:
-    """JSON has infinities as strings."""
-    return None if value is None else float(value)

@@ -1,10 +1,9 @@
 """A trace as one HTML page that loads nothing: stages are columns, rounds are rows, and a retrace is an arrow."""
 
 from base64 import b64encode
-from collections.abc import Mapping
 from html import escape
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llava_cot.report import text
 from llava_cot.report.accounts import OUTSIDE
@@ -14,6 +13,7 @@ from llava_cot.report.numbers import count, number
 from llava_cot.report.page import page
 from llava_cot.report.svg import arrow, strip
 from llava_cot.report.view import View, read
+from llava_cot.trace import Trace
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,21 +24,18 @@ NOTE_LENGTH = 400  # characters shown of what a scorer raised, or of how a candi
 
 
 def to_html(
-    trace: Mapping[str, Any],
+    trace: Trace,
     *,
     image: "Image | None" = None,
     question: str | None = None,
     gold: str | None = None,
 ) -> str:
-    """The page of ``trace.data`` or of its JSON; the same arguments give the same bytes.
+    """The page of a trace; the same arguments give the same bytes.
 
     Args:
         image: what the question is about, shown at 512 pixels at most.
         question: by default the trace's own.
         gold: the right answer, where one is known.
-
-    Raises:
-        ValueError: it is not a trace.
     """
     view = read(trace)
     question = view.question if question is None else question
@@ -46,12 +43,20 @@ def to_html(
     return page(question or "A search", body, ("page.css", "trace.css"), ("nav.js", "trace.js"))
 
 
+def to_frame(trace: Trace) -> str:
+    """The page in a frame, which keeps its style and script out of a notebook, and the notebook out of their reach."""
+    page = escape(to_html(trace))
+    return f'<iframe srcdoc="{page}" sandbox="allow-scripts" style="width: 100%; height: 40em; border: 0"></iframe>'
+
+
 def _header(view: View, image: "Image | None", question: str, gold: str | None) -> str:
     picture = f'<img src="{_data_url(image)}" alt="the image asked about">' if image else ""
     facts = [("answer", "answer", text.to_html(view.answer, tags=view.tags))]
+    if view.failure is not None:
+        facts = [("failed", "flaw", f"✗ {escape(_cut(view.failure))}")]
     if gold is not None:
         verdict = "✓ the same" if view.is_right(gold) else "≠ not the same"
-        facts.append(("gold", "gold", f"{escape(gold)} {verdict}"))
+        facts.append(("gold", "gold", f"{escape(gold)} {verdict if view.failure is None else ''}"))
     if view.malformed:
         facts.append(("form", "flaw", f"✗ malformed: {escape(view.malformed)}"))
     for card, answer in view.others:

@@ -47,7 +47,8 @@ def _totals(rows: list[Row]) -> str:
         *([f"{all.accuracy} right"] if all.known else []),
         f"{all.retraced:,} retraced",
         f"{all.malformed:,} malformed",
-        *([f"{all.failed:,} could not be read"] if all.failed else []),
+        *([f"{all.failed:,} failed"] if all.failed else []),
+        *([f"{all.unread:,} could not be read"] if all.unread else []),
         f"{all.tokens:,} tokens drawn, {all.wasted:.0%} wasted",
         f"{all.seconds:,.1f} s",
     ]
@@ -67,13 +68,14 @@ def _row(number: int, row: Row) -> str:
         *(["wrong"] if row.is_right is False else ["right"] if row.is_right else []),
         *(["retraced"] if row.retraces else []),
         *(["malformed"] if row.malformed else []),
+        *(["failed"] if row.failure else []),
     ]
     question = escape(row.question or row.source or "A search")
     if row.href is not None:
         question = f'<a href="{escape(quote(row.href, errors="replace"))}">{question}</a>'
     cells = [
         f"<td>{question}</td>",
-        f"<td>{escape(row.answer)}</td>",
+        f'<td class="flaw">✗ failed: {escape(row.failure)}</td>' if row.failure else f"<td>{escape(row.answer)}</td>",
         f"<td>{escape(row.gold or '')}</td>",
         f'<td class="verdict">{verdict}</td>',
         f"<td>{escape(row.search)}</td>",

@@ -1,5 +1,6 @@
 """Many traces at once: a page for each and their index, or a table for the terminal."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,11 +8,11 @@ from rich.table import Table
 from rich.text import Text
 
 from llava_cot.atomic import replacing
-from llava_cot.report.files import entries
 from llava_cot.report.html import to_html
 from llava_cot.report.index import index_page
 from llava_cot.report.summary import Entry, Row, Totals, summarise, totals
 from llava_cot.report.tree import one_line
+from llava_cot.trace import TraceError, scan_traces
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -20,13 +21,13 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         ValueError: none can be read.
     """
-    return _checked(path, [summarise(entry) for entry in entries(path)])
+    return _checked(path, [summarise(entry) for entry in _entries(path)])
 
 
 def write_pages(path: Path, folder: Path) -> list[Row]:
     """As ``read_rows``; each trace has a page in ``folder`` then, beside an index.html that links to them."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = _checked(path, [_write_page(entry, folder, n) for n, entry in enumerate(entries(path), 1)])
+    rows = _checked(path, [_write_page(entry, folder, n) for n, entry in enumerate(_entries(path), 1)])
     with replacing(folder / "index.html") as file:
         file.write(index_page(rows, path.name))
     return rows
@@ -44,10 +45,18 @@ def to_table(rows: list[Row]) -> Table:
     return table
 
 
+def _entries(path: Path) -> Iterator[Entry]:
+    for found in scan_traces(path):
+        if isinstance(found, TraceError):
+            yield Entry(None, source=found.source, error=found.detail)
+        else:
+            yield Entry(found.trace, found.gold, source=found.source)
+
+
 def _write_page(entry: Entry, folder: Path, number: int) -> Row:
     name = f"{number:05}.html"
     row = summarise(replace(entry, href=name))
-    if row.error is None and entry.trace is not None:
+    if entry.trace is not None:
         with replacing(folder / name) as file:
             file.write(to_html(entry.trace, gold=entry.gold))
     return row

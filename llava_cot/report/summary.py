@@ -1,23 +1,23 @@
 """What an index or a table says of a trace, and of many: small enough to be kept for thousands."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from llava_cot.report.accounts import wasted
 from llava_cot.report.view import read
+from llava_cot.trace import Trace
 
 LENGTH = 300  # characters kept of a question or an answer
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A trace among many: ``trace.data`` or its JSON, or why it could not be read.
+    """A trace among many, or in its place ``error``, which says why it could not be read.
 
     ``gold`` is the right answer, where one is known, and ``href`` the relative file name of its page.
     """
 
-    trace: Mapping[str, Any] | None
+    trace: Trace | None
     gold: str | None = None
     href: str | None = None
     source: str = ""  # where it was read from
@@ -28,7 +28,8 @@ class Entry:
 class Row:
     source: str
     href: str | None
-    error: str | None
+    error: str | None  # why the trace could not be read
+    failure: str | None = None  # what ended a search that failed
     gold: str | None = None
     question: str = ""
     answer: str = ""
@@ -48,11 +49,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Totals:
-    """Of those that could be read; ``failed`` counts the others."""
+    """Of those that could be read; ``unread`` counts the others."""
 
     search: str
     traces: int
-    failed: int
+    unread: int
+    failed: int  # searches
     known: int  # with a gold answer
     right: int
     retraced: int
@@ -70,14 +72,12 @@ def summarise(entry: Entry) -> Row:
     """A trace that can't be read becomes a row that says why."""
     if entry.trace is None:
         return Row(entry.source, None, entry.error or "there is no trace")
-    try:
-        view = read(entry.trace)
-    except ValueError as error:
-        return Row(entry.source, None, str(error))
+    view = read(entry.trace)
     return Row(
         source=entry.source,
         href=entry.href,
         error=None,
+        failure=None if view.failure is None else _cut(view.failure),
         gold=None if entry.gold is None else _cut(entry.gold),
         question=_cut(view.question),
         answer=_cut(view.answer),
@@ -100,7 +100,8 @@ def totals(search: str, rows: Iterable[Row]) -> Totals:
     return Totals(
         search=search,
         traces=len(good),
-        failed=len(rows) - len(good),
+        unread=len(rows) - len(good),
+        failed=sum(row.failure is not None for row in good),
         known=sum(row.is_right is not None for row in good),
         right=sum(row.is_right is True for row in good),
         retraced=sum(row.retraces > 0 for row in good),

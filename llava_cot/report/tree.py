@@ -1,8 +1,6 @@
 """A trace as a tree in the terminal: rounds, their stages, the candidates, and why a round went back."""
 
 import unicodedata
-from collections.abc import Mapping
-from typing import Any
 
 from rich.text import Text
 from rich.tree import Tree
@@ -10,12 +8,13 @@ from rich.tree import Tree
 from llava_cot.report.card import Card
 from llava_cot.report.numbers import number
 from llava_cot.report.view import View, read
+from llava_cot.trace import Trace
 
 STYLES = {"winner": "bold green", "kept": "cyan", "pruned": "dim"}
 
 
-def to_tree(trace: Mapping[str, Any]) -> Tree:
-    """Of ``trace.data`` or of its JSON; raises ``ValueError`` if it is not a trace."""
+def to_tree(trace: Trace) -> Tree:
+    """The tree of a trace, for ``rich`` to print."""
     view = read(trace)
     tree = Tree(Text(one_line(f"{view.search} · seed {view.seed}  {view.question}"), "bold"))
     for round in view.rounds:
@@ -27,7 +26,10 @@ def to_tree(trace: Mapping[str, Any]) -> Tree:
             branch.add(Text(one_line(f"↩ {retrace.headline}; {retrace.reason}"), "yellow"))
     if view.spent:
         tree.add(Text(one_line(f"■ {view.spent}"), "yellow"))
-    tree.add(Text(f"answer: {one_line(view.answer)}", "bold green"))
+    if view.failure is None:
+        tree.add(Text(f"answer: {one_line(view.answer)}", "bold green"))
+    else:
+        tree.add(Text(f"✗ failed: {one_line(view.failure)}", "bold red"))
     if view.malformed:
         tree.add(Text(one_line(f"✗ malformed: {view.malformed}"), "red"))
     for card, answer in view.others:

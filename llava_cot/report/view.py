@@ -2,9 +2,8 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 from llava_cot.report.accounts import Account, accounts, wasted
@@ -12,11 +11,10 @@ from llava_cot.report.card import Card
 from llava_cot.report.columns import columns
 from llava_cot.report.decisions import Pool, Retrace, pools, retraces
 from llava_cot.report.numbers import count
-from llava_cot.scoring import normalise
 from llava_cot.stages import Grammar, Outcome
-
-TRACE_VERSION = 3  # that can be shown
-CANDIDATES = {"generations": "drawn", "scorer_calls": "given to a scorer"}
+from llava_cot.text import normalise
+from llava_cot.trace import Trace
+from llava_cot.trace.schema import NodeData, UsageData
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,8 @@ class View:
     search: str
     seed: int
     question: str
-    answer: str
+    answer: str  # empty if the search failed
+    failure: str | None  # what ended a search that failed
     others: list[tuple[Card, str]]  # the last candidate and the answer of each that was returned besides the first
     malformed: str | None  # what is wrong with the answer's form
     tags: list[str]
@@ -53,39 +52,28 @@ class View:
         return [retrace for retrace in self.retraces if round < retrace.round <= later]
 
     def is_right(self, gold: str) -> bool:
-        return normalise(gold) == normalise(self.answer)
+        return self.failure is None and normalise(gold) == normalise(self.answer)
 
     def stage_of(self, card: Card) -> str:
         """The stage of a candidate, where its column's heading does not say it."""
         return card.stage if card.stage is not None and "/" in self.headings[card.column] else ""
 
 
-def read(trace: Mapping[str, Any]) -> View:
-    """Of ``trace.data``, or of what ``trace.to_json()`` wrote. Raises ``ValueError`` if it is neither."""
-    version = trace.get("version") if isinstance(trace, Mapping) else None
-    if version != TRACE_VERSION:
-        raise ValueError(f"trace must be a search's trace of version {TRACE_VERSION}, got version {version!r}")
-    try:
-        return _read(trace)
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise ValueError(f"trace must be a whole trace, got one with {type(error).__name__}: {error}") from error
-
-
-def _read(trace: Mapping[str, Any]) -> View:
-    nodes, events, usage = _nodes(trace), trace["events"], trace["usage"]
-    grammar = Grammar(**trace["grammar"])
-    answers = [int(trace["answer"]), *(int(id) for id in trace["answers"] if id != trace["answer"])]
-    paths = [_path(nodes, id) for id in answers]
-    headings, column_of = columns(nodes, _greedy(events), grammar.names)
-    kept_in = {id: int(e["round"]) for e in events if e["event"] == "kept" for id in e["kept"]}
-    places = {id: place for place, id in reversed([*enumerate(answers, 1)])}
+def read(trace: Trace) -> View:
+    """What there is to show of a trace."""
+    nodes, usage, grammar = trace.nodes, trace.data["usage"], trace.grammar
+    ids = list(dict.fromkeys([trace.data["answer"], *trace.data["answers"]]))  # None of a search that failed
+    paths = [[node["id"] for node in trace.path(id)] for id in ids]
+    headings, column_of = columns(nodes, trace.drawn_after_budget, grammar.names)
+    kept_in = {id: event["round"] for event in trace.events("kept") for id in event["kept"]}
+    places = {id: place for place, id in enumerate(ids, 1)}
     in_answer = {id for path in paths for id in path}
     cards = {
         id: _card(
             node,
             column=column_of[id],
             state="winner" if id in paths[0] else "kept" if node["kept"] else "pruned",
-            kept_in=kept_in.get(id) if kept_in.get(id) != int(node["round"]) else None,
+            kept_in=kept_in.get(id) if kept_in.get(id) != node["round"] else None,
             in_answer=id in in_answer,
             answer=places.get(id),
         )
@@ -94,79 +82,56 @@ def _read(trace: Mapping[str, Any]) -> View:
     cells: dict[tuple[int, int], list[Card]] = defaultdict(list)
     for card in cards.values():
         cells[card.round, card.column].append(card)
-    decided = pools(events, cards, trace["config"])
-    generated = int(usage["generated_tokens"])
-    texts = ["".join(cards[id].text for id in path) for path in paths]
+    decided = pools(trace, cards)
+    texts = [trace.text(id) for id in ids]
     return View(
-        search=str(trace["search"]),
-        seed=int(trace["seed"]),
-        question=str(trace["question"] or ""),
+        search=trace.data["search"],
+        seed=trace.data["seed"],
+        question=trace.data["question"] or "",
         answer=_conclusion(grammar, texts[0]),
-        others=[(cards[path[-1]], _conclusion(grammar, text)) for path, text in zip(paths[1:], texts[1:]) if path],
-        malformed=_malformed(grammar, texts[0], [cards[id] for id in paths[0]]),
+        failure=trace.failure,
+        others=[(cards[path[-1]], _conclusion(grammar, text)) for path, text in zip(paths[1:], texts[1:])],
+        malformed=None if trace.failure else _malformed(grammar, texts[0], [cards[id] for id in paths[0]]),
         tags=[tag for name in grammar.names for tag in grammar.tag_pair(name)],
         headings=headings,
         rounds=sorted({card.round for card in cards.values()}),
         cards=cards,
         cells=dict(cells),
         pools=decided,
-        retraces=retraces(events, cards, headings, decided),
-        spent=_spent(trace, answers[0], _greedy(events)),
-        accounts=accounts(cards, headings, events, generated),
-        generated=generated,
+        retraces=retraces(trace, cards, headings, decided),
+        spent=_spent(trace),
+        accounts=accounts(trace, cards, headings),
+        generated=usage["generated_tokens"],
         path=sum(cards[id].tokens for id in in_answer),
-        seconds=float(usage["seconds"]),
+        seconds=usage["seconds"],
         usage=_usage(usage),
     )
 
 
-def _nodes(trace: Mapping[str, Any]) -> dict[int, Any]:
-    nodes = {int(node["id"]): node for node in trace["nodes"]}
-    for id, node in nodes.items():
-        if int(node["parent"]) >= id:
-            raise ValueError(f"node {id} is older than its parent {node['parent']}")
-    return dict(sorted(nodes.items()))
-
-
-def _path(nodes: Mapping[int, Any], at: int) -> list[int]:
-    path: list[int] = []
-    while at in nodes:
-        path.insert(0, at)
-        at = int(nodes[at]["parent"])
-    return path
-
-
-def _greedy(events: Sequence[Mapping[str, Any]]) -> set[int]:
-    """What was drawn once the budget was spent."""
-    kinds = [event["event"] for event in events]
-    start = kinds.index("budget_spent") if "budget_spent" in kinds else len(events)
-    return {int(id) for event in events[start:] if event["event"] == "generated" for id in event["nodes"]}
-
-
-def _card(node: Mapping[str, Any], **places: Any) -> Card:
+def _card(node: NodeData, **places: Any) -> Card:
     return Card(
-        id=int(node["id"]),
-        parent=int(node["parent"]),
-        stage=None if node["stage"] is None else str(node["stage"]),
-        round=int(node["round"]),
-        seed=int(node["seed"]),
-        text=str(node["text"]),
+        id=node["id"],
+        parent=node["parent"],
+        stage=node["stage"],
+        round=node["round"],
+        seed=node["seed"],
+        text=node["text"],
         tokens=len(node["tokens"]),
         logprob=_mean(node["logprobs"]),
         sampling_logprob=_mean(node["sampling_logprobs"]),
-        score=None if node["score"] is None else float(node["score"]),  # JSON has infinities as strings
-        finish=str(node["finish"] or "nothing"),
-        closed=bool(node["closed"]),
-        violation=None if node["violation"] is None else str(node["violation"]),
-        error=None if node["error"] is None else str(node["error"]),
-        notes={str(name): float(value) for name, value in node["notes"].items()},
-        seconds=float(node["seconds"]),
+        score=node["score"],
+        finish=node["finish"] or "nothing",
+        closed=node["closed"],
+        violation=node["violation"],
+        error=node["error"],
+        notes=node["notes"],
+        seconds=node["seconds"],
         **places,
     )
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    return fmean(map(float, values)) if values else None
+    return sum(values) / len(values) if values else None
 
 
 def _conclusion(grammar: Grammar, text: str) -> str:
@@ -191,24 +156,25 @@ def _malformed(grammar: Grammar, text: str, path: Sequence[Card]) -> str | None:
     return anything.violation(text)
 
 
-def _spent(trace: Mapping[str, Any], answer: int, greedy: Collection[int]) -> str | None:
-    spent = [event for event in trace["events"] if event["event"] == "budget_spent"]
+def _spent(trace: Trace) -> str | None:
+    spent = trace.events("budget_spent")
     if not spent:
         return None
-    what = str(spent[0]["what"])
-    config = trace["config"] if isinstance(trace["config"], Mapping) else {}
-    limit, value = (config.get("budget") or {}).get(what), spent[0].get("spent")
-    numbers = "".join(f"{before}{float(n):,.6g}" for before, n in ((": ", value), (" of ", limit)) if n is not None)
-    end = f"#{answer} is what was finished greedily" if answer in greedy else f"#{answer} is the best so far"
-    return f"budget spent after {float(spent[0]['seconds']):.2f} s, {what.replace('_', ' ')}{numbers}; {end}"
+    what, answer = spent[0]["what"], trace.data["answer"]
+    limit, value = (trace.data["config"].get("budget") or {}).get(what), spent[0].get("spent")
+    numbers = "".join(f"{before}{n:,.6g}" for before, n in ((": ", value), (" of ", limit)) if n is not None)
+    which = "what was finished greedily" if answer in trace.drawn_after_budget else "the best so far"
+    end = f"; #{answer} is {which}" if answer is not None else ""
+    return f"budget spent after {spent[0]['seconds']:.2f} s, {what.replace('_', ' ')}{numbers}{end}"
 
 
-def _usage(usage: Mapping[str, Any]) -> list[str]:
+def _usage(usage: UsageData) -> list[str]:
+    asked = {"drawn": usage["generations"], "given to a scorer": usage["scorer_calls"]}
     return [
-        count(int(usage["prompt_tokens"]), "prompt token"),
-        f"{count(int(usage['decoded_tokens']), 'token')} computed after the prompt",
-        *(f"{count(int(usage[name]), 'candidate')} {what}" for name, what in CANDIDATES.items() if usage[name]),
-        f"{int(usage['steps']):,} forward passes",
-        count(int(usage["image_encodings"]), "image encoding"),
-        f"{float(usage['seconds']):.2f} s",
+        count(usage["prompt_tokens"], "prompt token"),
+        f"{count(usage['decoded_tokens'], 'token')} computed after the prompt",
+        *(f"{count(number, 'candidate')} {what}" for what, number in asked.items() if number),
+        f"{usage['steps']:,} forward passes",
+        count(usage["image_encodings"], "image encoding"),
+        f"{usage['seconds']:.2f} s",
     ]

@@ -6,7 +6,6 @@ from llava_cot.scoring.combine import Borda, ByStage, Weighted
 from llava_cot.scoring.confidence import confidence, lowest_group, negative_entropy, self_certainty, tail
 from llava_cot.scoring.diagnostics import Diagnosis, diagnose, within_question_auc
 from llava_cot.scoring.judge import JudgeScorer
-from llava_cot.scoring.normalise import normalise
 from llava_cot.scoring.scorer import Scorer, Span, groupwise
 
 # What suits each stage where there is no second model: facts, where it leads to, the answer
@@ -51,7 +50,6 @@ __all__ = [
     "look_ahead",
     "lowest_group",
     "negative_entropy",
-    "normalise",
     "resolve_scorer",
     "self_certainty",
     "self_consistency",

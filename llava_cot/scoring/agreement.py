@@ -3,14 +3,13 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Generator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from llava_cot.engine.branch import Expand, SamplingParams
+from llava_cot.core import Expand, Program, SamplingParams
 from llava_cot.scoring.confidence import confidence
-from llava_cot.scoring.normalise import normalise
 from llava_cot.scoring.scorer import Span, groupwise
 from llava_cot.stages import Outcome
+from llava_cot.text import normalise
 
 SAME = 0.75  # the share of facts that two texts of one cluster have in common
 _CLAUSE = re.compile(r"[.;,\n]+(?:\s|$)")
@@ -44,19 +43,16 @@ def vote(spans: Sequence[Span]) -> list[float]:
 
 
 @groupwise
-def look_ahead(spans: Sequence[Span]) -> Generator[list[Expand], Any, list[float]]:
+def look_ahead(spans: Sequence[Span]) -> Program[list[float]]:
     """The share of votes for the conclusion that greedy decoding comes to from each candidate.
 
     It costs the rest of an answer for each candidate, decoded as one batch. Of conclusions this is ``vote``.
     """
     open_ends = [span for span in spans if span.closed and span.tokens_left > 0 and not _has_conclusion(span)]
-    requests = [
-        Expand(span.branch, (0,), SamplingParams(temperature=0.0), span.tokens_left, frozenset())
-        for span in open_ends
-        if span.branch is not None
-    ]
+    greedy = SamplingParams(temperature=0.0)
+    requests = [Expand(span.id, (0,), greedy, span.tokens_left, frozenset()) for span in open_ends]
     replies = (yield requests) if requests else []
-    rest = {id(span): span.decode(branch.tokens) for span, (branch,) in zip(open_ends, replies)}
+    rest = {id(span): drawn.text for span, (drawn,) in zip(open_ends, replies)}
     answers = []
     for span in spans:
         text = span.path_text + rest.get(id(span), "")

@@ -1,8 +1,8 @@
 """Scorers made of scorers: another one for each stage, by rank, or by weighted value. The trace shows every part."""
 
-from collections.abc import Generator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
+from llava_cot.core import Program
 from llava_cot.scoring.calibration import Calibration
 from llava_cot.scoring.scorer import Scorer, Span, ask, is_groupwise, name_of
 
@@ -10,11 +10,11 @@ from llava_cot.scoring.scorer import Scorer, Span, ask, is_groupwise, name_of
 class ByStage:
     """``scorers[stage]`` for the candidates of a stage, ``default`` for the others and for whole answers."""
 
-    def __init__(self, scorers: Mapping[str, Scorer], default: Scorer, name: str = "by_stage"):
+    def __init__(self, scorers: Mapping[str, Scorer], default: Scorer, name: str = "by_stage") -> None:
         self.scorers, self.default, self.__name__ = dict(scorers), default, name
         self.groupwise = any(map(is_groupwise, [*scorers.values(), default]))
 
-    def __call__(self, spans: Sequence[Span]) -> Generator[Any, Any, list[float]]:
+    def __call__(self, spans: Sequence[Span]) -> Program[list[float]]:
         scores = [0.0] * len(spans)
         for stage in dict.fromkeys(span.stage for span in spans):
             places = [at for at, span in enumerate(spans) if span.stage == stage]
@@ -34,10 +34,10 @@ class Borda:
 
     groupwise = True
 
-    def __init__(self, weights: Mapping[Scorer, float], name: str = "borda"):
+    def __init__(self, weights: Mapping[Scorer, float], name: str = "borda") -> None:
         self.weights, self.__name__ = _checked(weights), name
 
-    def __call__(self, spans: Sequence[Span]) -> Generator[Any, Any, list[float]]:
+    def __call__(self, spans: Sequence[Span]) -> Program[list[float]]:
         parts = yield from _parts(self.weights, spans)
         return _mean(
             {scorer: [_rank(score, scores) for score in scores] for scorer, scores in parts.items()}, self.weights
@@ -52,12 +52,12 @@ class Weighted:
 
     def __init__(
         self, weights: Mapping[Scorer, float], calibrations: Sequence[Calibration] = (), name: str = "weighted"
-    ):
+    ) -> None:
         self.weights, self.__name__ = _checked(weights), name
         self.calibrations = {calibration.scorer: calibration for calibration in calibrations}
         self.groupwise = any(map(is_groupwise, weights))
 
-    def __call__(self, spans: Sequence[Span]) -> Generator[Any, Any, list[float]]:
+    def __call__(self, spans: Sequence[Span]) -> Program[list[float]]:
         parts = yield from _parts(self.weights, spans)
         for scorer, scores in parts.items():
             calibration = self.calibrations.get(name_of(scorer))
@@ -73,7 +73,7 @@ def _checked(weights: Mapping[Scorer, float]) -> dict[Scorer, float]:
     return dict(weights)
 
 
-def _parts(weights: Mapping[Scorer, float], spans: Sequence[Span]) -> Generator[Any, Any, dict[Scorer, list[float]]]:
+def _parts(weights: Mapping[Scorer, float], spans: Sequence[Span]) -> Program[dict[Scorer, list[float]]]:
     parts = {}
     for scorer in weights:
         parts[scorer] = [*(yield from ask(scorer, spans))]

@@ -1,14 +1,16 @@
 """The model as its own judge: it is asked about its candidates, and the log-probs of its verdict are the score."""
 
+import math
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from itertools import permutations
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from llava_cot.engine.branch import Branch, Expand, Extend, SamplingParams
+from llava_cot.core import Continuation, Expand, Extend, Program, SamplingParams
 from llava_cot.scoring.scorer import Span
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 YES_NO = "Is the {stage} above right for this image and question? Answer yes or no."
 PAIRWISE = (
@@ -46,13 +48,13 @@ class JudgeScorer:
 
     def __init__(
         self,
-        processor: Any,
+        processor: "ProcessorMixin",
         mode: Literal["yes_no", "pairwise"] = "yes_no",
         *,
         prompt: str | None = None,
         words: tuple[str, str] | None = None,
         generate: bool = False,
-    ):
+    ) -> None:
         if mode not in ("yes_no", "pairwise"):
             raise ValueError(f"mode must be 'yes_no' or 'pairwise', got {mode!r}")
         self.processor, self.mode, self.generate = processor, mode, generate
@@ -65,49 +67,45 @@ class JudgeScorer:
         if not all(self._ids):
             raise ValueError(f"words must begin with different tokens, got {self.words}")
 
-    def __call__(self, spans: Sequence[Span]) -> Generator[Any, Any, list[float]]:
+    def __call__(self, spans: Sequence[Span]) -> Program[list[float]]:
         if self.mode == "yes_no":
-            asked = [self._ask(span.branch, stage=span.stage or "answer") for span in spans]
-            return (yield from self._verdicts(asked, spans))
+            asked = [self._ask(span.id, span.tokens, stage=span.stage or "answer") for span in spans]
+            return (yield from self._verdicts(asked))
         pairs = [*permutations(range(len(spans)), 2)]
         asked = [
             self._ask(
-                _root(spans[first].branch),
+                spans[first].root,
+                (),
                 stage=spans[first].stage or "answer",
                 first=spans[first].text.strip(),
                 second=spans[second].text.strip(),
             )
             for first, second in pairs
         ]
-        wins = yield from self._verdicts(asked, [spans[first] for first, _ in pairs])
+        wins = yield from self._verdicts(asked)
         scores = [[] for _ in spans]  # type: list[list[float]]
         for (first, second), win in zip(pairs, wins):
             scores[first].append(win)
             scores[second].append(1 - win)
         return [sum(own) / len(own) if own else 1.0 for own in scores]
 
-    def _verdicts(self, asked: list[Extend], spans: Sequence[Span]) -> Generator[Any, Any, list[float]]:
+    def _verdicts(self, asked: list[Extend]) -> Program[list[float]]:
         """The probability of the first word for each question asked."""
-        branches: list[Branch] = [branch for (branch,) in (yield asked)] if asked else []
-        if self.generate and branches:
+        read: list[Continuation] = [found for (found,) in (yield asked)] if asked else []
+        if self.generate and read:
             greedy = SamplingParams(temperature=0.0)
-            replies = yield [Expand(branch, (0,), greedy, VERDICT_TOKENS, frozenset()) for branch in branches]
-            return [self._read(span.decode(branch.tokens)) for span, (branch,) in zip(spans, replies)]
-        verdicts = []
-        for branch in branches:
-            assert branch.next_logits is not None
-            logprobs = torch.log_softmax(branch.next_logits.float(), -1)
-            for_it, against = (float(torch.logsumexp(logprobs[ids], 0)) for ids in self._ids)
-            verdicts.append(float(torch.sigmoid(torch.tensor(for_it - against))))
-        return verdicts
+            replies = yield [Expand(found.id, (0,), greedy, VERDICT_TOKENS, frozenset()) for found in read]
+            return [self._read(drawn.text) for (drawn,) in replies]
+        number = len(self._ids[0])
+        sides = [(_logsumexp(found.wanted[:number]), _logsumexp(found.wanted[number:])) for found in read]
+        return [0.5 + 0.5 * math.tanh((for_it - against) / 2) for for_it, against in sides]  # the sigmoid
 
     def _read(self, verdict: str) -> float:
         found = re.search(rf"\b({'|'.join(map(re.escape, self.words))})\b", verdict, re.IGNORECASE)
         return 0.5 if found is None else float(found[1].lower() == self.words[0].lower())
 
-    def _ask(self, branch: Branch | None, **facts: str) -> Extend:
-        """The judge's question as a turn of the chat, behind what the model has written so far."""
-        assert branch is not None
+    def _ask(self, parent: int, written: Sequence[int], **facts: str) -> Extend:
+        """The judge's question as a turn of the chat, behind the tokens that the model has ``written`` so far."""
         turns = [
             {"role": "user", "content": [{"type": "text", "text": "?"}]},
             {"role": "assistant", "content": [{"type": "text", "text": _SENTINEL}]},
@@ -117,8 +115,10 @@ class JudgeScorer:
         # It begins with the special token that ends a turn, so that no word is cut in two by where it begins.
         behind = text.partition(_SENTINEL)[2]
         tokens = self.processor.tokenizer(behind, add_special_tokens=False).input_ids
-        has_ended = branch.tokens[-1:] == tokens[:1]  # a whole answer ends its turn itself
-        return Extend(branch, tuple(tokens[has_ended:]))
+        has_ended = list(written[-1:]) == tokens[:1]  # a whole answer ends its turn itself
+        return Extend(
+            parent, tuple(tokens[has_ended:]), want=() if self.generate else tuple(self._ids[0] + self._ids[1])
+        )
 
     def _first_tokens(self, word: str) -> set[int]:
         """The tokens that a verdict may begin with, however it is written."""
@@ -127,6 +127,8 @@ class JudgeScorer:
         return {encode(form, add_special_tokens=False).input_ids[0] for form in forms}
 
 
-def _root(branch: Branch | None) -> Branch:
-    assert branch is not None
-    return _root(branch.parent) if branch.parent is not None else branch
+def _logsumexp(logprobs: Sequence[float]) -> float:
+    most = max(logprobs)
+    if most == -math.inf:
+        return most
+    return most + math.log(math.fsum(math.exp(logprob - most) for logprob in logprobs))

@@ -2,19 +2,29 @@
 
 import re
 import tempfile
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypedDict, Unpack, runtime_checkable
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoProcessor, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoProcessor,
+    AutoTokenizer,
+    MllamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.mllama.modeling_mllama import MllamaModel, MllamaPreTrainedModel
 
 from llava_cot.checkpoint import checkpoint_sha256
-from llava_cot.engine.branch import Call
+from llava_cot.core import Call, Program
 from llava_cot.scoring.scorer import Span
 
 View = Callable[[Image.Image], Image.Image]
@@ -27,13 +37,13 @@ class RewardModel(MllamaPreTrainedModel):
     Skywork-VL-Reward (arXiv 2505.07263).
     """
 
-    def __init__(self, config):
+    def __init__(self, config: MllamaConfig) -> None:
         super().__init__(config)
         self.model = MllamaModel(config)
         self.head = torch.nn.Linear(config.text_config.hidden_size, 1)
         self.post_init()
 
-    def forward(self, attention_mask: torch.Tensor, **inputs) -> SequenceClassifierOutput:
+    def forward(self, attention_mask: torch.Tensor, **inputs: torch.Tensor) -> SequenceClassifierOutput:
         """``logits`` [B, 1]: the larger, the better. ``attention_mask`` [B, T] says which token is the last one."""
         hidden = self.model(attention_mask=attention_mask, use_cache=False, **inputs).last_hidden_state
         at = torch.arange(attention_mask.shape[1], device=attention_mask.device)
@@ -49,6 +59,12 @@ class ChatRewardModel(Protocol):
         """A score for each chat (user and assistant turn) with its image files, cut into up to ``hd_num`` tiles."""
 
 
+class _Settings(TypedDict, total=False):
+    view: View | None
+    batch_size: int
+    hd_num: int
+
+
 class RewardModelScorer:
     """A scorer that asks a reward model about (image, question, text of the whole path).
 
@@ -62,7 +78,15 @@ class RewardModelScorer:
         hd_num: tiles of an image, for a ``ChatRewardModel``.
     """
 
-    def __init__(self, model: Any, processor=None, *, view: View | None = None, batch_size: int = 32, hd_num: int = 9):
+    def __init__(
+        self,
+        model: PreTrainedModel | ChatRewardModel,
+        processor: ProcessorMixin | None = None,
+        *,
+        view: View | None = None,
+        batch_size: int = 32,
+        hd_num: int = 9,
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, got {batch_size}")
         if processor is None and not isinstance(model, ChatRewardModel):
@@ -70,7 +94,9 @@ class RewardModelScorer:
         labels = getattr(getattr(model, "config", None), "num_labels", 1)
         if labels != 1 and not isinstance(model, RewardModel | ChatRewardModel):
             raise ValueError(f"model must have one label, got num_labels={labels}")
-        self.model, self.processor, self.view, self.batch_size, self.hd_num = model, processor, view, batch_size, hd_num
+        self.model: Any = model  # whether it is a ChatRewardModel decides what is asked of it
+        self.processor: Any = processor
+        self.view, self.batch_size, self.hd_num = view, batch_size, hd_num
 
     @classmethod
     def from_pretrained(
@@ -81,7 +107,7 @@ class RewardModelScorer:
         trust_remote_code: bool = False,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "auto",
-        **settings,
+        **settings: Unpack[_Settings],
     ) -> "RewardModelScorer":
         """Load a folder or hub name; ``settings`` are those of the scorer.
 
@@ -106,7 +132,7 @@ class RewardModelScorer:
             processor = AutoProcessor.from_pretrained(name, revision=revision)
         return cls(model.to(device).eval() if device is not None else model.eval(), processor, **settings)
 
-    def __call__(self, spans: Sequence[Span]) -> Generator[list[Call], list[list[float]], list[float]]:
+    def __call__(self, spans: Sequence[Span]) -> Program[list[float]]:
         """Scores them together with those of other searches."""
         return (yield [Call(self.get_scores, spans)])[0]
 
@@ -159,7 +185,9 @@ class RewardModelScorer:
             return self.model.get_scores(chats, [[files[id(image)]] for image in images], hd_num=self.hd_num)
 
 
-def verify_policy(folder_or_config: str | Path | Mapping[str, Any] | Any, policy_path: str | Path) -> None:
+def verify_policy(
+    folder_or_config: str | Path | Mapping[str, object] | PreTrainedConfig, policy_path: str | Path
+) -> None:
     """Raise ``ValueError`` unless the verifier's config names the policy in this folder, by its ``policy_sha256``."""
     config = folder_or_config
     if isinstance(config, str | Path):

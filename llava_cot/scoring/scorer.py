@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from llava_cot.engine.branch import Branch
+from llava_cot.core import Program
 from llava_cot.stages import LLAVA_COT, Grammar
 
 if TYPE_CHECKING:
@@ -31,16 +31,16 @@ class Span:
     question: str | None = None
     image: "Image | None" = None
     grammar: Grammar = LLAVA_COT
-    branch: Branch | None = None  # for scorers that read or draw on from here
+    id: int = -1  # the continuation that it ends with, for scorers that read or draw on from there
+    root: int = 0  # that of the prompt
     tokens_left: int = 0  # that its path may still get
-    decode: Callable[[list[int]], str] = str  # token ids to text
     notes: dict[str, float] = field(default_factory=dict)
 
 
 # Called with all new candidates of one step of a search; one number for each. One that is not finite, and one that
 # raises, mark their candidate. A scorer that wants the model, or the candidates of several searches at once, is a
-# generator: it yields requests (``llava_cot.engine.branch``), is sent their replies, and returns the numbers.
-Scorer = Callable[[Sequence[Span]], Sequence[float] | Generator[Any, Any, Sequence[float]]]
+# generator: it yields requests (``llava_cot.core``), is sent their replies, and returns the numbers.
+Scorer = Callable[[Sequence[Span]], Sequence[float] | Program[Sequence[float]]]
 
 
 def groupwise(scorer: T) -> T:
@@ -57,7 +57,7 @@ class WrongNumber(ValueError):
     """A scorer returned another number of scores than it was given spans."""
 
 
-def ask(scorer: Scorer, spans: Sequence[Span]) -> Generator[Any, Any, Sequence[float]]:
+def ask(scorer: Scorer, spans: Sequence[Span]) -> Program[Sequence[float]]:
     """``yield from ask(...)``: the scores of a plain scorer or of one that is a generator, one for each span.
 
     Raises:
@@ -71,6 +71,6 @@ def ask(scorer: Scorer, spans: Sequence[Span]) -> Generator[Any, Any, Sequence[f
     return scores
 
 
-def name_of(scorer: Any) -> str:
+def name_of(scorer: object) -> str:
     """What settings, calibrations and traces call a scorer or a policy."""
     return scorer if isinstance(scorer, str) else getattr(scorer, "__name__", type(scorer).__name__)

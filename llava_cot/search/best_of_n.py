@@ -2,23 +2,24 @@
 
 from dataclasses import dataclass
 
-from llava_cot.scoring import Scorer, resolve_scorer
-from llava_cot.search.sample import Decoding
+from llava_cot.core import Program
+from llava_cot.scoring import resolve_scorer
+from llava_cot.search.sample import Scored
 from llava_cot.search.search import Search
+from llava_cot.search.tree import Node
 
 
 @dataclass(frozen=True)
-class BestOfNConfig(Decoding):
+class BestOfNConfig(Scored):
     n: int = 4
-    scorer: str | Scorer = "confidence"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.n < 1:
             raise ValueError(f"n must be >= 1, got {self.n}")
 
 
-def best_of_n(search: Search, config: BestOfNConfig):
+def best_of_n(search: Search, config: BestOfNConfig) -> Program[list[Node]]:
     nodes = yield from search.expand([search.root], config.n, None, params=config.params())
     yield from search.score(nodes, resolve_scorer(config.scorer))
     best = search.best(nodes, config.num_return_sequences)

@@ -5,15 +5,17 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
-from llava_cot.scoring import Scorer, normalise, resolve_scorer
-from llava_cot.search.sample import Decoding
+from llava_cot.core import Program
+from llava_cot.scoring import resolve_scorer
+from llava_cot.search.sample import Scored
 from llava_cot.search.search import Search
 from llava_cot.search.tree import Node
 from llava_cot.stages import Outcome
+from llava_cot.text import normalise
 
 
 @dataclass(frozen=True)
-class MajorityConfig(Decoding):
+class MajorityConfig(Scored):
     """``n`` whole answers vote for their conclusions, as ``normalise`` spells them; the best answer of the winners by
     score is returned, then those of the runners-up for ``num_return_sequences``.
 
@@ -24,9 +26,8 @@ class MajorityConfig(Decoding):
     n: int = 8
     weight: Literal["count", "confidence"] = "count"  # of a vote: 1, or exp(mean log-prob) of the answer's tokens
     keep_fraction: float = 1.0  # of the voters, the best by score, whose votes count (DeepConf, arXiv 2508.15260)
-    scorer: str | Scorer = "confidence"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.n < 1:
             raise ValueError(f"n must be >= 1, got {self.n}")
@@ -36,7 +37,7 @@ class MajorityConfig(Decoding):
             raise ValueError(f"keep_fraction must be in (0, 1], got {self.keep_fraction}")
 
 
-def majority(search: Search, config: MajorityConfig):
+def majority(search: Search, config: MajorityConfig) -> Program[list[Node]]:
     nodes = yield from search.expand([search.root], config.n, None, params=config.params())
     yield from search.score(nodes, resolve_scorer(config.scorer))
     grammar = search.grammar
@@ -57,4 +58,4 @@ def majority(search: Search, config: MajorityConfig):
 def _weight(group: list[Node], config: MajorityConfig) -> float:
     if config.weight == "count":
         return len(group)
-    return math.fsum(math.exp(fmean(node.branch.logprobs)) for node in group)
+    return math.fsum(math.exp(fmean(node.logprobs)) for node in group)

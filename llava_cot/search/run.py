@@ -1,28 +1,36 @@
 """A search from its start to its end, which may be that of its budget: the best answer so far, or its best prefix."""
 
-from collections.abc import Callable, Generator
 from statistics import fmean
-from typing import Any
 
-from llava_cot.engine.branch import Branch, Expand, Finish, SamplingParams
+from llava_cot.core import Continuation, Expand, Finish, Program, SamplingParams
+from llava_cot.search.drive import Drive
+from llava_cot.search.plan import Plan, Policy
 from llava_cot.search.search import BudgetSpent, Search
 from llava_cot.search.tree import Node, candidate_seed, stages_of
 
 
-def run(search: Search, policy: Callable[[Search], Generator[Any, Any, Any]]) -> Generator[Any, Any, list[Node]]:
+class SearchRun(Drive):
+    """A search that runs on a session; its ``result`` is the nodes that the policy returned, the best first."""
+
+    def __init__(self, search: Search, plan: Plan) -> None:
+        self.search, self.plan = search, plan
+        super().__init__(search.session, run(search, plan.policy))
+
+
+def run(search: Search, policy: Policy) -> Program[list[Node]]:
     """Run ``policy`` to its end, or to that of its budget; the nodes it returned, the best first."""
     search.note("started", seed=search.seed)
     try:
         result = yield from policy(search)
     except BudgetSpent as spent:
-        search.note("budget_spent", what=str(spent), spent=getattr(search.run_usage(), str(spent)))
+        search.note("budget_spent", what=str(spent), spent=getattr(search.usage, str(spent)))
         result = yield from finish(search)
     nodes = result if isinstance(result, list) else [result]
     search.note("accepted", nodes=[node.id for node in nodes])
     return nodes
 
 
-def finish(search: Search) -> Generator[Any, Any, Node]:
+def finish(search: Search) -> Program[Node]:
     """The best whole answer that there is, by score; with none, the best prefix, finished with what the reserve allows.
 
     The best prefix has the most closed stages (a candidate that was stopped in the middle of one counts half), then the
@@ -33,7 +41,7 @@ def finish(search: Search) -> Generator[Any, Any, Node]:
     if answers:
         best = max(answers, key=lambda node: (node.score is not None, *_promise(node)))
     else:
-        prefixes = [n for n in drawn if n.closed or n.branch.finish is Finish.STOPPED]
+        prefixes = [n for n in drawn if n.closed or n.finish is Finish.STOPPED]
         prefix = max(prefixes, key=lambda node: (_progress(node), *_promise(node)), default=search.root)
         best = yield from _continue(search, prefix)
     for node in best.path():
@@ -43,7 +51,7 @@ def finish(search: Search) -> Generator[Any, Any, Node]:
 
 
 def _is_answer(search: Search, node: Node) -> bool:
-    return node.branch.finish is Finish.EOS or not search.grammar.allowed(stages_of(node))
+    return node.finish is Finish.EOS or not search.grammar.allowed(stages_of(node))
 
 
 def _progress(node: Node) -> float:
@@ -51,24 +59,21 @@ def _progress(node: Node) -> float:
 
 
 def _promise(node: Node) -> tuple[float, int]:
-    logprobs = node.branch.logprobs
-    return node.score if node.score is not None else fmean(logprobs) if logprobs else 0.0, -node.id
+    likely = fmean(node.logprobs) if node.logprobs else 0.0
+    return node.score if node.score is not None else likely, -node.id
 
 
-def _continue(search: Search, prefix: Node) -> Generator[Any, Any, Node]:
+def _continue(search: Search, prefix: Node) -> Program[Node]:
     budget, left = search.budget, search.tokens_left(prefix)
     assert budget is not None
     if budget.generated_tokens is not None:
-        left = min(left, budget.generated_tokens - search.run_usage().generated_tokens)
+        left = min(left, budget.generated_tokens - search.usage.generated_tokens)
+    parent = prefix.continuation.id
     if left < 1:
-        nothing = Branch(prefix.branch, -1, prefix.branch.length)
-        return prefix if prefix.parent else search.node(prefix, None, 1, 0, nothing, False)
+        return prefix if prefix.parent else search.node(prefix, None, 1, 0, Continuation(-1, parent), False)
     greedy, seed = SamplingParams(temperature=0.0), candidate_seed(search.seed, "finish", 1, prefix.id, 0)
-
-    def stop() -> bool:
-        return budget.spent(search.run_usage(), finishing=True) is not None
-
-    ((branch,),) = yield [Expand(prefix.branch, (seed,), greedy, left, frozenset(), stop=stop)]
-    node = search.node(prefix, None, prefix.round or 1, 0, branch, branch.finish is Finish.EOS)
+    limit = budget.limit(finishing=True)
+    ((drawn,),) = yield [Expand(parent, (seed,), greedy, left, frozenset(), limit=limit)]
+    node = search.node(prefix, None, prefix.round or 1, 0, drawn, drawn.finish is Finish.EOS)
     search.note("generated", stage=None, round=node.round, nodes=[node.id])
     return node

@@ -1,30 +1,51 @@
-"""Plain sampling: answers under seeds of their own."""
+"""Plain sampling: answers under seeds of their own. The settings that searches have in common are here too."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from llava_cot.engine.branch import SamplingParams
-from llava_cot.engine.budget import Budget
+from llava_cot.core import Program, SamplingParams
+from llava_cot.scoring.scorer import Scorer
+from llava_cot.search.budget import Budget
 from llava_cot.search.search import Search
+from llava_cot.search.tree import Node
+from llava_cot.stages import LLAVA_COT, Grammar
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What every search has; ``budget`` None is no limit."""
+    """What every search has; ``budget`` None is no limit.
+
+    The class attributes are traits of the policy: whether it ``samples`` (transformers' ``do_sample``), and whether
+    every token that it draws stands at once, so that a stream may show it.
+    """
+
+    samples: ClassVar[bool] = True
+    streams_tokens: ClassVar[bool] = False
 
     max_new_tokens: int = 2048
     budget: Budget | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be >= 1, got {self.max_new_tokens}")
+
+    @property
+    def num_answers(self) -> int:
+        """How many answers the search returns at most."""
+        return 1
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether its thresholds come from a calibration of its scorer."""
+        return False
 
 
 @dataclass(frozen=True)
 class Decoding(Limits):
     """The published decoding of LLaVA-CoT: temperature 0.6, top-p 0.9, 2,048 new tokens.
 
-    ``num_return_sequences`` is how many answers are returned, the best first: those of distinct tokens, so fewer where
-    the search found fewer.
+    ``num_return_sequences`` is how many answers are returned, the best first. Answers of equal tokens count once, so
+    there are fewer where the search found fewer.
     """
 
     temperature: float = 0.6
@@ -33,22 +54,42 @@ class Decoding(Limits):
     min_p: float = 0.0
     num_return_sequences: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_return_sequences < 1:
             raise ValueError(f"num_return_sequences must be >= 1, got {self.num_return_sequences}")
         self.params()  # raises what is wrong
+
+    @property
+    def num_answers(self) -> int:
+        return self.num_return_sequences
 
     def params(self) -> SamplingParams:
         return SamplingParams(self.temperature, self.top_k, self.top_p, self.min_p)
 
 
 @dataclass(frozen=True)
+class Scored(Decoding):
+    """A search that ranks its candidates by the scores of ``scorer``, a name or a callable."""
+
+    scorer: str | Scorer = "confidence"
+
+
+@dataclass(frozen=True)
+class Staged(Scored):
+    """A search that goes stage by stage, in the order that ``grammar`` allows."""
+
+    grammar: Grammar = LLAVA_COT
+
+
+@dataclass(frozen=True)
 class SampleConfig(Decoding):
     """All ``num_return_sequences`` answers are returned, in the order of their seeds, equal ones too."""
 
+    streams_tokens: ClassVar[bool] = True
 
-def sample(search: Search, config: SampleConfig):
+
+def sample(search: Search, config: SampleConfig) -> Program[list[Node]]:
     nodes = yield from search.expand([search.root], config.num_return_sequences, None, params=config.params())
     for node in nodes:
         node.kept = True

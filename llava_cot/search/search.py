@@ -1,16 +1,25 @@
 """What a policy works with: it grows the tree, scores nodes and tells what happened."""
 
 import math
-import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from llava_cot.engine.branch import Branch, Expand, Extend, Finish, SamplingParams
-from llava_cot.engine.budget import Budget
-from llava_cot.engine.job import Usage
+from llava_cot.core import (
+    Continuation,
+    Expand,
+    Extend,
+    Finish,
+    Program,
+    Request,
+    Result,
+    SamplingParams,
+    Session,
+    Usage,
+)
 from llava_cot.scoring import Calibration, Scorer, Span
 from llava_cot.scoring.scorer import WrongNumber, ask, is_groupwise, name_of
+from llava_cot.search.budget import Budget
 from llava_cot.search.events import Candidate, Candidates, Event, Retrace, StageFinal
 from llava_cot.search.tree import Node, candidate_seed, stages_of
 from llava_cot.stages import LLAVA_COT, Grammar
@@ -37,8 +46,8 @@ class Search:
     ...     return search.best(nodes)
     """
 
-    branch: Branch  # the prompt
-    decode: Callable[[list[int]], str]  # token ids to text
+    session: Session
+    decode: Callable[[Sequence[int]], str]  # token ids to text, for what a policy puts together itself
     seed: int = 0
     max_new_tokens: int = 2048  # of any path, stages together
     calibration: Calibration | None = None
@@ -46,7 +55,6 @@ class Search:
     eos_token_ids: frozenset[int] = frozenset()
     grammar: Grammar = LLAVA_COT  # its tags are the engine's first ones
     budget: Budget | None = None
-    usage: Usage = field(default_factory=Usage)  # live; that of earlier runs of this search too
     question: str | None = None
     image: "Image | None" = None
     nodes: list[Node] = field(default_factory=list)
@@ -55,15 +63,15 @@ class Search:
     root: Node = field(init=False)
     _scores: dict[tuple, tuple[float, str | None, dict[str, float]]] = field(default_factory=dict)
     _scorers: dict[int, Scorer] = field(default_factory=dict)
-    _start: float = field(default_factory=time.perf_counter)
-    _before: Usage = field(init=False)
 
-    def __post_init__(self):
-        self.root = Node(0, None, None, 0, 0, self.branch)
+    def __post_init__(self) -> None:
+        self.root = Node(0, None, None, 0, 0, Continuation(self.session.root, -1))
         self.nodes.append(self.root)
-        # A search that starts again has paid for what it lost, but its budget is that of one run.
-        prompt = Usage(prompt_tokens=self.branch.length, image_encodings=1)
-        self._before = self.usage - prompt
+
+    @property
+    def usage(self) -> Usage:
+        """What it has cost so far."""
+        return self.session.usage
 
     def can_grow(self, node: Node) -> bool:
         """Whether another stage may come after ``node``."""
@@ -71,7 +79,7 @@ class Search:
 
     def can_continue(self, node: Node) -> bool:
         """Whether any token may come after ``node``."""
-        return node.branch.finish is not Finish.EOS and self.tokens_left(node) > 0
+        return node.finish is not Finish.EOS and self.tokens_left(node) > 0
 
     def expand(
         self,
@@ -83,7 +91,7 @@ class Search:
         round: int = 1,
         max_stage_tokens: int | None = None,
         first_index: int = 0,
-    ) -> Generator[list[Expand], list[list[Branch]], list[Node]]:
+    ) -> Program[list[Node]]:
         """Draw ``n`` candidates of ``stage`` from each parent, each until a stage tag closes, EOS or the limit.
 
         ``stage`` None draws whole answers, which tags do not end; ``NEXT`` is whichever stage the grammar allows after
@@ -102,21 +110,21 @@ class Search:
         ]
         seeds = [candidate_seed(self.seed, *place) for place in places]
         requests = [
-            Expand(parent.branch, tuple(seeds[at * n : at * n + n]), params, limit, stops)
+            Expand(parent.continuation.id, tuple(seeds[at * n : at * n + n]), params, limit, stops)
             for at, (parent, limit) in enumerate(zip(parents, limits))
         ]
-        branches = yield from self._draw(requests)
+        replies = yield from self._draw(requests)
         nodes = [
-            self._stage_node(parent, names, round, first_index + index, branch)
-            for parent, names, drawn in zip(parents, allowed, branches)
-            for index, branch in enumerate(drawn)
+            self._stage_node(parent, names, round, first_index + index, continuation)
+            for parent, names, drawn in zip(parents, allowed, replies)
+            for index, continuation in enumerate(drawn)
         ]
         self._drawn(nodes)
         return nodes
 
     def expand_sentence(
         self, parents: Sequence[Node], n: int, *, params: SamplingParams, round: int
-    ) -> Generator[list[Expand], list[list[Branch]], list[Node]]:
+    ) -> Program[list[Node]]:
         """Draw ``n`` pieces from each parent, each to the end of a sentence or of a stage, EOS or the limit.
 
         Their stage is None, and one is closed unless it was cut. A token that goes on into the next sentence is not
@@ -126,7 +134,7 @@ class Search:
         trims = frozenset(range(stages, stages + len(SENTENCE_ENDS)))
         requests = [
             Expand(
-                parent.branch,
+                parent.continuation.id,
                 tuple(candidate_seed(self.seed, "", round, parent.id, index) for index in range(n)),
                 params,
                 self.tokens_left(parent),
@@ -135,41 +143,44 @@ class Search:
             )
             for parent in parents
         ]
-        branches = yield from self._draw(requests)
+        replies = yield from self._draw(requests)
         nodes = [
-            self.node(parent, None, round, index, branch, branch.finish in (Finish.TAG, Finish.EOS))
-            for parent, drawn in zip(parents, branches)
-            for index, branch in enumerate(drawn)
+            self.node(parent, None, round, index, drawn, drawn.finish in (Finish.TAG, Finish.EOS))
+            for parent, reply in zip(parents, replies)
+            for index, drawn in enumerate(reply)
         ]
         self._drawn(nodes)
         return nodes
 
-    def node(self, parent: Node, stage: str | None, round: int, index: int, branch: Branch, closed: bool) -> Node:
-        """Put a finished branch into the tree."""
-        seconds, text = time.perf_counter() - self._start, self.decode(branch.tokens)
-        node = Node(len(self.nodes), parent, stage, round, index, branch, text, seconds=seconds, closed=closed)
+    def node(
+        self, parent: Node, stage: str | None, round: int, index: int, continuation: Continuation, closed: bool
+    ) -> Node:
+        """Put a finished continuation into the tree."""
+        seconds = self.usage.seconds
+        node = Node(len(self.nodes), parent, stage, round, index, continuation, seconds=seconds, closed=closed)
         self.nodes.append(node)
         return node
 
-    def add(self, branch: Branch, score: float) -> Node:
-        """A scored whole answer that the policy put together itself, as a node under the root."""
-        node = self.node(self.root, None, 1, len(self.nodes) - 1, branch, branch.finish is Finish.EOS)
+    def forge(self, tokens: Sequence[int], logprobs: Sequence[float], finish: Finish) -> Continuation:
+        """A whole answer that the policy put together itself. Nothing can grow from it."""
+        text = self.decode(list(tokens))
+        return Continuation(-1, self.session.root, tuple(tokens), text, tuple(logprobs), finish=finish)
+
+    def add(self, whole: Continuation, score: float) -> Node:
+        """Put a scored whole answer into the tree, as a node under the root."""
+        node = self.node(self.root, None, 1, len(self.nodes) - 1, whole, whole.finish is Finish.EOS)
         node.score = score
         return node
 
     def tokens_left(self, node: Node) -> int:
         """How many tokens the path of ``node`` may still get."""
-        return self.max_new_tokens - (node.branch.length - self.branch.length)
-
-    def run_usage(self) -> Usage:
-        """What it has cost so far: of this run, should it have started again for want of pages."""
-        return self.usage - self._before
+        return self.max_new_tokens - sum(len(ancestor.tokens) for ancestor in node.path())
 
     def spent(self) -> str | None:
         """What of the budget is spent, short of the reserve for finishing."""
-        return self.budget.spent(self.run_usage()) if self.budget else None
+        return self.budget.spent(self.usage) if self.budget else None
 
-    def score(self, nodes: Sequence[Node], scorer: Scorer, scope: Scope = "stage") -> Generator[Any, Any, None]:
+    def score(self, nodes: Sequence[Node], scorer: Scorer, scope: Scope = "stage") -> Program[None]:
         """Give every node the score of its own text, or of its whole path.
 
         One path of tokens has one score: equal candidates are scored once, except by a ``groupwise`` scorer, whose
@@ -182,13 +193,13 @@ class Search:
             ValueError: the scorer does not return one number per span.
         """
         self._scorers[id(scorer)] = scorer  # alive, its id is no other's
-        keys = [(id(scorer), scope, tuple(node.branch.path())) for node in nodes]
+        keys = [(id(scorer), scope, node.path_tokens()) for node in nodes]
         first: dict[tuple, Node] = {}
         for key, node in zip(keys, nodes):
             first.setdefault(key, node)  # equal candidates differ in the last bits of their log-probs, by batch row
         asked = keys if is_groupwise(scorer) else [key for key in first if key not in self._scores]
         limit = self.budget.scorer_calls if self.budget else None
-        if limit is not None and self.run_usage().scorer_calls + len(asked) > limit:
+        if limit is not None and self.usage.scorer_calls + len(asked) > limit:
             raise BudgetSpent("scorer_calls")
         self.usage.scorer_calls += len(asked)
         spans = [self._span(first[key], scope) for key in asked]
@@ -213,7 +224,7 @@ class Search:
 
     def best(self, nodes: Sequence[Node], n: int = 1) -> list[Node]:
         """The ``n`` best that differ in their tokens, the best first; fewer where there are no more."""
-        distinct = {tuple(node.branch.path()): node for node in reversed(sorted(nodes, key=Node.rank))}
+        distinct = {node.path_tokens(): node for node in reversed(sorted(nodes, key=Node.rank))}
         return sorted(distinct.values(), key=Node.rank)[:n]
 
     def keep(
@@ -271,49 +282,50 @@ class Search:
 
     def note(self, event: str, **facts: Any) -> None:
         """Write an event into the trace's log."""
-        self.log.append({"event": event, "seconds": time.perf_counter() - self._start, **facts})
+        self.log.append({"event": event, "seconds": self.usage.seconds, **facts})
 
     def to_dict(self) -> dict[str, Any]:
         """What the trace has of it."""
         return {"nodes": [node.to_dict() for node in self.nodes[1:]], "events": self.log}
 
-    def _draw(self, requests: list[Expand]) -> Generator[list[Expand], list[list[Branch]], list[list[Branch]]]:
+    def _draw(self, requests: Sequence[Request]) -> Program[list[list[Any]]]:
         if spent := self.spent():
             raise BudgetSpent(spent)
         return (yield self._bounded(requests))
 
-    def _bounded(self, requests: Sequence[Any]) -> list[Any]:
-        """These requests, of which those that draw stop once the budget is spent."""
+    def _bounded(self, requests: Sequence[Request]) -> list[Request]:
+        """These requests; those that draw stop once the budget is spent."""
         if self.budget is None:
             return list(requests)
-        return [replace(r, stop=self._stop) if isinstance(r, Expand) else r for r in requests]
+        limit = self.budget.limit()
+        return [replace(request, limit=limit) if isinstance(request, Expand) else request for request in requests]
 
     def _drawn(self, nodes: list[Node]) -> None:
         places = {"stage": nodes[0].stage, "round": nodes[0].round} if nodes else {}
         self.note("generated", **places, nodes=[node.id for node in nodes])
-        if any(node.branch.finish is Finish.STOPPED for node in nodes):
+        if any(node.finish is Finish.STOPPED for node in nodes):
             raise BudgetSpent(self.spent())
-
-    def _stop(self) -> bool:
-        return self.spent() is not None
 
     def _allowed(self, parent: Node, stage: str | None) -> tuple[str, ...]:
         return self.grammar.allowed(stages_of(parent)) if stage is NEXT else () if stage is None else (stage,)
 
-    def _stage_node(self, parent: Node, allowed: tuple[str, ...], round: int, index: int, branch: Branch) -> Node:
+    def _stage_node(
+        self, parent: Node, allowed: tuple[str, ...], round: int, index: int, continuation: Continuation
+    ) -> Node:
         """A candidate of one of the stages ``allowed``, or with none a whole answer."""
+        finish = continuation.finish
         if not allowed:
-            return self.node(parent, None, round, index, branch, branch.finish is Finish.EOS)
-        written = self.grammar.names[branch.tag] if branch.finish is Finish.TAG else None
-        node = self.node(parent, allowed[0], round, index, branch, written in allowed)
+            return self.node(parent, None, round, index, continuation, finish is Finish.EOS)
+        written = self.grammar.names[continuation.tag] if finish is Finish.TAG else None
+        node = self.node(parent, allowed[0], round, index, continuation, written in allowed)
         if written in allowed:
             node.stage = written
-        elif branch.finish is not Finish.STOPPED:
-            got = self.grammar.tag_pair(written)[1] if written else f"the end ({branch.finish})"
+        elif finish is not Finish.STOPPED:
+            got = self.grammar.tag_pair(written)[1] if written else f"the end ({finish})"
             node.violation = self.grammar.expected(stages_of(parent), got)
         return node
 
-    def _evaluate(self, scorer: Scorer, spans: list[Span]) -> Generator[Any, Any, list[float | Exception]]:
+    def _evaluate(self, scorer: Scorer, spans: list[Span]) -> Program[list[float | Exception]]:
         """The score of each span, or what the scorer raised for it."""
         try:
             return [*(yield from self._guard(ask(scorer, spans)))]
@@ -327,7 +339,7 @@ class Search:
                 results += yield from self._evaluate(scorer, [span])
             return results
 
-    def _guard(self, program: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+    def _guard(self, program: Program[Result]) -> Program[Result]:
         """Run what a scorer asks of the engine within the budget."""
         reply: Any = None
         failure: Exception | None = None
@@ -348,26 +360,26 @@ class Search:
 
     def _span(self, node: Node, scope: Scope) -> Span:
         nodes = node.path() if scope == "path" else [node]
-        branches = [node.branch for node in nodes]
+        parts = [node.continuation for node in nodes]
         return Span(
-            text="".join(node.text for node in nodes),
-            tokens=[token for branch in branches for token in branch.tokens],
-            logprobs=[logprob for branch in branches for logprob in branch.logprobs],
-            entropies=[entropy for branch in branches for entropy in branch.entropies],
-            certainties=[certainty for branch in branches for certainty in branch.certainties],
+            text="".join(part.text for part in parts),
+            tokens=[token for part in parts for token in part.tokens],
+            logprobs=[logprob for part in parts for logprob in part.logprobs],
+            entropies=[entropy for part in parts for entropy in part.entropies],
+            certainties=[certainty for part in parts for certainty in part.certainties],
             stage=node.stage if scope == "stage" else None,
             path_text="".join(node.text for node in node.path()),
             closed=node.closed,
             question=self.question,
             image=self.image,
             grammar=self.grammar,
-            branch=node.branch,
+            id=node.continuation.id,
+            root=self.session.root,
             tokens_left=self.tokens_left(node),
-            decode=self.decode,
         )
 
 
-def _costs(request: Any, what: str) -> bool:
+def _costs(request: Request, what: str) -> bool:
     """Whether answering it would take more of what is spent. The last candidates may always be scored by the host."""
     return isinstance(request, Expand) or (isinstance(request, Extend) and what in ("prompt_tokens", "seconds"))
 

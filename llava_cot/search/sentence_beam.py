@@ -2,14 +2,15 @@
 
 from dataclasses import dataclass
 
-from llava_cot.scoring import Scorer, resolve_scorer
-from llava_cot.search.sample import Decoding
+from llava_cot.core import Program
+from llava_cot.scoring import resolve_scorer
+from llava_cot.search.sample import Scored
 from llava_cot.search.search import Scope, Search
 from llava_cot.search.tree import Node
 
 
 @dataclass(frozen=True)
-class SentenceBeamConfig(Decoding):
+class SentenceBeamConfig(Scored):
     """``candidates`` sentences are drawn in all, spread over the beams (at least one each); the best ``keep`` go on.
 
     A sentence ends with a full stop, a question mark or an exclamation mark before white space, or with a closing tag.
@@ -19,10 +20,9 @@ class SentenceBeamConfig(Decoding):
 
     candidates: int = 4
     keep: int = 2
-    scorer: str | Scorer = "confidence"
     scope: Scope = "path"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("candidates", "keep"):
             if getattr(self, name) < 1:
@@ -31,7 +31,7 @@ class SentenceBeamConfig(Decoding):
             raise ValueError(f"scope must be 'stage' or 'path', got {self.scope!r}")
 
 
-def sentence_beam(search: Search, config: SentenceBeamConfig):
+def sentence_beam(search: Search, config: SentenceBeamConfig) -> Program[list[Node]]:
     scorer, growing, round = resolve_scorer(config.scorer), [search.root], 0
     ended: list[Node] = []
     while growing:

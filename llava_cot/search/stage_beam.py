@@ -3,15 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from llava_cot.scoring import Scorer
-from llava_cot.search.sample import Decoding
+from llava_cot.core import Program
+from llava_cot.search.sample import Staged
 from llava_cot.search.search import Scope, Search
 from llava_cot.search.swires import PerStage, SwiresConfig, swires
-from llava_cot.stages import LLAVA_COT, Grammar
+from llava_cot.search.tree import Node
 
 
 @dataclass(frozen=True)
-class StageBeamConfig(Decoding):
+class StageBeamConfig(Staged):
     """Each stage is sampled ``candidates`` times in all, over its parents, and the best ``keep`` by score go on.
 
     A number is that of every stage, SUMMARY too (4 and 2 by default); a mapping has one for each. Of the conclusions
@@ -20,12 +20,10 @@ class StageBeamConfig(Decoding):
 
     candidates: PerStage = 4
     keep: PerStage = 2
-    scorer: str | Scorer = "confidence"
     final_scope: Scope = "stage"  # the last pick is by the CONCLUSION's or by the whole text's score
     max_stage_tokens: Mapping[str, int] = field(default_factory=dict)  # cut a stage that does not close by then
-    grammar: Grammar = LLAVA_COT
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.to_swires()  # raises what is wrong
 
@@ -33,5 +31,5 @@ class StageBeamConfig(Decoding):
         return SwiresConfig(**{**vars(self), "retrace": {}})
 
 
-def stage_beam(search: Search, config: StageBeamConfig):
+def stage_beam(search: Search, config: StageBeamConfig) -> Program[list[Node]]:
     return swires(search, config.to_swires())

@@ -1,17 +1,19 @@
 """SWIRES, stage-wise retracing search (arXiv 2411.10440v6, section 3.2.2 and algorithm 1)."""
 
 from collections import Counter
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from llava_cot.scoring import Scorer, normalise, resolve_scorer
+from llava_cot.core import Program
+from llava_cot.scoring import resolve_scorer
 from llava_cot.scoring.scorer import is_groupwise
-from llava_cot.search.sample import Decoding
+from llava_cot.search.sample import Staged
 from llava_cot.search.search import NEXT, Scope, Search, ranked_score
 from llava_cot.search.tree import Node, stages_of
-from llava_cot.stages import LLAVA_COT, STAGES, Grammar
+from llava_cot.stages import STAGES
+from llava_cot.text import normalise
 
 # InternLM-XComposer2.5-7B-reward on REASONING (appendix D): mean + z * std, z of the 60th percentile
 XCOMPOSER_REWARD_Z = 0.2533
@@ -20,12 +22,12 @@ XCOMPOSER_REWARD_CUTOFF = -0.77 + XCOMPOSER_REWARD_Z * 2.08
 PerStage = int | Mapping[str, int]
 
 
-def _stages(summary, caption, reasoning, conclusion) -> dict[str, int]:
+def _stages(summary: int, caption: int, reasoning: int, conclusion: int) -> dict[str, int]:
     return dict(zip(map(str, STAGES), (summary, caption, reasoning, conclusion)))
 
 
 @dataclass(frozen=True)
-class SwiresConfig(Decoding):
+class SwiresConfig(Staged):
     """The general form by default; ``published``, ``released`` and ``prose`` are the three sources' algorithms.
 
     A stage is sampled ``candidates[stage]`` times in all, spread evenly over its parents (at least once each), and the
@@ -49,12 +51,10 @@ class SwiresConfig(Decoding):
     cutoff_agreement: float | None = None
     accumulate: Collection[str] | None = None  # stages whose pool outlives a retrace; None: all
     accept_after: int | None = None  # draw so many of a stage first, and the others only if these do not pass
-    scorer: str | Scorer = "confidence"
     final_scope: Scope = "stage"  # the last pick is by the CONCLUSION's or by the whole text's score
     max_stage_tokens: Mapping[str, int] = field(default_factory=dict)  # cut a stage that does not close by then
-    grammar: Grammar = LLAVA_COT
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         names = self.grammar.names
         ends = {name for name in names if not self.grammar.follows[name]}
@@ -83,7 +83,7 @@ class SwiresConfig(Decoding):
                 raise ValueError(f"{name} must have a number for every stage, got none for {missing[0]!r}")
         self._check_numbers()
 
-    def _check_numbers(self):
+    def _check_numbers(self) -> None:
         for name in ("pass_rank", "max_rounds", "accept_after"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -104,9 +104,9 @@ class SwiresConfig(Decoding):
         return bool(self.retrace) and self.max_rounds > 1 and not is_absolute
 
     @classmethod
-    def published(cls, **changes) -> "SwiresConfig":
+    def published(cls, **changes: object) -> "SwiresConfig":
         """arXiv v6 (ICCV), appendix D, algorithm 1."""
-        settings = dict(
+        settings: dict[str, Any] = dict(
             candidates=_stages(1, 4, 4, 1),
             keep=_stages(1, 2, 2, 1),
             retrace={"REASONING": "CAPTION"},
@@ -117,19 +117,19 @@ class SwiresConfig(Decoding):
         return cls(**{**settings, **changes})
 
     @classmethod
-    def released(cls, **changes) -> "SwiresConfig":
+    def released(cls, **changes: object) -> "SwiresConfig":
         """inference/VLMEvalKit/swires.py of the authors' repository."""
-        settings = dict(max_rounds=5, keep=_stages(1, 2, 3, 1), final_scope="path")
+        settings: dict[str, Any] = dict(max_rounds=5, keep=_stages(1, 2, 3, 1), final_scope="path")
         return cls.published(**{**settings, **changes})
 
     @classmethod
-    def prose(cls, **changes) -> "SwiresConfig":
+    def prose(cls, **changes: object) -> "SwiresConfig":
         """arXiv v6, section 3.2.2: one good candidate is enough, and every stage from CAPTION on may retrace."""
         retrace = {"CAPTION": "CAPTION", "REASONING": "CAPTION", "CONCLUSION": "REASONING"}
         return cls.published(**{**dict(retrace=retrace, pass_rank=1, max_rounds=4), **changes})
 
 
-def swires(search: Search, config: SwiresConfig) -> Generator[Any, Any, list[Node]]:
+def swires(search: Search, config: SwiresConfig) -> Program[list[Node]]:
     # By depth: what is sampled from, and what was sampled and has not passed. Answers may end at several depths.
     parents: list[list[Node]] = [[search.root]]
     pools: list[list[Node]] = [[]]
@@ -174,7 +174,9 @@ def swires(search: Search, config: SwiresConfig) -> Generator[Any, Any, list[Nod
             pools.append([])
 
 
-def _sample(search: Search, config: SwiresConfig, parents: list[Node], pool: list[Node], round: int):
+def _sample(
+    search: Search, config: SwiresConfig, parents: list[Node], pool: list[Node], round: int
+) -> Program[list[Node]]:
     """Sample and score what comes after ``parents`` into their pool: in two goes where the first may be enough."""
     stages = {name for parent in parents for name in search.grammar.allowed(stages_of(parent))}
     each = max(1, max(config.candidates[stage] for stage in stages) // len(parents))  # type: ignore[index]

@@ -1,23 +1,26 @@
 """Token beam search: the ``num_beams`` most likely continuations, token by token, as transformers has it."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
-from llava_cot.engine.branch import Branch, Finish, Rank, Ranked
+from llava_cot.core import Continuation, Extend, Finish, Program, Release
 from llava_cot.search.sample import Limits
 from llava_cot.search.search import Search
+from llava_cot.search.tree import Node
 
 
 @dataclass(frozen=True)
 class TokenBeamConfig(Limits):
     """Names, defaults and meaning are transformers' (``GenerationConfig``); the answer is the best of the beams."""
 
+    samples: ClassVar[bool] = False
+
     num_beams: int = 4
     length_penalty: float = 1.0  # a hypothesis scores its log-prob over length ** length_penalty
     early_stopping: bool | Literal["never"] = False
     num_return_sequences: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_beams < 1:
             raise ValueError(f"num_beams must be >= 1, got {self.num_beams}")
@@ -27,6 +30,19 @@ class TokenBeamConfig(Limits):
             )
         if self.early_stopping not in (True, False, "never"):
             raise ValueError(f"early_stopping must be True, False or 'never', got {self.early_stopping!r}")
+
+    @property
+    def num_answers(self) -> int:
+        return self.num_return_sequences
+
+
+class _Beam(NamedTuple):
+    """A running beam: ``tokens`` are all of its own, and ``score`` is the sum of their log-probs in nats."""
+
+    score: float
+    last: Continuation  # its ``top`` has the tokens that may come next
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
 
 
 class _Step(NamedTuple):
@@ -38,38 +54,38 @@ class _Step(NamedTuple):
     logprob: float
 
 
-def token_beam(search: Search, config: TokenBeamConfig):
+def token_beam(search: Search, config: TokenBeamConfig) -> Program[list[Node]]:
     eos, num_beams = search.eos_token_ids, config.num_beams
     width = max(2, 1 + len(eos)) * num_beams  # enough to go on with num_beams, whoever ends
-    ((root,),) = yield [Rank(search.branch, width)]
-    beams: list[tuple[float, Ranked]] = [(0.0, root)]
-    hypotheses: list[tuple[float, Branch]] = []
+    ((root,),) = yield [Extend(search.root.id, top=width)]
+    beams = [_Beam(0.0, root)]
+    hypotheses: list[tuple[float, Continuation]] = []
     for length in range(1, config.max_new_tokens + 1):
         steps = [
-            _Step(score + logprob, beam, token, logprob)
-            for beam, (score, ranked) in enumerate(beams)
-            for token, logprob in zip(ranked.tokens, ranked.logprobs)
+            _Step(beam.score + logprob, index, token, logprob)
+            for index, beam in enumerate(beams)
+            for token, logprob in beam.last.top
         ]
         steps = sorted(steps, key=lambda step: (-step.score, step.beam, step.token))[:width]
         spent = search.spent()  # then the best beams so far are the answers
         is_last = length == config.max_new_tokens or spent is not None
         for step in steps[:num_beams]:  # those behind only take the places of beams that end
             if is_last or step.token in eos:
-                hypothesis = _hypothesis(search.branch, beams[step.beam][1].branch, step, step.token in eos)
-                hypotheses.append((step.score / length**config.length_penalty, hypothesis))
+                finish = Finish.EOS if step.token in eos else Finish.LENGTH
+                whole = search.forge(*_longer(beams[step.beam], step), finish)
+                hypotheses.append((step.score / length**config.length_penalty, whole))
         hypotheses = sorted(hypotheses, key=lambda scored: -scored[0])[:num_beams]
         steps = [step for step in steps if step.token not in eos][:num_beams]
         if is_last or not steps or not _can_improve(steps[0].score, length, hypotheses, config):
             break
-        children = [
-            tuple((step.token, step.logprob) for step in steps if step.beam == beam) for beam in range(len(beams))
+        *replies, _ = yield [
+            *(Extend(beams[step.beam].last.id, (step.token,), top=width, generated=True) for step in steps),
+            Release(tuple(beam.last.id for beam in beams)),
         ]
-        replies = yield [Rank(ranked.branch, width, own) for (_, ranked), own in zip(beams, children)]
-        next_of = [iter(reply) for reply in replies]
-        beams = [(step.score, next(next_of[step.beam])) for step in steps]
+        beams = [_Beam(step.score, last, *_longer(beams[step.beam], step)) for step, (last,) in zip(steps, replies)]
     if spent:
-        search.note("budget_spent", what=spent)
-    nodes = [search.add(branch, score) for score, branch in hypotheses]
+        search.note("budget_spent", what=spent, spent=getattr(search.usage, spent))
+    nodes = [search.add(whole, score) for score, whole in hypotheses]
     best = nodes[: config.num_return_sequences]
     search.keep(nodes, best)
     for node in best:
@@ -77,7 +93,14 @@ def token_beam(search: Search, config: TokenBeamConfig):
     return best
 
 
-def _can_improve(best: float, length: int, hypotheses: list[tuple[float, Branch]], config: TokenBeamConfig) -> bool:
+def _longer(beam: _Beam, step: _Step) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """The tokens and log-probs of a beam and one more."""
+    return (*beam.tokens, step.token), (*beam.logprobs, step.logprob)
+
+
+def _can_improve(
+    best: float, length: int, hypotheses: list[tuple[float, Continuation]], config: TokenBeamConfig
+) -> bool:
     """transformers' heuristic: may the best running beam, at this length or the longest, beat the worst hypothesis?"""
     if len(hypotheses) < config.num_beams:
         return True
@@ -85,15 +108,3 @@ def _can_improve(best: float, length: int, hypotheses: list[tuple[float, Branch]
         return False
     hopeful = config.early_stopping == "never" and config.length_penalty > 0
     return best / (config.max_new_tokens if hopeful else length) ** config.length_penalty > hypotheses[-1][0]
-
-
-def _hypothesis(root: Branch, beam: Branch, step: _Step, is_eos: bool) -> Branch:
-    """Of no pages: nothing will grow from it."""
-    return Branch(
-        root,
-        seq=-1,
-        length=beam.length + 1,
-        tokens=[*beam.tokens, step.token],
-        logprobs=[*beam.logprobs, step.logprob],
-        finish=Finish.EOS if is_eos else Finish.LENGTH,
-    )

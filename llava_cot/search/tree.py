@@ -1,19 +1,10 @@
-"""The tree of a search: every candidate that was drawn, kept or not, and the trace made of it."""
+"""The tree of a search: every candidate that was drawn, kept or not."""
 
-import html
-import json
-import math
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any
 
-from llava_cot.engine.branch import Branch
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-    from rich.tree import Tree
-
-TRACE_VERSION = 3
+from llava_cot.core import Continuation, Finish
+from llava_cot.trace.schema import NodeData
 
 
 def candidate_seed(seed: int, stage: str | None, round: int, parent: int, index: int) -> int:
@@ -36,8 +27,7 @@ class Node:
     stage: str | None
     round: int
     index: int
-    branch: Branch
-    text: str = ""  # what it added, tags included
+    continuation: Continuation
     score: float | None = None
     kept: bool = False
     seconds: float = 0.0  # from the start of the search to its last token
@@ -45,6 +35,28 @@ class Node:
     violation: str | None = None
     error: str | None = None
     notes: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """What it added, tags included."""
+        return self.continuation.text
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return self.continuation.tokens
+
+    @property
+    def logprobs(self) -> tuple[float, ...]:
+        """Of its tokens under the model, in nats."""
+        return self.continuation.logprobs
+
+    @property
+    def finish(self) -> Finish | None:
+        return self.continuation.finish
+
+    def path_tokens(self) -> tuple[int, ...]:
+        """Every token from the end of the prompt to here."""
+        return tuple(token for node in self.path() for token in node.tokens)
 
     def path(self) -> list["Node"]:
         """The nodes from the first stage to this one, without the root."""
@@ -56,21 +68,24 @@ class Node:
             raise ValueError(f"node {self.id} must have a score to be ranked: yield from search.score(nodes, scorer)")
         return (not self.closed, -self.score, self.round, self.parent.id, self.index)
 
-    def to_dict(self) -> dict[str, Any]:
-        branch = self.branch
+    def to_dict(self) -> NodeData:
+        """What the trace has of it. The root is not in a trace."""
+        if self.parent is None:
+            raise ValueError("node must not be the root")
+        continuation = self.continuation
         return {
             "id": self.id,
-            "parent": self.parent.id if self.parent else None,
+            "parent": self.parent.id,
             "stage": self.stage and str(self.stage),
             "round": self.round,
             "index": self.index,
-            "seed": branch.seed,
+            "seed": continuation.seed,
             "text": self.text,
-            "tokens": branch.tokens,
-            "logprobs": branch.logprobs,
-            "sampling_logprobs": branch.sampling_logprobs,
-            "entropies": branch.entropies,
-            "finish": branch.finish and branch.finish.value,
+            "tokens": [*continuation.tokens],
+            "logprobs": [*continuation.logprobs],
+            "sampling_logprobs": [*continuation.sampling_logprobs],
+            "entropies": [*continuation.entropies],
+            "finish": continuation.finish and continuation.finish.value,
             "closed": self.closed,
             "violation": self.violation,
             "score": self.score,
@@ -84,43 +99,3 @@ class Node:
 def stages_of(node: Node) -> list[str]:
     """The stages on the way to ``node``."""
     return [ancestor.stage for ancestor in node.path() if ancestor.stage is not None]
-
-
-@dataclass(frozen=True)
-class Trace:
-    """Everything a search did: its settings, every candidate, every decision, and what it cost."""
-
-    data: dict[str, Any]
-
-    def events(self, kind: str) -> list[dict[str, Any]]:
-        """Those of the log that are of this kind, e.g. ``"retraced"``."""
-        return [event for event in self.data["events"] if event["event"] == kind]
-
-    def to_json(self, indent: int | None = None) -> str:
-        """As strict JSON, which has no infinities: they become the strings "inf" and "-inf"."""
-        return json.dumps(_finite(self.data), indent=indent, allow_nan=False)
-
-    def to_html(self, *, image: "Image | None" = None, question: str | None = None, gold: str | None = None) -> str:
-        """As one page to look at, which needs nothing else; ``gold`` is the right answer, where one is known."""
-        from llava_cot.report.html import to_html
-
-        return to_html(self.data, image=image, question=question, gold=gold)
-
-    def to_tree(self) -> "Tree":
-        """As a tree that ``rich`` prints in a terminal."""
-        from llava_cot.report.tree import to_tree
-
-        return to_tree(self.data)
-
-    def _repr_html_(self) -> str:
-        # A frame keeps the page's style and script out of the notebook, and the notebook out of their reach.
-        page = html.escape(self.to_html())
-        return f'<iframe srcdoc="{page}" sandbox="allow-scripts" style="width: 100%; height: 40em; border: 0"></iframe>'
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

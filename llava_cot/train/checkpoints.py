@@ -46,7 +46,7 @@ class Checkpoints:
         ValueError: ``keep`` is below 1.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2, asynchronous: bool = True):
+    def __init__(self, folder: Path, *, keep: int = 2, asynchronous: bool = True) -> None:
         if keep < 1:
             raise ValueError(f"keep must be >= 1, got {keep}")
         self._folder, self._keep, self._asynchronous = Path(folder), keep, asynchronous

@@ -5,8 +5,9 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
-from llava_cot.prompt import Bos
+from llava_cot.core import Bos
 from llava_cot.stages import STAGES
 
 Part = Literal["vision", "projector", "language", "cross"]
@@ -179,6 +180,6 @@ def load_config(path: Path | str, overrides: list[str] | None = None) -> TrainCo
         raise ValueError("; ".join(problems)) from None
 
 
-def _shown(error) -> str:
+def _shown(error: ErrorDetails) -> str:
     got = error.get("input")
     return repr(got) if not isinstance(got, dict | BaseModel) else "these settings"

@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
+from transformers import ProcessorMixin
 
 from llava_cot.data.batches import BatchPlan
 from llava_cot.data.collate import Batch, Collator
@@ -24,7 +25,7 @@ Rows = list[list[int]]
 
 
 def load_examples(
-    config: TrainConfig, objective: Objective, processor, *, evaluation: bool = False
+    config: TrainConfig, objective: Objective, processor: ProcessorMixin, *, evaluation: bool = False
 ) -> datasets.Dataset:
     """Return the rows of the run's data as encoded, memory-mapped examples. They are encoded again only after a change.
 
@@ -85,7 +86,7 @@ class Loader:
         workers: int,
         pin_memory: bool,
         values: np.ndarray | None = None,
-    ):
+    ) -> None:
         self._rows, self._plan = _Collated(rows, collator, values), plan
         self._options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory}
 
@@ -108,7 +109,7 @@ def _ignore_stop(worker: int) -> None:
 class _MicroBatches:
     """A sampler that yields the rows of a micro-batch as its indices."""
 
-    def __init__(self, plan: BatchPlan, start: int, stop: int):
+    def __init__(self, plan: BatchPlan, start: int, stop: int) -> None:
         self._plan, self._steps = plan, range(start, stop)
 
     def __iter__(self) -> Iterator[Rows]:
@@ -116,7 +117,7 @@ class _MicroBatches:
 
 
 class _Collated(Dataset):
-    def __init__(self, rows: datasets.Dataset, collator: Collator, values: np.ndarray | None):
+    def __init__(self, rows: datasets.Dataset, collator: Collator, values: np.ndarray | None) -> None:
         self._rows, self._collator, self._values = rows, collator, values
 
     def __getitem__(self, rows: Rows) -> Batch:

@@ -10,14 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import GenerationConfig
+from transformers import GenerationConfig, ProcessorMixin
 
 from llava_cot.checkpoint import checkpoint_sha256
 from llava_cot.train.config import TrainConfig
 from llava_cot.train.model import build_model
 
 
-def export(root: nn.Module, config: TrainConfig, processor, folder: Path) -> None:
+def export(root: nn.Module, config: TrainConfig, processor: ProcessorMixin, folder: Path) -> None:
     """Write weights, configuration, processor and training settings. Adapters are merged. All ranks must call it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state: dict[str, Any] = get_model_state_dict(root, options=options)

@@ -17,7 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from llava_cot.families import training_of
 from llava_cot.train.config import Optimizer, TrainConfig
 from llava_cot.train.model import build_model
 from llava_cot.train.sharding import build_mesh, checkpoint_activations, shard
@@ -91,19 +93,13 @@ def _run(root: "_LossOf", config: TrainConfig, rows: int, row_tokens: int, image
     return Memory(*({**moment, "optimizer": state} for moment in (forward, peak, after)))
 
 
-def step_inputs(settings, *, rows: int, row_tokens: int, images_per_row: int) -> dict[str, Tensor]:
-    """Return inputs of ``MllamaModel`` as the ``Collator`` makes them, with two sequences per row and all tiles."""
-    vision = settings.vision_config
-    tiles, size = vision.max_num_tiles, vision.image_size
+def step_inputs(settings: PreTrainedConfig, *, rows: int, row_tokens: int, images_per_row: int) -> dict[str, Tensor]:
+    """Return inputs of the model as the ``Collator`` makes them, with two sequences per row and the largest images."""
     positions = torch.arange(row_tokens).remainder(max(1, row_tokens // 2)).repeat(rows, 1)
     return {
         "input_ids": torch.zeros(rows, row_tokens, dtype=torch.int64),
         "position_ids": positions,
-        "pixel_values": torch.zeros(rows, images_per_row, tiles, vision.num_channels, size, size),
-        "aspect_ratio_ids": torch.ones(rows, images_per_row, dtype=torch.int64),
-        "aspect_ratio_mask": torch.ones(rows, images_per_row, tiles, dtype=torch.int64),
-        "cross_attention_mask": torch.ones(rows, row_tokens, images_per_row, tiles, dtype=torch.uint8),
-        "cross_rows": torch.ones(rows, row_tokens, 2),
+        **training_of(settings).full_images(rows=rows, row_tokens=row_tokens, images_per_row=images_per_row),
     }
 
 
@@ -145,7 +141,7 @@ def by_category(tracker: FSDPMemTracker, moment: str) -> dict[str, int]:
 class _LossOf(nn.Module):
     """A model with its loss head. A call returns a scalar, as ``Step`` does, and all tokens are supervised."""
 
-    def __init__(self, model):
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 

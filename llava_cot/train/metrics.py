@@ -35,7 +35,7 @@ class Metrics:
         resume_from: int = 0,
         wandb: Mapping[str, Any] | None = None,
         config: Mapping[str, Any] | None = None,
-    ):
+    ) -> None:
         self._is_on = rank == 0
         if not self._is_on:
             return

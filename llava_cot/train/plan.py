@@ -7,9 +7,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from llava_cot.families import training_of
 from llava_cot.train.config import TrainConfig
 from llava_cot.train.memory import Memory, simulate_step
-from llava_cot.train.model import PARTS, build_model
+from llava_cot.train.model import build_model
 
 ROW_TOKENS = 2048  # tokens of a row with one example, unless stated otherwise
 TOKENS_PER_IMAGE = 1024  # tokens per image of a packed row, likewise
@@ -150,11 +151,10 @@ def _lines(plan: Plan) -> list[str]:
 
 def count_parameters(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     """Return, for each part of the model, the number of its parameters and of its trained ones."""
-    cross = "|".join(map(str, model.config.text_config.cross_attention_layers))
+    parts = training_of(model.config).parts
+    labels = {"vision": "vision", "projector": "projector", "cross": "cross-attention layers"}
     patterns = {
-        "vision": PARTS["vision"],
-        "projector": PARTS["projector"],
-        "cross-attention layers": PARTS["cross"].replace("CROSS", cross),
+        **{label: parts[part] for part, label in labels.items() if part in parts},
         "embedding": r"model\.language_model\.embed_tokens\.",
         "head": r"(lm_head|head)\.",
         "self-attention layers": "",  # and the last norm

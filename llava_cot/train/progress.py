@@ -31,7 +31,9 @@ class Progress:
         console: the console to print to; by default standard error.
     """
 
-    def __init__(self, total: int, *, start: int = 0, rank: int = 0, every: int = 10, console: Console | None = None):
+    def __init__(
+        self, total: int, *, start: int = 0, rank: int = 0, every: int = 10, console: Console | None = None
+    ) -> None:
         self._total, self._start, self._every = total, start, every
         self._on = rank == 0
         self._console = console or Console(stderr=True)

@@ -7,23 +7,22 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers.models.mllama.modeling_mllama import (
-    MllamaCrossAttentionDecoderLayer,
-    MllamaSelfAttentionDecoderLayer,
-    MllamaVisionEncoderLayer,
-)
 
 from llava_cot.train.config import Precision, Sharding
-
-LAYERS = (MllamaSelfAttentionDecoderLayer, MllamaCrossAttentionDecoderLayer, MllamaVisionEncoderLayer)
 
 
 def checkpoint_activations(model: nn.Module) -> None:
     """Keep only the input of each layer and recompute the rest. Vision layers are included, unlike in transformers."""
+    layers = _layer_classes(model)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, LAYERS):
+            if type(child).__name__ in layers:
                 setattr(parent, name, checkpoint_wrapper(child))
+
+
+def _layer_classes(root: nn.Module) -> set[str]:
+    """The names of the classes that transformers never splits over devices: the layers of text and vision."""
+    return {name for module in root.modules() for name in getattr(module, "_no_split_modules", None) or ()}
 
 
 def build_mesh(device: torch.device, replicas: int) -> DeviceMesh:
@@ -47,11 +46,11 @@ def shard(root: nn.Module, mesh: DeviceMesh, precision: Precision, sharding: Sha
     )
     # With one rank a shard is the whole parameter, and freeing it would only cost copies.
     reshard = sharding.reshard_after_forward and dist.get_world_size() > sharding.replicas
-    heads = ("lm_head", "head", "embed_tokens")
+    layers, heads = _layer_classes(root), ("lm_head", "head", "embed_tokens")
     units = [
         module
         for name, module in root.named_modules()
-        if isinstance(module, LAYERS) or (name.rsplit(".", 1)[-1] in heads and isinstance(module, nn.Module))
+        if type(module).__name__ in layers or (name.rsplit(".", 1)[-1] in heads and isinstance(module, nn.Module))
     ]
     for module in units:
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)

@@ -5,18 +5,18 @@ import time
 
 import torch
 import torch.distributed as dist
-from transformers import MllamaConfig
 
 from llava_cot.data.collate import Batch
+from llava_cot.families import Training
 from llava_cot.train.config import TrainConfig
-from llava_cot.train.flops import flops_per_batch, peak_flops
+from llava_cot.train.flops import peak_flops
 
 
 class Throughput:
     """Measures from the end of one step to the end of the next."""
 
-    def __init__(self, config: TrainConfig, model_config: MllamaConfig, device: torch.device):
-        self._config, self._model_config, self._device = config, model_config, device
+    def __init__(self, config: TrainConfig, training: Training, device: torch.device) -> None:
+        self._config, self._training, self._device = config, training, device
         self.skip()
 
     def after(self, batches: list[Batch]) -> dict[str, float]:
@@ -42,11 +42,9 @@ class Throughput:
     def _flops(self, batch: Batch) -> float:
         """Return the useful FLOPs: without padding, dummy images and recomputation."""
         inputs, config = batch.inputs, self._config
-        has_images = bool(inputs["cross_rows"][..., 0].any())
-        return flops_per_batch(
-            self._model_config,
+        return self._training.flops(
             num_tokens=batch.targets.numel() - batch.num_padding,
-            num_images=int((inputs["aspect_ratio_ids"] > 0).sum()) if has_images else 0,
+            num_images=self._training.count_images(inputs),
             num_supervised=0 if config.objective == "reward" else batch.num_tokens,
             # A sequence of n tokens has positions 0 to n - 1, and n * n is the sum of 2p + 1 over them.
             num_pairs=int((2 * inputs["position_ids"] + 1).sum()) - batch.num_padding,

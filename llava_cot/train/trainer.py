@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import datasets
 import torch
 import torch.distributed as dist
 import yaml
@@ -15,6 +16,7 @@ from transformers import AutoProcessor
 from llava_cot.atomic import replacing
 from llava_cot.data.batches import BatchPlan
 from llava_cot.data.collate import Batch, Collator
+from llava_cot.families import training_of
 from llava_cot.train.checkpoints import Checkpoints
 from llava_cot.train.config import TrainConfig
 from llava_cot.train.distributed import process_group
@@ -53,7 +55,7 @@ def train(config: TrainConfig) -> None:
 class Trainer:
     """One run, with its parts and its loop."""
 
-    def __init__(self, config: TrainConfig, device: torch.device):
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.processor = AutoProcessor.from_pretrained(config.model)
         self.objective = objective_of(config)
@@ -74,7 +76,7 @@ class Trainer:
         keep, asynchronous = config.keep_checkpoints, config.asynchronous_checkpoints
         self.checkpoints = Checkpoints(config.output / "checkpoints", keep=keep, asynchronous=asynchronous)
 
-    def _open(self, rows) -> tuple[BatchPlan, Loader]:
+    def _open(self, rows: datasets.Dataset) -> tuple[BatchPlan, Loader]:
         config = self.config
         plan = BatchPlan(
             rows["length"],
@@ -85,7 +87,7 @@ class Trainer:
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
         )
-        collator, pin_memory = Collator(self.processor), self.device.type == "cuda"
+        collator, pin_memory = Collator(self.processor, self.root.model.config), self.device.type == "cuda"
         loader = Loader(rows, plan, collator, workers=config.workers, pin_memory=pin_memory)
         if self.objective.reference is not None:
             values = reference_values(rows, self.root, plan, loader, self.device, config)
@@ -122,7 +124,7 @@ class Trainer:
         config = self.config
         metrics, progress = self._records(start)
         with metrics, progress, stop_requested() as stop:
-            throughput = Throughput(config, self.root.model.config, self.device)
+            throughput = Throughput(config, training_of(self.root.model.config), self.device)
             for step, batches in enumerate(self.loader.steps(start, self.last_step), start + 1):
                 values, stopping = self._step(batches, stop.is_set())
                 values |= throughput.after(batches)

@@ -15,7 +15,7 @@ except ImportError:  # the extension is not built
 class PagePool:
     """Store forkable sequences in ``num_pages`` pages of ``page_size`` tokens; see ``llava_cot_kernels.PagePool``."""
 
-    def __init__(self, num_pages: int, page_size: int):
+    def __init__(self, num_pages: int, page_size: int) -> None:
         if not 0 <= num_pages < 2**31 or not 1 <= page_size < 2**31:
             raise ValueError(
                 f"num_pages must be in [0, 2**31 - 1] and page_size in [1, 2**31 - 1], got {num_pages} and {page_size}"

@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 
 from llava_cot.data.batches import BatchPlan
 
-settings.register_profile("batches", deadline=None, max_examples=80)
-settings.load_profile("batches")
+many = settings(max_examples=80)
 
 
 @st.composite
@@ -30,6 +29,7 @@ def examples(micro_batches) -> list[int]:
     return [example for rows in micro_batches for row in rows for example in row]
 
 
+@many
 @given(plans(), st.integers(1, 5), st.integers(0, 3))
 def test_every_example_once_an_epoch(settings, world_size, epoch):
     plans = ranks(world_size, **settings)
@@ -38,6 +38,7 @@ def test_every_example_once_an_epoch(settings, world_size, epoch):
     assert sorted(seen) == list(range(len(settings["lengths"])))
 
 
+@many
 @given(plans(), st.integers(1, 5), st.integers(0, 30))
 def test_a_step_is_the_same_for_any_number_of_ranks(settings, world_size, step):
     plans = ranks(world_size, **settings)
@@ -48,6 +49,7 @@ def test_a_step_is_the_same_for_any_number_of_ranks(settings, world_size, step):
     assert 1 <= len(examples(alone)) <= settings["batch_size"]
 
 
+@many
 @given(plans(), st.integers(1, 5), st.integers(0, 30))
 def test_rows_keep_their_limits(settings, world_size, step):
     limit, lengths = settings["max_row_tokens"], np.array(settings["lengths"])
@@ -60,6 +62,7 @@ def test_rows_keep_their_limits(settings, world_size, step):
             assert tokens == sorted(tokens, reverse=True)
 
 
+@many
 @given(plans(), st.lists(st.integers(0, 40), min_size=1, max_size=6))
 def test_a_step_does_not_depend_on_what_was_asked_before(settings, steps):
     plan = BatchPlan(**settings)

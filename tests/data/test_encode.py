@@ -9,9 +9,9 @@ from llava_cot.data.encode import encode
 from llava_cot.data.example import IGNORE_INDEX
 from llava_cot.data.inspect import show
 from llava_cot.prompt import build_inputs
-from llava_cot.small_world.processor import CHAT_TEMPLATE
 from llava_cot.stages import LLAVA_COT, Grammar, render
 from llava_cot.tiny import tiny_path
+from tools.small_world.processor import CHAT_TEMPLATE
 
 QUESTION = "How many objects remain?"
 STAGES = {"SUMMARY": "I count.", "CAPTION": "A blue square.", "REASONING": "1 - 0 = 1.", "CONCLUSION": "1"}

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from llava_cot.data import shapes
-from llava_cot.small_world.processor import build_processor, prompt
 from llava_cot.stages import parse, render
+from tools.small_world.processor import build_processor, prompt
 
 PINNED = "0223b8664be6fd632f0cbcb8900ed6b44149bd33dc0511eeed32540853eac82e"
 SEEDS = [0, 1, 2, 812_345, 900_001]

@@ -382,12 +382,11 @@ def test_what_is_interrupted_leaves_nothing_behind(images, tmp_path, number, sta
         stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell has it ignored
     )
-    deadline = time.monotonic() + 60
     while not any(part.stat().st_size for part in tmp_path.glob(".*.part")):
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(number)
-    assert process.wait(30) == status and b"Traceback" not in process.stderr.read()
+    assert process.wait() == status and b"Traceback" not in process.stderr.read()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clean.jsonl", "data.jsonl"]
     assert (tmp_path / "clean.jsonl").read_text() == "old\n"
 

@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.fake_cuda import FakeCuda, Waits
+from helpers.jobs import Job, run
 from helpers.random_mllama import random_inputs
 
-from llava_cot.engine import capture, runner
-from llava_cot.engine.branch import Expand, SamplingParams
-from llava_cot.engine.capture import CapturedSteps, CudaRecorder, Recorder, Shape
+from llava_cot.core import Expand, SamplingParams
+from llava_cot.engine import graphs, runner
+from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.engine import Engine
-from llava_cot.engine.job import Job
+from llava_cot.engine.graphs import CapturedSteps, CudaRecorder, Recorder, Shape
 from llava_cot.prompt import split_rows
 from llava_cot_kernels.stage_tags import StageTags
 
@@ -24,25 +25,25 @@ TAGS = StageTags([b"a", b"</x>"], ["</x>"])
 def cuda(monkeypatch):
     """CUDA's rules on the CPU, and every engine captures its steps by them."""
     monkeypatch.setattr(runner, "open_recorder", lambda device: CudaRecorder(DEVICE))
-    capture._capture_stream.cache_clear()
+    graphs._capture_stream.cache_clear()
     yield FakeCuda(monkeypatch)
-    capture._capture_stream.cache_clear()
+    graphs._capture_stream.cache_clear()
 
 
 def draw(model, engine: Engine) -> list[list[int]]:
     def program(root):
-        (found,) = yield [Expand(root, (1, 2, 3), SamplingParams(temperature=1.2), 9, frozenset())]
-        (more,) = yield [Expand(found[1], (4, 5), SamplingParams(temperature=1.2), 7, frozenset())]
+        (found,) = yield [Expand(root.id, (1, 2, 3), SamplingParams(temperature=1.2), 9, frozenset())]
+        (more,) = yield [Expand(found[1].id, (4, 5), SamplingParams(temperature=1.2), 7, frozenset())]
         return [branch.tokens for branch in (*found, *more)]
 
     job = Job(split_rows(random_inputs(model, length=9, ratio_id=6, seed=0), model.config)[0], program)
-    engine.run([job])
+    run(engine, [job])
     assert job.error is None
     return job.result
 
 
 def open_engine(model) -> Engine:
-    engine = Engine(model, TAGS, page_size=4, num_pages=100, steps_per_look=4)
+    engine = Engine(model, TAGS, config=EngineConfig(page_size=4, num_pages=100, steps_per_look=4))
     engine.runner.replays = True
     return engine
 
@@ -54,7 +55,7 @@ def product(size: int = 3):
 
 
 def test_engines_one_after_another_capture_and_replay(cuda, random_model):
-    expected = draw(random_model, Engine(random_model, TAGS, page_size=4, num_pages=100))
+    expected = draw(random_model, Engine(random_model, TAGS, config=EngineConfig(page_size=4, num_pages=100)))
     for _ in range(3):
         engine = open_engine(random_model)
         before = cuda.captures

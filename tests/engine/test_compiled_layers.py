@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.jobs import Job, run
 from helpers.random_llava import FAMILIES
 from helpers.random_mllama import build_random_mllama, random_inputs
 
-from llava_cot.engine.branch import Expand, Extend, Rank, SamplingParams
+from llava_cot.core import Expand, Extend, SamplingParams
+from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.engine import Engine
-from llava_cot.engine.job import Job
 from llava_cot.prompt import split_rows
 from llava_cot_kernels.stage_tags import StageTags
 
@@ -20,10 +21,12 @@ DEEP = dict(hidden=32, layers=14, heads=4, kv_heads=2, cross=[2, 5, 8, 11], voca
 
 def program(root):
     """Of one row and of many, with and without rows that share a prefix; a prompt and an extension are not compiled."""
-    (first,) = yield [Expand(root, (1, 2, 3), WILD, 6, frozenset())]
-    (second,), (given,) = yield [Expand(first[0], (4,), WILD, 9, frozenset()), Extend(first[1], (5, 6, 7))]
-    third, ranked = yield [Expand(given, (8, 9, 10, 11, 12), WILD, 7, frozenset()), Rank(first[2], 2)]
-    return [(b.tokens, b.logprobs) for b in (*first, second, given, *third)] + [(ranked[0].tokens, ranked[0].logprobs)]
+    (first,) = yield [Expand(root.id, (1, 2, 3), WILD, 6, frozenset())]
+    (second,), (given,) = yield [Expand(first[0].id, (4,), WILD, 9, frozenset()), Extend(first[1].id, (5, 6, 7))]
+    third, ranked = yield [Expand(given.id, (8, 9, 10, 11, 12), WILD, 7, frozenset()), Extend(first[2].id, top=2)]
+    return [(b.tokens, b.logprobs) for b in (*first, second, given, *third)] + [
+        ([*ranked[0].top], [*ranked[0].top.values()])
+    ]
 
 
 def resident_mib():
@@ -42,13 +45,13 @@ def test_the_same_tokens(family):
         inputs = [make_inputs(model, length=21, seed=seed) for seed in range(2)]
     results = []
     for compile in (False, True):
-        engine = Engine(model, TAGS, page_size=4, steps_per_look=3, compile=compile)
+        engine = Engine(model, TAGS, config=EngineConfig(page_size=4, steps_per_look=3, compile=compile))
         engine.runner.replays = True  # as on CUDA
         jobs = [Job(split_rows(each, model.config)[0], program) for each in inputs]
         torch._dynamo.utils.counters.clear()
         before = resident_mib()
-        engine.run(jobs[:1])
-        engine.run(jobs)
+        run(engine, jobs[:1])
+        run(engine, jobs)
         grown, graphs = resident_mib() - before, torch._dynamo.utils.counters["stats"]["unique_graphs"]
         assert [job.error for job in jobs] == [None, None]
         results.append([pair for job in jobs for pair in job.result])

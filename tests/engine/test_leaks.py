@@ -72,7 +72,7 @@ def test_a_signal_at_any_time(tiny, search):
                 interrupted += 1
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
-            tiny.engine.run([])  # a second interrupt can't come, so the next run finishes what an interrupt cut short
+            tiny.engine.step()  # a second interrupt can't come, so this finishes what an interrupt cut short
             _assert_nothing_held(tiny)
     finally:
         signal.signal(signal.SIGALRM, previous)

@@ -5,16 +5,19 @@ import logging
 
 import pytest
 import torch
+from helpers.jobs import Job, run, steps
 from helpers.random_llava import FAMILIES
 from helpers.random_mllama import TINY_SHAPE, build_random_mllama, random_inputs
 
+from llava_cot.core import Expand, SamplingParams
 from llava_cot.engine import model as model_module
 from llava_cot.engine import runner
-from llava_cot.engine.branch import Branch, Expand, SamplingParams
+from llava_cot.engine.branch import Branch
+from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.engine import Engine
-from llava_cot.engine.job import Job
 from llava_cot.engine.runner import ModelRunner
 from llava_cot.engine.schedule import PROMPTS_PER_PREFILL
+from llava_cot.families import Family
 from llava_cot.prompt import split_rows
 from llava_cot_kernels import OutOfPages
 from llava_cot_kernels.stage_tags import StageTags
@@ -27,7 +30,7 @@ GREEDY = SamplingParams(temperature=0.0)
 
 def prefilled(model, prompts, *, together):
     """[(root, its keys and values by token [2, layers, T, heads, dim], its image's [2, layers, S, heads, dim])]"""
-    runner = ModelRunner(model, 4, 200)
+    runner = ModelRunner(model, EngineConfig(page_size=4, num_pages=200))
     roots = [Branch(None, -1, prompt["input_ids"].shape[1]) for prompt in prompts]
     cache = runner.view.kv_cache.fill_(torch.nan)
     runner.view.images.kv[:, :, :500] = torch.nan
@@ -84,13 +87,13 @@ def test_images_in_the_prompt(family):
 
 
 def growing(root):
-    ((branch,),) = yield [Expand(root, (1,), GREEDY, 6, frozenset())]
+    ((branch,),) = yield [Expand(root.id, (1,), GREEDY, 6, frozenset())]
     return branch.tokens
 
 
 def test_one_pass_for_many(exact, monkeypatch):
     """Of an engine's questions, those whose images have one shape; two images are another shape than one."""
-    engine, passes = Engine(exact, TAGS, page_size=4, num_pages=400), []
+    engine, passes = Engine(exact, TAGS, config=EngineConfig(page_size=4, num_pages=400)), []
     prefill = engine.view.prefill
     monkeypatch.setattr(
         engine.view, "prefill", lambda prompts, *args: passes.append(len(prompts)) or prefill(prompts, *args)
@@ -100,7 +103,7 @@ def test_one_pass_for_many(exact, monkeypatch):
         inputs[1][name] = inputs[1][name].repeat_interleave(2, dim=1)
     inputs[1]["cross_attention_mask"] = inputs[1]["cross_attention_mask"].repeat_interleave(2, dim=2)
     jobs = [Job(split_rows(each, exact.config)[0], growing) for each in inputs]
-    engine.run(jobs)
+    run(engine, jobs)
     assert passes == [PROMPTS_PER_PREFILL - 1, 1, 2]
     for job, each in zip(jobs, inputs):
         expected = build_random_mllama(**TINY_SHAPE, seed=0).generate(**each, do_sample=False, max_new_tokens=6)
@@ -111,27 +114,27 @@ def test_one_pass_for_many(exact, monkeypatch):
 def test_no_pass_is_too_large(exact, monkeypatch):
     """Two images of four tiles are as much as may be at once."""
     inputs = [random_inputs(exact, length=9, ratio_id=6, seed=seed) for seed in range(5)]
-    monkeypatch.setitem(runner.PIXEL_VALUES_PER_PASS, "cpu", 2 * inputs[0]["pixel_values"].numel())
-    engine, passes = Engine(exact, TAGS, page_size=4, num_pages=400), []
+    monkeypatch.setitem(Family.pixel_values_per_pass, "cpu", 2 * inputs[0]["pixel_values"].numel())
+    engine, passes = Engine(exact, TAGS, config=EngineConfig(page_size=4, num_pages=400)), []
     prefill = engine.view.prefill
     monkeypatch.setattr(
         engine.view, "prefill", lambda prompts, *args: passes.append(len(prompts)) or prefill(prompts, *args)
     )
-    engine.run([Job(split_rows(each, exact.config)[0], growing) for each in inputs])
+    run(engine, [Job(split_rows(each, exact.config)[0], growing) for each in inputs])
     assert passes == [2, 2, 1]
-    monkeypatch.setitem(runner.PIXEL_VALUES_PER_PASS, "cpu", 1)
-    engine.run([Job(split_rows(each, exact.config)[0], growing) for each in inputs[:2]])
+    monkeypatch.setitem(Family.pixel_values_per_pass, "cpu", 1)
+    run(engine, [Job(split_rows(each, exact.config)[0], growing) for each in inputs[:2]])
     assert passes == [2, 2, 1, 1, 1]
-    monkeypatch.setitem(runner.PIXEL_VALUES_PER_PASS, "cpu", 1 << 30)
+    monkeypatch.setitem(Family.pixel_values_per_pass, "cpu", 1 << 30)
     monkeypatch.setattr(runner, "TOKENS_PER_PASS", 3 * 9)
-    engine.run([Job(split_rows(each, exact.config)[0], growing) for each in inputs])
+    run(engine, [Job(split_rows(each, exact.config)[0], growing) for each in inputs])
     assert passes[5:] == [3, 2]
 
 
 def test_a_large_memory_is_not_filled_with_room_for_images(random_model, monkeypatch):
     """Engines of small models share a GPU with others: a fifth of its memory each would be all of it soon."""
     monkeypatch.setattr(model_module, "CPU_BYTES", 1 << 40)
-    view = model_module.open_view(random_model, 4, 10)
+    view = model_module.ModelView(random_model, EngineConfig(page_size=4, num_pages=10))
     assert view.images.capacity == model_module.MAX_IMAGE_TOKENS
 
 
@@ -142,11 +145,11 @@ def test_images_wait_for_room(exact, monkeypatch, caplog):
     of_token = 2 * 2 * text.hidden_size // text.num_attention_heads * text.num_key_value_heads * 4  # 2 cross layers
     monkeypatch.setattr(model_module, "CPU_BYTES", 6 * tokens * of_token)
     with caplog.at_level(logging.INFO, logger="llava_cot"):
-        engine = Engine(exact, TAGS, page_size=4, num_pages=400)
+        engine = Engine(exact, TAGS, config=EngineConfig(page_size=4, num_pages=400))
     assert f"1600 tokens in 400 pages (0.00 GiB) and for {6 * tokens} image tokens" in caplog.text
     inputs = [random_inputs(exact, length=9, ratio_id=ratio, seed=ratio) for ratio in (6, 6, 1, 6, 2, 1)]
     jobs, most = [Job(split_rows(each, exact.config)[0], growing) for each in inputs], 0
-    for _ in engine.steps(jobs):
+    for _ in steps(engine, jobs):
         most = max(most, engine.images_in_use)
     assert [job.error for job in jobs] == [None] * len(jobs) and most in (2, 3)
     large = random_inputs(exact, length=9, ratio_id=6, seed=0)
@@ -154,7 +157,7 @@ def test_images_wait_for_room(exact, monkeypatch, caplog):
         large[name] = large[name].repeat_interleave(2, dim=1)
     large["cross_attention_mask"] = large["cross_attention_mask"].repeat_interleave(2, dim=2)
     jobs = [Job(split_rows(each, exact.config)[0], growing) for each in (inputs[0], large, inputs[1])]
-    engine.run(jobs)
+    run(engine, jobs)
     assert isinstance(jobs[1].error, OutOfPages) and jobs[0].error is jobs[2].error is None
     assert f"store of {6 * tokens} image tokens is too small" in str(jobs[1].error)
     assert f"it has {8 * tokens}" in str(jobs[1].error)

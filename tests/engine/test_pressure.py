@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from helpers.jobs import Job, run, steps
 from helpers.random_mllama import random_inputs
 
+from llava_cot.core import Call, Expand, Extend, Finish, Release, SamplingParams
 from llava_cot.engine import runner
-from llava_cot.engine.branch import Call, Expand, Extend, Finish, Rank, SamplingParams
+from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.engine import Engine
-from llava_cot.engine.job import Job
 from llava_cot.prompt import split_rows
 from llava_cot_kernels import OutOfPages
 from llava_cot_kernels.stage_tags import StageTags
@@ -21,7 +22,7 @@ TAGS = StageTags([b"a", b"b</", b"x>", b"</x", b">c"] * 20, ["</x>"])
 @pytest.fixture
 def make_engine(random_model):
     def make(num_pages=2000, page_size=1):
-        return Engine(random_model, TAGS, page_size=page_size, num_pages=num_pages)
+        return Engine(random_model, TAGS, config=EngineConfig(page_size=page_size, num_pages=num_pages))
 
     return make
 
@@ -46,15 +47,15 @@ def stages(counts, widths, seed=0, seen=None):
         for stage, (count, width) in enumerate(zip(counts, widths)):
             seeds = tuple(range(seed + 100 * stage, seed + 100 * stage + width))
             kids, scores = yield [
-                Expand(path[-1], seeds, WILD, count, NO_TAG),
+                Expand(path[-1].id, seeds, WILD, count, NO_TAG),
                 Call(lambda items: calls.append(items) or items, [stage]),
             ]
             assert list(scores) == [stage]
             drawn += kids
             path.append(kids[0])
         loser = drawn[-1 - widths[-1]]  # it did not go on
-        again, (given,) = yield [Expand(path[-2], (seed + 9,), WILD, 5, NO_TAG), Extend(loser, (5, 6, 7))]
-        (last,) = yield [Expand(given, (seed + 10,), WILD, 4, NO_TAG)]
+        again, (given,) = yield [Expand(path[-2].id, (seed + 9,), WILD, 5, NO_TAG), Extend(loser.id, (5, 6, 7))]
+        (last,) = yield [Expand(given.id, (seed + 10,), WILD, 4, NO_TAG)]
         assert len(calls) == len(counts)
         return [*drawn, *again, given, *last]
 
@@ -63,7 +64,7 @@ def stages(counts, widths, seed=0, seen=None):
 
 def growing(tokens):
     def program(root):
-        yield [Expand(root, (1,), WILD, tokens, NO_TAG)]
+        yield [Expand(root.id, (1,), WILD, tokens, NO_TAG)]
 
     return program
 
@@ -83,12 +84,12 @@ def test_one_search_in_the_pages_of_what_grows(make_engine, ask, page_size):
     """Candidates that do not go on make room, and come back when they are asked for."""
     program = stages((12, 12, 12), (6, 6, 6))
     roomy = make_engine(page_size=page_size)
-    roomy.run([expected := ask(program)])
+    run(roomy, [expected := ask(program)])
     assert expected.error is None and expected.usage.recomputed_tokens == 0
     needed = -(-(PROMPT + 24) // page_size) + 6 * (12 // page_size + 1) + 1
     assert needed < 0.7 * roomy.runner.peak_pages
     tight = make_engine(needed, page_size)
-    tight.run([found := ask(program)])
+    run(tight, [found := ask(program)])
     assert found.error is None
     assert_same(found.result, expected.result)
     assert found.usage.recomputed_tokens > 0
@@ -96,7 +97,7 @@ def test_one_search_in_the_pages_of_what_grows(make_engine, ask, page_size):
         assert getattr(found.usage, name) == getattr(expected.usage, name), name
     assert_nothing_held(tight)
     tight = make_engine(needed // 2, page_size)
-    tight.run([hopeless := ask(program)])
+    run(tight, [hopeless := ask(program)])
     assert isinstance(hopeless.error, OutOfPages) and hopeless.result is None
     assert_nothing_held(tight)
 
@@ -118,13 +119,15 @@ def test_searches_pause_and_go_on(make_engine, ask, random_model, share, steps_p
 
     roomy = make_engine()
     expected = [ask(counted(seed), seed) for seed in range(5)]
-    roomy.run(expected)
+    run(roomy, expected)
     started.clear()
     num_pages = int(share * roomy.runner.peak_pages)
-    crowded = Engine(random_model, TAGS, page_size=1, num_pages=num_pages, steps_per_look=steps_per_look)
+    crowded = Engine(
+        random_model, TAGS, config=EngineConfig(page_size=1, num_pages=num_pages, steps_per_look=steps_per_look)
+    )
     found = [ask(counted(seed), seed) for seed in range(5)]
     paused = set()
-    for _ in crowded.steps(found):
+    for _ in steps(crowded, found):
         paused |= {index for index, job in enumerate(found) if job.was_paused}
         held = sum(branch.seq >= 0 for job in found for branch in job.branches)
         assert crowded.pool.num_sequences == held
@@ -139,34 +142,37 @@ def test_searches_pause_and_go_on(make_engine, ask, random_model, share, steps_p
 def beams(width, shared, own, started):
     """Token by token: one path of ``shared`` tokens, and from its end ``width`` of ``own`` tokens."""
 
-    def longer(ranked):
-        return Rank(ranked.branch, width, ((ranked.tokens[0], ranked.logprobs[0]),))
+    def longer(parents, count=1):
+        """The ``count`` most likely next tokens of each of ``parents``, which are released."""
+        extensions = [Extend(b.id, (token,), top=width, generated=True) for b in parents for token in [*b.top][:count]]
+        return [*extensions, Release(tuple(b.id for b in parents if b.parent is not None))]
 
     def program(root):
         started.append(root)
-        ((ranked,),) = yield [Rank(root, width)]
+        ((path,),) = yield [Extend(root.id, top=width)]
         for _ in range(shared):
-            ((ranked,),) = yield [longer(ranked)]
-        ((*paths,),) = yield [Rank(ranked.branch, width, tuple(zip(ranked.tokens, ranked.logprobs)))]
+            (path,), _ = yield longer([path])
+        *replies, _ = yield longer([path], width)
         for _ in range(own):
-            paths = [path for (path,) in (yield [longer(path) for path in paths])]
-        return [path.branch.tokens for path in paths]
+            *replies, _ = yield longer([path for (path,) in replies])
+        return [path.path() for (path,) in replies]
 
     return program
 
 
-def test_beams_that_share_less_when_they_are_back_start_again(make_engine, ask):
-    """Their common path was dropped token by token, so each of them computes its own again."""
+def test_beams_share_what_they_shared_when_they_are_back(make_engine, ask):
+    """Their common path was released token by token; it is recomputed once, and they go on where they were."""
     started, roomy = [], make_engine()
-    roomy.run([expected := ask(beams(6, 20, 10, started))])
+    run(roomy, [expected := ask(beams(6, 20, 10, started))])
     needed = roomy.runner.peak_pages
     assert expected.error is None and needed < 0.6 * (PROMPT + 6 * 30)
     started.clear()
     engine, jobs = make_engine(needed + 15), [ask(growing(70), 1), ask(beams(6, 20, 10, started))]
-    engine.run(jobs)
+    run(engine, jobs)
     assert [job.error for job in jobs] == [None, None]
-    assert jobs[1].result == expected.result and len(started) == 2
-    assert jobs[1].usage.prompt_tokens == 2 * PROMPT  # it pays again
+    assert jobs[1].result == expected.result and len(started) == 1
+    assert jobs[1].usage.prompt_tokens == PROMPT and 0 < jobs[1].usage.recomputed_tokens <= 2 * needed
+    assert engine.runner.peak_pages <= needed + 15
     assert_nothing_held(engine)
 
 
@@ -181,22 +187,21 @@ def test_every_key_is_the_one_that_was(make_engine, ask, monkeypatch, tokens_per
         return engine.view.kv_cache[:, :, pages].flatten(2, 3)[:, :, : engine.pool.length(branch.seq)].clone()
 
     def program(root):
-        (first,) = yield [Expand(root, (1, 2, 3), WILD, 7, NO_TAG)]
-        second, (given,) = yield [Expand(first[1], (4, 5), WILD, 9, NO_TAG), Extend(first[2], (8, 9))]
-        (third,) = yield [Expand(second[0], (6,), WILD, 1, NO_TAG)]
+        (first,) = yield [Expand(root.id, (1, 2, 3), WILD, 7, NO_TAG)]
+        second, (given,) = yield [Expand(first[1].id, (4, 5), WILD, 9, NO_TAG), Extend(first[2].id, (8, 9))]
+        (third,) = yield [Expand(second[0].id, (6,), WILD, 1, NO_TAG)]
         branches = [*first, *second, given, *third]
         before = [content(branch) for branch in branches]
         engine.runner.page_out(branches)
         engine.view.kv_cache[:, :, [page for page in range(9, 2000)]] = torch.nan
-        held = set(job.branches)
-        counts = [engine.runner.restore([third[0]], held), engine.runner.restore(branches, held)]
+        counts = [engine.runner.restore([third[0]]), engine.runner.restore(branches)]
         assert sum(counts) == 2 * 7 + 6 + 9 + 8 + 2 and all(branch.seq >= 0 for branch in branches)
         for branch, kv in zip(branches, before):
             torch.testing.assert_close(content(branch), kv, atol=1e-4, rtol=1e-4)
-        (last,) = yield [Expand(third[0], (7,), WILD, 5, NO_TAG)]
+        (last,) = yield [Expand(third[0].id, (7,), WILD, 5, NO_TAG)]
         assert last[0].finish in (Finish.LENGTH, Finish.EOS)
 
     job = ask(program)
-    engine.run([job])
+    run(engine, [job])
     assert job.error is None
     assert_nothing_held(engine)

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.jobs import Job, run, steps
 from helpers.random_mllama import TINY_SHAPE, build_random_mllama, random_inputs
 
 from llava_cot import BestOfNConfig, SentenceBeamConfig
+from llava_cot.core import Call, Expand, Extend, Finish, Limit, Release, SamplingParams
 from llava_cot.data import shapes
-from llava_cot.engine.branch import Call, Expand, Extend, Finish, Rank, SamplingParams
+from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.engine import Engine
-from llava_cot.engine.job import Job
 from llava_cot.prompt import build_inputs, split_rows
 from llava_cot.scoring import confidence
 from llava_cot_kernels import OutOfPages
@@ -36,7 +37,7 @@ class Subject:
     tags: StageTags
 
     def engine(self, page_size=4, num_pages=None):
-        return Engine(self.model, self.tags, page_size=page_size, num_pages=num_pages)
+        return Engine(self.model, self.tags, config=EngineConfig(page_size=page_size, num_pages=num_pages))
 
     def job(self, program, prompt=0):
         return Job(split_rows(self.prompts[prompt], self.model.config)[0], program)
@@ -78,7 +79,7 @@ def growing(seed, tokens, params=WILD):
     """A program of one branch."""
 
     def program(root):
-        ((branch,),) = yield [Expand(root, (seed,), params, tokens, NO_TAG)]
+        ((branch,),) = yield [Expand(root.id, (seed,), params, tokens, NO_TAG)]
         return branch
 
     return program
@@ -98,35 +99,35 @@ def test_given_tokens_are_as_if_recomputed(subject, page_size):
     given, other = (11, 12, 13, 14, 15), (21, 22)
 
     def program(root):
-        (first,) = yield [Expand(root, (1, 2), WILD, 6, NO_TAG)]
+        (first,) = yield [Expand(root.id, (1, 2), WILD, 6, NO_TAG)]
         assert first[0].next_logits is None
         # Two extensions of one fresh branch, one of the root, and a branch that is expanded in the same step.
         (a,), (b,), (c,), (d,) = yield [
-            Extend(first[0], given),
-            Extend(first[0], other),
-            Extend(root, given),
-            Expand(first[1], (3,), WILD, 5, NO_TAG),
+            Extend(first[0].id, given),
+            Extend(first[0].id, other),
+            Extend(root.id, given),
+            Expand(first[1].id, (3,), WILD, 5, NO_TAG),
         ]
         assert first[1].next_logits is not None
         (e,), (f,), grown = yield [
-            Extend(first[1], other),  # whose logits are kept
-            Extend(a, other),
-            Expand(a, (4, 5), WILD, 5, NO_TAG),
+            Extend(first[1].id, other),  # whose logits are kept
+            Extend(a.id, other),
+            Expand(a.id, (4, 5), WILD, 5, NO_TAG),
         ]
-        (last,) = yield [Expand(f, (6,), GREEDY, 6, NO_TAG)]
+        (last,) = yield [Expand(f.id, (6,), GREEDY, 6, NO_TAG)]
         return [*map(keep_logits, (*first, a, b, c, d, e, f)), *grown, *last]
 
     neighbours = [(growing(seed, 4 + 5 * seed), seed) for seed in (1, 2, 3)]
     jobs = [subject.job(program), *itertools.starmap(subject.job, neighbours)]
     engine = subject.engine(page_size)
-    engine.run(jobs)
+    run(engine, jobs)
     for branch in jobs[0].result:
         subject.assert_right(branch)
     last = jobs[0].result[-1]
     assert last.tokens == subject.logits(last)[:-1].argmax(-1).tolist()
     for job, (neighbour, prompt) in zip(jobs[1:], neighbours):
         alone = subject.job(neighbour, prompt)
-        engine.run([alone])
+        run(engine, [alone])
         assert job.result.tokens == alone.result.tokens
         subject.assert_right(job.result, prompt)
     assert_nothing_held(engine)
@@ -139,13 +140,13 @@ def test_any_number_of_given_tokens(subject, page_size):
     given = tuple(3 + (7 * i) % 80 for i in range(max(lengths)))
 
     def program(root):
-        replies = yield [Extend(root, given[:length]) for length in lengths]
+        replies = yield [Extend(root.id, given[:length]) for length in lengths]
         branches = [branch for (branch,) in replies]
-        ((rest,),) = yield [Extend(branches[3], given[lengths[3] :])]
+        ((rest,),) = yield [Extend(branches[3].id, given[lengths[3] :])]
         return [keep_logits(branch) for branch in (*branches, rest)]
 
     job, engine = subject.job(program), subject.engine(page_size)
-    engine.run([job])
+    run(engine, [job])
     *branches, rest = job.result
     for branch, length in zip(branches, lengths):
         assert (branch.tokens, branch.length) == ([*given[:length]], job.prompt_length + length)
@@ -166,12 +167,12 @@ def test_a_tag_that_given_tokens_begin(tiny):
     assert encode.decode(given).count("</") == 1, "the tag must be several tokens"
 
     def program(root):
-        ((half,),) = yield [Extend(root, given)]
-        ((rest,),) = yield [Expand(half, (0,), GREEDY, 20)]
+        ((half,),) = yield [Extend(root.id, given)]
+        ((rest,),) = yield [Expand(half.id, (0,), GREEDY, 20)]
         return rest
 
     job = Job(dict(build_inputs(tiny.processor, sample.image, sample.question, "one")), program)
-    tiny.engine.run([job])
+    run(tiny.engine, [job])
     assert (job.result.tokens, job.result.finish, job.result.tag) == (answer.tokens[close - 1 : close], Finish.TAG, 0)
 
 
@@ -179,13 +180,13 @@ def test_too_many_given_tokens(subject):
     """More than the cache holds: that job fails, and one beside it does not notice."""
 
     def program(root):
-        yield [Extend(root, (5,) * 200)]
+        yield [Extend(root.id, (5,) * 200)]
 
     alone, engine = subject.job(growing(1, 20), 1), subject.engine(4, num_pages=24)
-    engine.run([alone])
+    run(engine, [alone])
     for order in (1, -1):
         jobs = [subject.job(program), subject.job(growing(1, 20), 1)]
-        engine.run(jobs[::order])
+        run(engine, jobs[::order])
         assert isinstance(jobs[0].error, OutOfPages) and jobs[1].error is None
         assert jobs[1].result.tokens == alone.result.tokens
         assert_nothing_held(engine)
@@ -214,7 +215,7 @@ def test_calls_of_equal_functions_are_one(subject):
             # A bound method is a new object each time, but equal.
             doubled, (branch,), negated = yield [
                 Call(doubler.double, numbers),
-                Expand(root, (1,), WILD, 5, NO_TAG),
+                Expand(root.id, (1,), WILD, 5, NO_TAG),
                 Call(negate, numbers[:1]),
             ]
             (nothing,) = yield [Call(doubler.double, [])]
@@ -223,7 +224,7 @@ def test_calls_of_equal_functions_are_one(subject):
         return run
 
     jobs = [subject.job(program([10 * i, 10 * i + 1, 10 * i + 2]), i) for i in range(3)]
-    engine.run(jobs)
+    run(engine, jobs)
     for i, job in enumerate(jobs):
         assert job.result == ([20 * i, 20 * i + 2, 20 * i + 4], 5, [-10 * i], [])
         assert job.usage.steps == 5  # host work is no forward pass
@@ -252,11 +253,11 @@ def test_a_call_fails_where_its_items_are(subject, spoil, error, message):
     def program(numbers, catches=False):
         def run(root):
             try:
-                ((branch,), results) = yield [Expand(root, (1,), WILD, 4, NO_TAG), Call(function, numbers)]
+                ((branch,), results) = yield [Expand(root.id, (1,), WILD, 4, NO_TAG), Call(function, numbers)]
             except error:
                 if not catches:
                     raise
-                ((branch,),) = yield [Expand(root, (2,), WILD, 4, NO_TAG)]  # it may go on
+                ((branch,),) = yield [Expand(root.id, (2,), WILD, 4, NO_TAG)]  # it may go on
                 results = None
             return len(branch.tokens), results
 
@@ -264,7 +265,7 @@ def test_a_call_fails_where_its_items_are(subject, spoil, error, message):
 
     asked = [([1, 2], False), ([-1, 2], False), ([3], False), ([-1, 4], True)]
     jobs, engine = [subject.job(program(*one), prompt) for prompt, one in enumerate(asked)], subject.engine()
-    engine.run(jobs)
+    run(engine, jobs)
     assert [job.result for job in jobs] == [(4, [2, 3]), None, (4, [4]), (4, None)]
     assert [type(job.error) for job in jobs] == [type(None), error, type(None), type(None)]
     assert message in str(jobs[1].error)
@@ -272,30 +273,26 @@ def test_a_call_fails_where_its_items_are(subject, spoil, error, message):
     assert_nothing_held(engine)
 
 
-# --- stop ---
+# --- limit ---
 
 
 @pytest.mark.parametrize("steps", [1, 3, 7])
-def test_a_stop_cuts_within_a_step(subject, steps):
-    """Every branch of its request and no other; one that has just ended has ended for its own reason."""
-    asked = 0
-
-    def stop():
-        nonlocal asked
-        asked += 1
-        return asked >= steps
+def test_a_limit_cuts_within_a_step(subject, steps):
+    """Every continuation of its request and no other; one that has just ended has ended for its own reason."""
+    width = 5 if steps > 1 else 6  # tokens that the search draws in a step
+    limit = Limit(generated_tokens=width * steps)
 
     def program(root):
         stopped, others, short = yield [
-            Expand(root, (1, 2, 3), WILD, 12, NO_TAG, stop=stop),
-            Expand(root, (1, 4), WILD, 12, NO_TAG, stop=lambda: False),
-            Expand(root, (5,), WILD, steps, NO_TAG, stop=lambda: True) if steps == 1 else Extend(root, (5,)),
+            Expand(root.id, (1, 2, 3), WILD, 12, NO_TAG, limit=limit),
+            Expand(root.id, (1, 4), WILD, 12, NO_TAG, limit=Limit(generated_tokens=10**6)),
+            Expand(root.id, (5,), WILD, steps, NO_TAG, limit=limit) if steps == 1 else Extend(root.id, (5,)),
         ]
-        (again,) = yield [Expand(stopped[0], (6,), WILD, 3, NO_TAG)]
+        (again,) = yield [Expand(stopped[0].id, (6,), WILD, 3, NO_TAG)]
         return stopped, others, short, again[0]
 
     engine, jobs = subject.engine(), [subject.job(program), subject.job(growing(1, 12), 1)]
-    engine.run(jobs)
+    run(engine, jobs)
     stopped, others, short, again = jobs[0].result
     ended = [eos.finish for eos in (*stopped, *others) if eos.finish is Finish.EOS]
     assert not ended, "choose other seeds"
@@ -305,9 +302,8 @@ def test_a_stop_cuts_within_a_step(subject, steps):
     if steps == 1:
         assert short[0].finish is Finish.LENGTH
     subject.assert_right(again)
-    assert asked == steps  # once a step, whatever the number of branches
     alone = subject.job(growing(1, 12), 1)
-    engine.run([alone])
+    run(engine, [alone])
     assert jobs[1].result.tokens == alone.result.tokens
     assert_nothing_held(engine)
 
@@ -343,14 +339,14 @@ def test_drawn_sentences_are_as_if_recomputed(subject, tiny, page_size):
         layer, seed, everything = [root], itertools.count(), []
         for _ in range(4):
             kids = yield [
-                Expand(parent, (next(seed), next(seed)), SamplingParams(1.0), 25, NO_TAG, trims) for parent in layer
+                Expand(parent.id, (next(seed), next(seed)), SamplingParams(1.0), 25, NO_TAG, trims) for parent in layer
             ]
             layer = [kid for siblings in kids for kid in siblings if kid.finish is not Finish.EOS][:3]
             everything += [kid for siblings in kids for kid in siblings]
         return everything
 
     job, engine = subject.job(program), subject.engine(page_size)
-    engine.run([job])
+    run(engine, [job])
     for branch in job.result:
         assert len(branch.tokens) == len(branch.logprobs) == len(branch.entropies) == len(branch.sampling_logprobs) > 0
         assert branch.length == job.prompt_length + len(branch.path())
@@ -367,19 +363,19 @@ def test_drawn_sentences_are_as_if_recomputed(subject, tiny, page_size):
 @pytest.mark.parametrize("num_pages", [None, 40], ids=["roomy", "crowded"])
 def test_a_cancelled_job_frees_all_and_the_others_do_not_notice(subject, num_pages):
     def tree(root):
-        (first,) = yield [Expand(root, (1, 2, 3), WILD, 8, NO_TAG)]
-        (second,), third = yield [Extend(first[0], (7, 8)), Expand(first[1], (4, 5), WILD, 8, NO_TAG)]
-        (fourth,) = yield [Expand(second, (6,), WILD, 8, NO_TAG)]
+        (first,) = yield [Expand(root.id, (1, 2, 3), WILD, 8, NO_TAG)]
+        (second,), third = yield [Extend(first[0].id, (7, 8)), Expand(first[1].id, (4, 5), WILD, 8, NO_TAG)]
+        (fourth,) = yield [Expand(second.id, (6,), WILD, 8, NO_TAG)]
         return [branch.tokens for branch in (*first, *third, *fourth)]
 
     engine = subject.engine(4, num_pages)
     alone = [subject.job(tree, prompt) for prompt in range(4)]
     for job in alone:
-        engine.run([job])
+        run(engine, [job])
     for at in range(0, 24, 3):
         jobs = [subject.job(tree, prompt) for prompt in range(4)]
         victims = {at % 4, (at // 4) % 4}
-        for step, _ in enumerate(engine.steps(jobs)):
+        for step, _ in enumerate(steps(engine, jobs)):
             if step == at:
                 ended = [job.result is not None for job in jobs]
                 for victim in victims:
@@ -387,7 +383,8 @@ def test_a_cancelled_job_frees_all_and_the_others_do_not_notice(subject, num_pag
                     jobs[victim].cancel()
             if step == at + 1:
                 for victim in victims:
-                    assert (jobs[victim].branches, jobs[victim].slots, jobs[victim].requests) == ([], [], [])
+                    inner = jobs[victim].inner
+                    assert (inner.branches, inner.slots, inner.pending) == ([], [], [])
         for index, job in enumerate(jobs):
             assert job.error is None
             if index in victims and not ended[index]:
@@ -400,8 +397,8 @@ def test_a_cancelled_job_frees_all_and_the_others_do_not_notice(subject, num_pag
 def test_cancelled_before_it_began(subject):
     engine, jobs = subject.engine(), [subject.job(growing(1, 5)), subject.job(growing(1, 5), 1)]
     jobs[0].cancel()
-    engine.run(jobs)
-    assert jobs[0].result is None and jobs[0].usage.image_encodings == 0 and len(jobs[1].result.tokens) == 5
+    run(engine, jobs)
+    assert jobs[0].result is None and jobs[0].drive is None and len(jobs[1].result.tokens) == 5
     assert_nothing_held(engine)
 
 
@@ -414,39 +411,44 @@ def fails_at_once(root):
 
 
 def fails_later(root):
-    yield [Expand(root, (1, 2), WILD, 5, NO_TAG)]
+    yield [Expand(root.id, (1, 2), WILD, 5, NO_TAG)]
     raise RuntimeError("later")
 
 
-def stop_raises(root):
-    def stop():
-        raise RuntimeError("in stop")
+def wants_unknown_tokens(root):
+    yield [Extend(root.id, want=(5, -1))]
 
-    yield [Expand(root, (1, 2), WILD, 5, NO_TAG, stop=stop)]
+
+def asks_for_a_stranger(root):
+    yield [Expand(7, (1,), WILD, 5, NO_TAG)]
+
+
+def releases_the_prompt(root):
+    yield [Release((root.id,))]
 
 
 def asks_for_nonsense(root):
-    yield [Expand(root, (1,), WILD, 5, NO_TAG), "sing"]
+    yield [Expand(root.id, (1,), WILD, 5, NO_TAG), "sing"]
 
 
 def asks_for_no_list(root):
-    yield Expand(root, (1,), WILD, 5, NO_TAG)
+    yield Expand(root.id, (1,), WILD, 5, NO_TAG)
 
 
 def gives_unknown_tokens(root):
-    yield [Extend(root, (5, 10**6))]
+    yield [Extend(root.id, (5, 10**6))]
 
 
 def grows_a_dropped_branch(root):
-    ((branch,),) = yield [Expand(root, (1,), WILD, 5, NO_TAG)]
-    yield [Rank(branch, 2)]
-    yield [Rank(branch, 2, ((5, -1.0),))]
-    yield [Expand(branch, (1,), WILD, 5, NO_TAG)]
+    ((branch,),) = yield [Expand(root.id, (1,), WILD, 5, NO_TAG)]
+    yield [Extend(branch.id, top=2)]
+    yield [Extend(branch.id, (5,), top=2), Release((branch.id,))]
+    yield [Expand(branch.id, (1,), WILD, 5, NO_TAG)]
 
 
 def cleans_up_badly(root):
     try:
-        yield [Call(lambda items: 1 / 0, [1]), Expand(root, (1, 2), WILD, 5, NO_TAG)]
+        yield [Call(lambda items: 1 / 0, [1]), Expand(root.id, (1, 2), WILD, 5, NO_TAG)]
     finally:
         raise RuntimeError("while cleaning up")
 
@@ -454,11 +456,13 @@ def cleans_up_badly(root):
 BAD_PROGRAMS = {
     fails_at_once: "at once",
     fails_later: "later",
-    stop_raises: "in stop",
+    wants_unknown_tokens: r"want must be in \[0, vocab_size=\d+\), got -1",
+    asks_for_a_stranger: "parent must name a continuation of this session that has not been released, got 7",
+    releases_the_prompt: "ids must not name the prompt",
     asks_for_nonsense: "a program must yield requests, got 'sing'",
     asks_for_no_list: "not iterable",
     gives_unknown_tokens: r"tokens must be in \[0, vocab_size=\d+\), got 1000000",
-    grows_a_dropped_branch: "parent must be a branch of this search that has not been dropped",
+    grows_a_dropped_branch: "parent must name a continuation of this session that has not been released, got 1",
     cleans_up_badly: "while cleaning up",
 }
 
@@ -468,10 +472,10 @@ BAD_PROGRAMS = {
 def test_a_program_that_fails_fails_alone(subject, bad, message, place):
     alone, engine = [subject.job(growing(1, 9), prompt) for prompt in range(3)], subject.engine()
     for job in alone:
-        engine.run([job])
+        run(engine, [job])
     jobs = [subject.job(growing(1, 9), prompt) for prompt in range(3)]
     failing = subject.job(bad, 3)
-    engine.run([*jobs[:place], failing, *jobs[place:]])
+    run(engine, [*jobs[:place], failing, *jobs[place:]])
     assert failing.result is None
     with pytest.raises((RuntimeError, TypeError, ValueError), match=message):
         raise failing.error
@@ -483,12 +487,12 @@ def test_a_program_that_fails_fails_alone(subject, bad, message, place):
 def test_a_program_that_cleans_up_badly_when_cancelled(subject):
     def program(root):
         try:
-            yield [Expand(root, (1, 2), WILD, 50, NO_TAG)]
+            yield [Expand(root.id, (1, 2), WILD, 50, NO_TAG)]
         finally:
             raise RuntimeError("while cleaning up")
 
     engine, jobs = subject.engine(), [subject.job(program), subject.job(growing(1, 9), 1)]
-    for step, _ in enumerate(engine.steps(jobs)):
+    for step, _ in enumerate(steps(engine, jobs)):
         if step == 3:
             jobs[0].cancel()
     assert jobs[0].result is None and len(jobs[1].result.tokens) == 9

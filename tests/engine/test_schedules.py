@@ -4,9 +4,9 @@ After each, every page is free, and a search that finished equals its undisturbe
 engine with pages enough.
 """
 
+import itertools
 import random
 from collections import Counter
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,12 +24,12 @@ from llava_cot import (
     SwiresConfig,
     TokenBeamConfig,
 )
+from llava_cot.core import Call
 from llava_cot.data import shapes
-from llava_cot.engine.branch import Call
-from llava_cot.engine.budget import Budget
-from llava_cot.engine.job import Job
 from llava_cot.scoring import Borda, JudgeScorer, by_stage, confidence, look_ahead, self_consistency, vote
 from llava_cot.search import POLICIES
+from llava_cot.search.budget import Budget
+from llava_cot.search.run import SearchRun
 from llava_cot_kernels import OutOfPages
 
 RANKS = Borda({confidence: 1, vote: 1})
@@ -109,20 +109,20 @@ def _search(rng: random.Random, judge: JudgeScorer, kind: int) -> Any:
     return kinds[kind % len(kinds)]()
 
 
-def job_of(generator, asked: Asked) -> Job:
+def run_of(generator, asked: Asked) -> SearchRun:
     sample = SAMPLES[asked.sample]
-    return generator._ask(sample.image, sample.question, generator._plan(asked.search, {}), asked.seed)
+    return generator.submit(sample.image, sample.question, generator.plan(asked.search), seed=asked.seed)
 
 
-def outcome(job: Job) -> Any:
+def outcome(job: SearchRun) -> Any:
     """What two equal searches have in common: all but the time they took."""
     if job.error:
         return type(job.error), str(job.error)
-    search, best = job.result
+    search, best = job.search, job.result
     nodes = [
         (
-            (node.parent.id, node.stage, node.round, node.index, node.branch.seed, tuple(node.branch.tokens)),
-            (node.branch.finish, node.closed, node.kept, node.violation, node.error),
+            (node.parent.id, node.stage, node.round, node.index, node.continuation.seed, node.tokens),
+            (node.finish, node.closed, node.kept, node.violation, node.error),
             node.score if node.score is None else pytest.approx(node.score, abs=1e-4),
         )
         for node in search.nodes[1:]
@@ -137,42 +137,46 @@ def searches(tiny):
     rng, found, judge = random.Random(6), [], JudgeScorer(tiny.processor)
     for kind in range(NUM_SEARCHES):
         asked = Asked(rng.randrange(len(SAMPLES)), _search(rng, judge, kind), rng.randrange(2**62))
-        tiny.engine.runner.peak_pages, job = 0, job_of(tiny, asked)
-        tiny.engine.run([job])
+        tiny.engine.runner.peak_pages, job = 0, run_of(tiny, asked)
+        tiny.wait([job])
         found.append((asked, outcome(job), tiny.engine.runner.peak_pages))
     assert {type(asked.search) for asked, *_ in found} == {config for config, _ in POLICIES.values()}
     return found
 
 
-def run(engine, jobs: list[Job], rng: random.Random, tally: Counter) -> bool:
+def run(engine, jobs: list[SearchRun], rng: random.Random, tally: Counter) -> bool:
     """Run ``jobs``, cancelling some of them; False if it was given up on the way."""
     cancel_at = {rng.randrange(1, 80): job for job in rng.sample(jobs, min(len(jobs), rng.randrange(3)))}
     close_at = rng.randrange(1, 200) if rng.random() < 0.25 else None
-    with closing(engine.steps(jobs)) as steps:
-        for step, _ in enumerate(steps):
-            owned = sum(branch.seq >= 0 for job in jobs for branch in job.branches)
-            assert engine.pool.num_sequences == owned and (engine.pages_in_use > 0) == (owned > 0)
-            if step in cancel_at and cancel_at[step].branches:
-                cancel_at[step].cancel()
-                tally["cancelled"] += 1
-            if step == close_at:
-                tally["closed"] += 1
-                return False
-    return True
+    for step in itertools.count():
+        if all(job.done for job in jobs):
+            return True
+        engine.step()
+        owned = sum(branch.seq >= 0 for job in jobs for branch in job.session._job.branches)
+        assert engine.pool.num_sequences == owned and (engine.pages_in_use > 0) == (owned > 0)
+        if step in cancel_at and not cancel_at[step].done:
+            cancel_at[step].cancel()
+            tally["cancelled"] += 1
+        if step == close_at:
+            tally["closed"] += 1
+            for job in jobs:
+                job.cancel()
+            return False
 
 
-def check(engine, job: Job, twin: Any, spare: Job, is_whole: bool, tally: Counter) -> None:
-    """``spare`` is the same search again, to see whether it fits into this engine alone."""
+def check(generator, job: SearchRun, twin: Any, asked: Asked, is_whole: bool, tally: Counter) -> None:
+    """A search that ran out of pages is run again, to see that it does not fit into this engine alone."""
     if isinstance(job.error, OutOfPages):
         tally["out of pages"] += 1
-        engine.run([spare])
+        spare = run_of(generator, asked)
+        generator.wait([spare])
         assert str(spare.error) == str(job.error)
     elif job.error or job.result:
         tally["failed" if job.error else "finished"] += 1
-        tally["computed again"] += job.usage.recomputed_tokens > 0
+        tally["computed again"] += job.search.usage.recomputed_tokens > 0
         assert outcome(job) == twin
     else:
-        assert job.cancelled or not is_whole
+        assert job._is_cancelled or not is_whole
 
 
 def count_twins(searches, tally: Counter) -> None:
@@ -193,12 +197,12 @@ def schedule(make_generator, searches, rng: random.Random, tally: Counter) -> No
     generator = make_generator(page_size=page_size, num_pages=num_pages, steps_per_look=steps_per_look)
     engine = generator.engine
     engine.runner.replays = rng.random() < 0.3  # as on CUDA
-    jobs = [job_of(generator, asked) for asked, *_ in chosen]
+    jobs = [run_of(generator, asked) for asked, *_ in chosen]
     is_whole = run(engine, jobs, rng, tally)
     assert engine.pool.num_free == engine.pool.num_pages
     assert (engine.pool.num_sequences, engine.images_in_use) == (0, 0)
     for job, (asked, twin, _) in zip(jobs, chosen):
-        check(engine, job, twin, job_of(generator, asked), is_whole, tally)
+        check(generator, job, twin, asked, is_whole, tally)
     assert engine.pool.num_free == engine.pool.num_pages
 
 

@@ -2,18 +2,18 @@
 
 import pytest
 import torch
+from helpers.jobs import Job, run
 from helpers.random_llava import FAMILIES, IMAGE_SIZE, PATCH_SIZE, build_random_llava
 from helpers.reference_loop import PublishedWay, swires
 from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llava_cot import STAGES, SwiresConfig, SwiresGenerator
+from llava_cot.core import Expand, Extend, SamplingParams
 from llava_cot.data import shapes
-from llava_cot.engine.branch import Expand, Extend, SamplingParams
+from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.engine import Engine
-from llava_cot.engine.job import Job
-from llava_cot.engine.model import VIEWS
-from llava_cot.prompt import MODEL_INPUTS, build_inputs, split_rows
+from llava_cot.prompt import build_inputs, split_rows
 from llava_cot_kernels.stage_tags import StageTags
 
 PARAMS = SamplingParams(temperature=1.1, top_p=0.9)
@@ -105,7 +105,8 @@ def test_forks_and_going_back(tiny, family):
     model, untouched, make_inputs = family
     inputs = make_inputs(length=19, seed=4)
     way = PublishedWay(untouched, tiny.processor.tokenizer, inputs)
-    engine = Engine(model, StageTags.from_tokenizer(tiny.processor.tokenizer, ["</SUMMARY>"]), page_size=4)
+    tags = StageTags.from_tokenizer(tiny.processor.tokenizer, ["</SUMMARY>"])
+    engine = Engine(model, tags, config=EngineConfig(page_size=4))
     decode = engine.view.decode
 
     def decoding(token_ids, positions, batch, **kwargs):
@@ -115,14 +116,14 @@ def test_forks_and_going_back(tiny, family):
     engine.view.decode = decoding
 
     def program(root):
-        (first,) = yield [Expand(root, (1, 2, 3), PARAMS, 6)]
-        second, third = yield [Expand(first[1], (4, 5), PARAMS, 7), Expand(first[2], (6,), PARAMS, 3)]
-        (back,) = yield [Expand(root, (7, 8), PARAMS, 5)]
-        (again,) = yield [Expand(first[1], (4, 9), PARAMS, 7)]
+        (first,) = yield [Expand(root.id, (1, 2, 3), PARAMS, 6)]
+        second, third = yield [Expand(first[1].id, (4, 5), PARAMS, 7), Expand(first[2].id, (6,), PARAMS, 3)]
+        (back,) = yield [Expand(root.id, (7, 8), PARAMS, 5)]
+        (again,) = yield [Expand(first[1].id, (4, 9), PARAMS, 7)]
         return [*first, *second, *third, *back, *again]
 
     job = Job(split_rows(inputs, model.config)[0], program)
-    engine.run([job])
+    run(engine, [job])
     for branch in job.result:
         (plain,) = way.draw(branch.parent.path(), [branch.seed], PARAMS, len(branch.tokens))
         assert branch.tokens == plain.tokens
@@ -136,16 +137,17 @@ def test_given_tokens(tiny, family):
     """Tokens that nobody drew, appended in one pass, and what is drawn behind them."""
     model, untouched, make_inputs = family
     inputs, given = make_inputs(length=19, seed=4), (11, 12, 13)
-    engine = Engine(model, StageTags.from_tokenizer(tiny.processor.tokenizer, ["</SUMMARY>"]), page_size=4)
+    tags = StageTags.from_tokenizer(tiny.processor.tokenizer, ["</SUMMARY>"])
+    engine = Engine(model, tags, config=EngineConfig(page_size=4))
 
     def program(root):
-        ((first,),) = yield [Expand(root, (1,), PARAMS, 6)]
-        (longer,), (other,) = yield [Extend(first, given), Extend(root, given)]
-        ((last,),) = yield [Expand(longer, (2,), PARAMS, 5)]
+        ((first,),) = yield [Expand(root.id, (1,), PARAMS, 6)]
+        (longer,), (other,) = yield [Extend(first.id, given), Extend(root.id, given)]
+        ((last,),) = yield [Expand(longer.id, (2,), PARAMS, 5)]
         return longer, other, last
 
     job = Job(split_rows(inputs, model.config)[0], program)
-    engine.run([job])
+    run(engine, [job])
     for branch in job.result:
         prefix, tokens = branch.parent.path(), branch.tokens
         ids = torch.cat([inputs["input_ids"], torch.tensor([prefix + tokens])], dim=1)
@@ -189,7 +191,7 @@ def test_a_folder_with_a_processor(tiny, tmp_path):
     image_token = tokenizer.convert_tokens_to_ids("<|image|>")
     build_random_llava(vocab=len(tokenizer), image_token=image_token).save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    generator = SwiresGenerator.from_pretrained(tmp_path, page_size=4)
+    generator = SwiresGenerator.from_pretrained(tmp_path, engine=EngineConfig(page_size=4))
     assert type(generator.model) is LlavaForConditionalGeneration
     samples = [shapes.sample(seed) for seed in (1, 2)]
     answers = generator.answer_batch([s.image for s in samples], [s.question for s in samples], SEARCH, seed=3)
@@ -212,7 +214,6 @@ def test_other_models_are_refused(bare_generator):
     model.config.text_config.sliding_window = 16
     with pytest.raises(ValueError, match="model must have full attention in every layer, got llama with a window"):
         bare_generator(model)
-    assert set(VIEWS) == set(MODEL_INPUTS)
 
 
 def cut(inputs, name, by=1):
@@ -275,5 +276,7 @@ def test_bad_inputs(model_type, spoil, message):
 def test_custom_generate_is_refused(bare_generator, family):
     """There transformers has encoded the images already, or repeats what has no row for each prompt."""
     model, _, make_inputs = family
-    with pytest.raises(ValueError, match=r"model must be an Mllama, got .*: call generator.generate"):
+    with pytest.raises(
+        ValueError, match=r"model must be one of \['mllama'\], got model_type .*: call generator.generate"
+    ):
         model.generate(**make_inputs(length=20, seed=0), custom_generate=bare_generator(model), max_new_tokens=4)

@@ -4,20 +4,22 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.jobs import Job, run
 from helpers.random_llava import FAMILIES
 from helpers.random_mllama import TINY_SHAPE, build_random_mllama, random_inputs
 from helpers.recording import Noting
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llava_cot.engine import replay, runner
-from llava_cot.engine.branch import Branch, Expand, Finish, SamplingParams
-from llava_cot.engine.capture import Recorder, Shape
+from llava_cot.core import Expand, Finish, Limit, SamplingParams
+from llava_cot.engine import graphs, runner
+from llava_cot.engine.branch import Branch
+from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.draw import Row, grow
 from llava_cot.engine.engine import Engine
-from llava_cot.engine.job import Job, Slot
-from llava_cot.engine.model import open_view
-from llava_cot.engine.window import Buffers, Window
+from llava_cot.engine.graphs import Recorder, Shape, StepBuffers, Window
+from llava_cot.engine.model import ModelView
+from llava_cot.engine.session import Slot
 from llava_cot.prompt import split_rows
 from llava_cot_kernels import backend
 from llava_cot_kernels.page_pool import PagePool
@@ -36,24 +38,19 @@ def searches() -> list[Any]:
     """Programs that fork, go on and go back, with limits that are no multiple of the steps between two looks."""
 
     def wide(root):
-        (first,) = yield [Expand(root, (1, 2, 3, 4, 5), WILD, 13, frozenset({0}))]
-        second = yield [Expand(branch, (6, 7), WILD, 1 + index, None) for index, branch in enumerate(first)]
-        (again,) = yield [Expand(first[1], (8,), WILD, 30, frozenset())]
+        (first,) = yield [Expand(root.id, (1, 2, 3, 4, 5), WILD, 13, frozenset({0}))]
+        second = yield [Expand(branch.id, (6, 7), WILD, 1 + index, None) for index, branch in enumerate(first)]
+        (again,) = yield [Expand(first[1].id, (8,), WILD, 30, frozenset())]
         return [*first, *(branch for kids in second for branch in kids), *again]
 
     def trimmed(root):
-        (found,) = yield [Expand(root, (11, 12, 13), WILD, 40, frozenset(), trims=frozenset({0, 1}))]
-        (more,) = yield [Expand(found[2], (14,), SamplingParams(temperature=0.0), 9, frozenset())]
+        (found,) = yield [Expand(root.id, (11, 12, 13), WILD, 40, frozenset(), trims=frozenset({0, 1}))]
+        (more,) = yield [Expand(found[2].id, (14,), SamplingParams(temperature=0.0), 9, frozenset())]
         return [*found, *more]
 
     def stopped(root):
-        asked: list[int] = []
-
-        def stop() -> bool:
-            asked.append(0)
-            return len(asked) == 6
-
-        (found,) = yield [Expand(root, (21, 22), WILD, 40, frozenset(), stop=stop)]
+        limit = Limit(generated_tokens=12)  # of both: six steps
+        (found,) = yield [Expand(root.id, (21, 22), WILD, 40, frozenset(), limit=limit)]
         return found
 
     return [wide, trimmed, stopped]
@@ -63,10 +60,10 @@ def job_of(model, program, seed: int = 0) -> Job:
     return Job(split_rows(random_inputs(model, length=9 + seed, ratio_id=6, seed=seed), model.config)[0], program)
 
 
-def run(model, tags, programs, steps_per_look: int) -> tuple[list[Job], Engine]:
-    engine = Engine(model, tags, page_size=4, num_pages=400, steps_per_look=steps_per_look)
+def run_all(model, tags, programs, steps_per_look: int) -> tuple[list[Job], Engine]:
+    engine = Engine(model, tags, config=EngineConfig(page_size=4, num_pages=400, steps_per_look=steps_per_look))
     jobs = [job_of(model, program, seed) for seed, program in enumerate(programs)]
-    engine.run(jobs)
+    run(engine, jobs)
     assert [job.error for job in jobs] == [None] * len(jobs)
     assert (engine.pages_in_use, engine.images_in_use) == (0, 0)
     return jobs, engine
@@ -84,8 +81,8 @@ def assert_same(found: list[Branch], expected: list[Branch]) -> None:
 @pytest.mark.parametrize("chosen", [[0], [1], [0, 1], [0, 1, 2]])
 def test_how_often_the_host_looks_changes_nothing(random_model, tags, chosen, steps_per_look):
     programs = [searches()[index] for index in chosen]
-    expected, _ = run(random_model, tags, programs, 1)
-    found, engine = run(random_model, tags, [searches()[index] for index in chosen], steps_per_look)
+    expected, _ = run_all(random_model, tags, programs, 1)
+    found, engine = run_all(random_model, tags, [searches()[index] for index in chosen], steps_per_look)
     assert engine.window.captured  # it was not by single steps
     for one, other in zip(expected, found):
         assert_same(other.result, one.result)
@@ -101,9 +98,9 @@ def test_how_often_the_host_looks_changes_nothing(random_model, tags, chosen, st
 @pytest.mark.parametrize("chosen", [[0], [1], [0, 1, 2]])
 def test_captured_graphs_draw_the_same(tags, chosen, backend):
     model = build_random_mllama(**TINY_SHAPE, seed=0).to(backend)
-    expected, _ = run(model, tags, [searches()[index] for index in chosen], 1)
+    expected, _ = run_all(model, tags, [searches()[index] for index in chosen], 1)
     for steps_per_look in (4, 5):  # the second engine captures on top of what the first has left
-        found, engine = run(model, tags, [searches()[index] for index in chosen], steps_per_look)
+        found, engine = run_all(model, tags, [searches()[index] for index in chosen], steps_per_look)
         assert engine.window.captured
         for one, other in zip(expected, found):
             assert_same(other.result, one.result)
@@ -120,17 +117,17 @@ def test_noted_steps_done_again_are_the_steps(monkeypatch, tags, family):
         model = build(seed=0)
         inputs = [make_inputs(model, length=21 + seed, seed=seed) for seed in range(3)]
 
-    def run(steps_per_look: int, replays: bool) -> tuple[list[Job], Engine]:
-        engine = Engine(model, tags, page_size=4, num_pages=400, steps_per_look=steps_per_look)
+    def run_noted(steps_per_look: int, replays: bool) -> tuple[list[Job], Engine]:
+        engine = Engine(model, tags, config=EngineConfig(page_size=4, num_pages=400, steps_per_look=steps_per_look))
         engine.runner.replays = replays
         jobs = [Job(split_rows(each, model.config)[0], program) for each, program in zip(inputs, searches())]
-        engine.run(jobs)
+        run(engine, jobs)
         assert [job.error for job in jobs] == [None] * len(jobs)
         return jobs, engine
 
-    expected, _ = run(1, False)
+    expected, _ = run_noted(1, False)
     monkeypatch.setattr(runner, "open_recorder", Noting)
-    found, engine = run(4, True)
+    found, engine = run_noted(4, True)
     assert engine.window.captured and engine.runner.replay.captured
     for one, other in zip(expected, found):
         assert_same(other.result, one.result)
@@ -141,27 +138,29 @@ def test_what_was_taken_for_later_steps_is_given_back(random_model, tags):
     seen: list[Branch] = []
 
     def program(root):
-        (found,) = yield [Expand(root, (1, 2, 3, 4), WILD, 60, frozenset({0}))]
+        (found,) = yield [Expand(root.id, (1, 2, 3, 4), WILD, 60, frozenset({0}))]
         seen.extend(found)
         assert {branch.finish for branch in found} >= {Finish.TAG}
         assert [engine.pool.length(branch.seq) for branch in found] == [branch.length - 1 for branch in found]
         return found
 
-    engine = Engine(random_model, tags, page_size=2, num_pages=400, steps_per_look=16)
+    engine = Engine(random_model, tags, config=EngineConfig(page_size=2, num_pages=400, steps_per_look=16))
     job = job_of(random_model, program)
-    engine.run([job])
+    run(engine, [job])
     assert job.error is None and seen
 
 
 def test_too_few_pages_for_several_steps_are_enough_for_one(random_model, tags):
     def program(root):
-        (found,) = yield [Expand(root, (1, 2), WILD, 12, frozenset())]
+        (found,) = yield [Expand(root.id, (1, 2), WILD, 12, frozenset())]
         return found
 
-    roomy = Engine(random_model, tags, page_size=1, num_pages=400)
-    roomy.run([expected := job_of(random_model, program)])
-    tight = Engine(random_model, tags, page_size=1, num_pages=roomy.runner.peak_pages, steps_per_look=64)
-    tight.run([found := job_of(random_model, program)])
+    roomy = Engine(random_model, tags, config=EngineConfig(page_size=1, num_pages=400))
+    run(roomy, [expected := job_of(random_model, program)])
+    tight = Engine(
+        random_model, tags, config=EngineConfig(page_size=1, num_pages=roomy.runner.peak_pages, steps_per_look=64)
+    )
+    run(tight, [found := job_of(random_model, program)])
     assert found.error is None
     assert_same(found.result, expected.result)
 
@@ -169,7 +168,7 @@ def test_too_few_pages_for_several_steps_are_enough_for_one(random_model, tags):
 def test_logits_without_a_largest_value_are_an_error(tags):
     """As the sampler tells it where it raises nothing: by token -1."""
     branch = Branch(None, 0, 5)
-    slot = Slot(branch, Expand(branch, (1,), WILD, 3))
+    slot = Slot(branch, Expand(branch.id, (1,), WILD, 3))
     nothing = Row(-1, 0, -1, 0, 0.0, 0.0, 0.0, 0.0)
     with pytest.raises(ValueError, match="logits must have a finite largest value"):
         grow([slot], [nothing], frozenset(), tags, PagePool(1, 1))
@@ -198,13 +197,13 @@ def test_a_step_needs_no_host(monkeypatch, tags, family, prefixes):
     """On tensors without data a value cannot be looked at, and what comes from the host is seen: it can be captured."""
     monkeypatch.setattr(backend, "available", lambda op, device_type: ("native",))
     model = build_random_mllama(**TINY_SHAPE, seed=0) if family == "mllama" else FAMILIES[family][0](seed=0)
-    view = open_view(model.to("meta"), 16, 32)
+    view = ModelView(model.to("meta"), EngineConfig(num_pages=32))
     window = Window(view, Recorder(), tags.to("meta"), frozenset({2}), 4)
     shape = Shape(rows=8, pages=16, segments=4, prefixes=prefixes)
-    buffers, others = Buffers(shape, 4, len(tags.tags), view.device), replay.Buffers(shape, view)
+    buffers, others = StepBuffers(shape, 4, len(tags.tags), view.device), graphs.PassBuffers(shape, view)
     with torch.inference_mode(), _Watch() as watch:
         window.step(buffers)
-        replay.Replay(view, Recorder()).step(others)
+        graphs.Replay(view, Recorder()).step(others)
     assert watch.with_host == [] and watch.count > 100
     with pytest.raises(RuntimeError), torch.inference_mode():
         buffers.token.tolist()  # or a look would have gone unnoticed

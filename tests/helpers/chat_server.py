@@ -83,14 +83,14 @@ class Handler(BaseHTTPRequestHandler):
             headers = {"retry-after": "0.7"} if fault == "429" else {}
             self._send(int(fault), json.dumps({"error": {"message": f"scripted {fault}"}}), headers)
         elif fault == "hang":
-            time.sleep(3)
+            self.rfile.read(1)  # until the client has gone
             self.close_connection = True
         elif fault == "drip":
             self.send_response(200)
             self.send_header("content-type", "application/json")
-            self.send_header("content-length", "100")
+            self.send_header("content-length", "1000000")
             self.end_headers()
-            for _ in range(15):
+            while True:  # until the client has gone
                 time.sleep(0.2)
                 self.wfile.write(b" ")
         elif fault == "reset":

@@ -26,7 +26,7 @@ def start_ranks(world_size: int, function: Callable, *args: Any) -> list[Any]:
     return processes
 
 
-def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 1800) -> list[Any]:
     """What the function returned on each rank; fails with the traceback of a rank that raised."""
     place = Path(tempfile.mkdtemp())
     processes = start_ranks(world_size, _keep_result, place, function, args)
@@ -42,6 +42,7 @@ def run_ranks(world_size: int, function: Callable, *args: Any, timeout: float = 
 
 
 def _work(rank: int, world_size: int, place: str, function: Callable, args: tuple) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # of data loaders, as in what torchrun starts
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{place}/store", rank=rank, world_size=world_size)
     function(*args)

@@ -6,7 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from llava_cot.engine.capture import Recorder, Step
+from llava_cot.engine.graphs import Recorder, Step
 
 
 class Recording(TorchDispatchMode):

@@ -3,8 +3,9 @@
 ``PublishedWay`` is what the authors' script does: every candidate is its own ``generate`` call at batch 1, which
 encodes the image and the whole prefix again and decodes the text after every token to look for a closing tag.
 ``CachedWay`` is the careful version of the same loop: the prompt's cache, image included, is kept and copied, and the
-candidates of one parent run as a batch of transformers' own. Both draw with the package's seeded sampler, so that they
-can be compared token for token.
+candidates of one parent run as a batch of transformers' own. ``PaddedWay`` is for tests of many questions: all their
+candidates of a moment are one left-padded batch of transformers' own, each of them from pixels. All draw with the
+package's seeded sampler, so that they can be compared token for token.
 """
 
 import copy
@@ -44,8 +45,8 @@ class Counts:
 class SeededDraw(LogitsProcessor):
     """Leaves one token possible in each row: the one that this row's seed draws."""
 
-    def __init__(self, seeds, params, backend):
-        self.seeds, self.params, self.backend = torch.tensor(seeds), params, backend
+    def __init__(self, seeds, params, backend, padding=0):
+        self.seeds, self.params, self.backend, self.padding = torch.tensor(seeds), params, backend, padding
         self.logprobs, self.gaps = [], []
 
     def __call__(self, input_ids, scores):
@@ -57,7 +58,7 @@ class SeededDraw(LogitsProcessor):
             top_p=p.top_p,
             min_p=p.min_p,
             seed=self.seeds.to(scores.device),
-            position=input_ids.shape[1],
+            position=input_ids.shape[1] - self.padding,
             backend=self.backend,
         )
         self.logprobs.append(drawn.logprob.tolist())
@@ -153,6 +154,49 @@ class CachedWay(PublishedWay):
         return self._generate(prefix, seeds, params, limit, stop_at_tags, {"past_key_values": cache})
 
 
+class PaddedWay(PublishedWay):
+    """One ``generate`` call for the candidates of many questions. What was drawn once is not drawn again."""
+
+    def __init__(self, model, tokenizer, questions, backend="reference"):
+        self.model, self.tokenizer, self.questions, self.backend = model, tokenizer, questions, backend
+        self.drawn = {}
+
+    def draw_all(self, asked, params):
+        """The candidates of each ``(question, prefix, seeds, limit)``."""
+        wanted = [[(at, tuple(prefix), seed, limit, params) for seed in seeds] for at, prefix, seeds, limit in asked]
+        new = [candidate for row in wanted for candidate in row if candidate not in self.drawn]
+        if new:
+            self.drawn.update(zip(new, self._generate_all(new, params), strict=True))
+        return [[self.drawn[candidate] for candidate in row] for row in wanted]
+
+    def _generate_all(self, candidates, params):
+        questions, prefixes, seeds, limits, _ = zip(*candidates)
+        inputs = [self.questions[at] for at in questions]
+        ids = [torch.cat([i["input_ids"][0], torch.tensor(p, dtype=torch.int64)]) for i, p in zip(inputs, prefixes)]
+        masks = [i["cross_attention_mask"][0] for i in inputs]
+        masks = [torch.cat([m, m[-1:].expand(len(row) - len(m), -1, -1)]) for m, row in zip(masks, ids)]
+        lengths = torch.tensor([len(row) for row in ids])
+        start = int(lengths.max())
+        draw = SeededDraw(seeds, params, self.backend, padding=start - lengths)
+        out = self.model.generate(
+            input_ids=_pad_left(ids),
+            attention_mask=_pad_left([torch.ones_like(row) for row in ids]),
+            cross_attention_mask=_pad_left(masks),
+            **{k: torch.cat([i[k] for i in inputs]) for k in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")},
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            max_new_tokens=max(limits),
+            logits_processor=[draw],
+            stopping_criteria=[StopOnTags(self.tokenizer, start)],
+        )
+        return [self._text(row, out[row, start : start + limit].tolist(), draw) for row, limit in enumerate(limits)]
+
+
+def _pad_left(rows):
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+
+
 @dataclass
 class PlainNode:
     id: int
@@ -191,21 +235,54 @@ def mean_logprob(nodes):
 
 
 def swires(way, config, *, cutoff, seed, score=mean_logprob):
-    """The search, written down again from the paper: ``cutoff(stage)`` is a number or None."""
+    """The search on one question."""
+    search = plain_swires(config, cutoff, seed, score)
+    asked = next(search)
+    while True:
+        try:
+            asked = search.send([way.draw(prefix, seeds, config.params(), limit) for prefix, seeds, limit in asked])
+        except StopIteration as end:
+            return end.value
+
+
+def swires_of_all(way, config, *, cutoff, seed, score=mean_logprob):
+    """The same search on each question of a ``PaddedWay``."""
+    searches = [plain_swires(config, cutoff, seed, score) for _ in way.questions]
+    results = [None] * len(searches)
+    asked = {at: next(search) for at, search in enumerate(searches)}
+    while asked:
+        drawn = iter(way.draw_all([(at, *one) for at, many in asked.items() for one in many], config.params()))
+        for at, many in list(asked.items()):
+            try:
+                asked[at] = searches[at].send([next(drawn) for _ in many])
+            except StopIteration as end:
+                results[at] = end.value
+                del asked[at]
+    return results
+
+
+def plain_swires(config, cutoff, seed, score):
+    """The search, written down again from the paper: ``cutoff(stage)`` is a number or None.
+
+    Yields what it asks for, ``(prefix, seeds, limit)`` for each parent of a stage, and is sent the texts of each.
+    """
     result, known = Result(), {}
     parents = {"SUMMARY": [None]}
     pools = {stage: [] for stage in ORDER}
     at, round_ = 0, 1
     while True:
         stage = ORDER[at]
-        new = []
+        count = max(1, config.candidates[stage] // len(parents[stage]))
+        asked = []
         for parent in parents[stage]:
             prefix = parent.tokens() if parent else []
-            count = max(1, config.candidates[stage] // len(parents[stage]))
             parent_id = parent.id if parent else 0
             seeds = [candidate_seed(seed, stage, round_, parent_id, index) for index in range(count)]
             limit = min(config.max_new_tokens - len(prefix), config.max_stage_tokens.get(stage, config.max_new_tokens))
-            for index, text in enumerate(way.draw(prefix, seeds, config.params(), limit)):
+            asked.append((prefix, seeds, limit))
+        new = []
+        for parent, texts in zip(parents[stage], (yield asked), strict=True):
+            for index, text in enumerate(texts):
                 new.append(PlainNode(len(result.nodes) + len(new) + 1, parent, stage, round_, index, text))
         result.nodes += new
         whole = stage == "CONCLUSION" and config.final_scope == "path"

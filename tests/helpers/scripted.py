@@ -1,11 +1,12 @@
-"""Search policies without an engine: every request is answered from a script."""
+"""A back end without a model: every request is answered from a script."""
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llava_cot.engine.branch import Branch, Finish
+from llava_cot.core import Continuation, Feature, Finish, Usage
+from llava_cot.search.drive import Drive
 from llava_cot.search.search import Search
 from llava_cot.search.tree import Node
 from llava_cot.stages import LLAVA_COT, STAGES
@@ -51,6 +52,45 @@ class Play:
 Script = Callable[[str | None, int, int, int], Draft]  # (stage, round, parent among its stage's parents, index)
 
 
+class ScriptedSession:
+    """A session whose continuations come from ``draw(session, request, parent, index)``."""
+
+    def __init__(self, draw):
+        self.root, self.usage, self.prompt_tokens = 0, Usage(), PROMPT_LENGTH
+        self.growing: list[tuple[int, ...]] = []
+        self.by_id = {0: Continuation(0, -1)}
+        self.requests: list = []
+        self.is_closed = False
+        self._draw = draw
+
+    def ask(self, requests, done):
+        self.requests += requests
+        done(
+            [
+                [self._add(request, at, index) for index in range(len(request.seeds))]
+                for at, request in enumerate(requests)
+            ]
+        )
+
+    def close(self):
+        self.is_closed = True
+
+    def _add(self, request, at, index):
+        drawn = replace(self._draw(self, request, at, index), id=len(self.by_id))
+        self.by_id[drawn.id] = drawn
+        self.usage.generated_tokens += len(drawn.tokens)
+        return drawn
+
+
+class ScriptedBackend:
+    """``open(draw)`` is a session of that script."""
+
+    features = frozenset({Feature.SEEDS, Feature.TOKEN_IDS, Feature.LOGPROBS, Feature.ENTROPIES})
+
+    def open(self, prompt):
+        return ScriptedSession(prompt)
+
+
 def play(
     policy,
     make_config,
@@ -71,18 +111,10 @@ def play(
     def decode(tokens):
         return texts.get(tokens[-1], str(tokens))
 
-    root = Branch(None, 0, PROMPT_LENGTH)
-    played = Play(Search(root, decode, seed, max_new_tokens, calibration, grammar=grammar))
-    played.search.on_event = played.events.append
-
-    def scorer(spans):
-        played.scored.append(list(spans))
-        return wrong_scores or [scores[span.tokens[-1]] for span in spans]
-
-    def candidate(request, parent, index) -> Branch:
-        tags, ancestor = [], request.parent
-        while ancestor.parent is not None:
-            tags, ancestor = [ancestor.tag, *tags], ancestor.parent
+    def candidate(session, request, parent, index) -> Continuation:
+        tags, ancestor = [], session.by_id[request.parent]
+        while ancestor.id != session.root:
+            tags, ancestor = [ancestor.tag, *tags], session.by_id[ancestor.parent]
         depth = len(tags)
         if grammar is LLAVA_COT:
             stage = STAGES[depth].value if request.stops and depth < len(STAGES) else None
@@ -95,24 +127,38 @@ def play(
         scores[token] = draft.score
         if draft.text is not None:
             texts[token] = draft.text
-        branch = Branch(request.parent, 0, request.parent.length + length, seed=request.seeds[index])
-        branch.tokens, branch.logprobs, branch.entropies = [token] * length, [draft.logprob] * length, [1.0] * length
-        branch.finish = Finish.LENGTH if cut else draft.finish
-        if branch.finish is Finish.TAG:
-            branch.tag = depth if draft.tag is None else draft.tag
+        finish = Finish.LENGTH if cut else draft.finish
+        tag = -1
+        if finish is Finish.TAG:
+            tag = depth if draft.tag is None else draft.tag
             if draft.closes is not None:
-                branch.tag = grammar.names.index(draft.closes)
-        return branch
+                tag = grammar.names.index(draft.closes)
+        tokens, seed = (token,) * length, request.seeds[index]
+        return Continuation(
+            -1,
+            request.parent,
+            tokens,
+            decode(tokens),
+            logprobs=(draft.logprob,) * length,
+            entropies=(1.0,) * length,
+            finish=finish,
+            tag=tag,
+            seed=seed,
+        )
 
-    coroutine, reply = policy(played.search, make_config(scorer=scorer)), None
-    while True:
-        try:
-            requests = coroutine.send(reply)
-        except StopIteration as stop:
-            played.result = stop.value[0] if isinstance(stop.value, list) else stop.value
-            return played
-        played.requests += requests
-        reply = [
-            [candidate(request, parent, index) for index in range(len(request.seeds))]
-            for parent, request in enumerate(requests)
-        ]
+    session = ScriptedBackend().open(candidate)
+    played = Play(
+        Search(session, decode, seed, max_new_tokens, calibration, grammar=grammar), requests=session.requests
+    )
+    played.search.on_event = played.events.append
+
+    def scorer(spans):
+        played.scored.append(list(spans))
+        return wrong_scores or [scores[span.tokens[-1]] for span in spans]
+
+    drive = Drive(session, policy(played.search, make_config(scorer=scorer)))
+    assert drive.done and session.is_closed
+    if drive.error:
+        raise drive.error
+    played.result = drive.result[0] if isinstance(drive.result, list) else drive.result
+    return played

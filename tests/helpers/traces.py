@@ -2,18 +2,16 @@
 
 import itertools
 import math
-from dataclasses import asdict
 
 from helpers.scripted import PROMPT_LENGTH, Draft, Play, play
-from llava_cot.engine.branch import Finish
-from llava_cot.engine.budget import Budget
-from llava_cot.engine.job import Usage
+from llava_cot.core import Finish, Usage
 from llava_cot.search import SentenceBeamConfig, SwiresConfig
+from llava_cot.search.budget import Budget
 from llava_cot.search.run import run as run_search
 from llava_cot.search.sentence_beam import sentence_beam
 from llava_cot.search.swires import swires
-from llava_cot.search.tree import TRACE_VERSION, Trace
 from llava_cot.stages import Grammar
+from llava_cot.trace import Trace, trace_data
 
 HOSTILE = "</script><script>alert(1)</script><!-- <b><img src=x onerror=alert(2)> <details> & 'a' \"b\" 👩‍🚀🎉"
 LONG = "word " * 1999 + "<end>"  # 10,000 characters
@@ -37,37 +35,38 @@ def run(policy, make_config, script, *, budget: Budget | None = None, grammar: G
     return played
 
 
-def trace_of(played, name="swires", question=f"How many? {HOSTILE}", config=None) -> Trace:
+def trace_of(played, name="swires", question=f"How many? {HOSTILE}", config=None, error=None) -> Trace:
     search = played.search
-    answers = played.result if isinstance(played.result, list) else [played.result]
+    result = played.result or []
+    answers = result if isinstance(result, list) else [result]
     nodes = search.nodes[1:]
     usage = Usage(
         prompt_tokens=PROMPT_LENGTH,
         decoded_tokens=7,
-        generated_tokens=sum(len(node.branch.tokens) for node in nodes),
+        generated_tokens=sum(len(node.tokens) for node in nodes),
         generations=len(nodes),
         image_encodings=1,
         scorer_calls=search.usage.scorer_calls,
         steps=5,
         seconds=nodes[-1].seconds,
     )
-    return Trace(
-        {
-            "version": TRACE_VERSION,
-            "question": question,
-            "search": name,
-            "config": config,
-            "grammar": search.grammar.to_dict(),
-            "seed": 3,
-            "bos": "one",
-            "calibration": None,
-            "prompt_tokens": PROMPT_LENGTH,
-            **search.to_dict(),
-            "answer": answers[0].id,
-            "answers": [node.id for node in answers],
-            "usage": asdict(usage),
-        }
+    data = trace_data(
+        model="",
+        versions={},
+        question=question,
+        search=name,
+        config=config or {},
+        grammar=search.grammar,
+        seed=3,
+        bos="one",
+        calibration=None,
+        prompt_tokens=PROMPT_LENGTH,
+        **search.to_dict(),
+        answers=[node.id for node in answers],
+        usage=usage,
+        error=error,
     )
+    return Trace(data)
 
 
 def two_retraces() -> Trace:
@@ -141,3 +140,30 @@ def spent() -> Trace:
     budget = Budget(scorer_calls=10)
     played = run(swires, lambda scorer: SwiresConfig(scorer=scorer, cutoff=0.0), script, budget=budget)
     return trace_of(played, config={"budget": budget.limits()})
+
+
+def failed() -> Trace:
+    """A search whose scorer raises at REASONING for every candidate, so that there is no answer."""
+
+    def script(stage, round, parent, index):
+        return Draft(0.5 - index / 10, text=f"<{stage}> {index} {HOSTILE} </{stage}>", length=2)
+
+    searches = []
+
+    def config(scorer):
+        def failing(spans):
+            if spans[0].stage == "REASONING":
+                raise RuntimeError(f"out of\nmemory {HOSTILE}")
+            return scorer(spans)
+
+        return SwiresConfig(scorer=failing, cutoff=0.0)
+
+    def running(search, config):
+        searches.append(search)
+        return run_search(search, lambda search: swires(search, config))
+
+    try:
+        play(running, config, script)
+    except RuntimeError as error:
+        return trace_of(Play(searches[0]), error=error)
+    raise AssertionError("the search must fail")

@@ -177,8 +177,7 @@ def run_op(logits: torch.Tensor, row: list[int], tags: StageTags | None = None, 
     for name, value in parameters.items():
         arguments[1 + names.index(name)].fill_(value)
     OPS["native"].sample(*arguments)
-    token, logprob, sampling_logprob, *rest = arguments[12:]
-    return SampleOutput(token, logprob, rest[0], sampling_logprob, *rest[1:])
+    return SampleOutput(*arguments[12:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

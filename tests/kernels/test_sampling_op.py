@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from llava_cot_kernels.sampling import sample
+from llava_cot_kernels.sampling import SampleOutput, sample
 from llava_cot_kernels.stage_tags import StageTags
 
 
@@ -23,13 +23,18 @@ def test_every_output_is_written():
     logits[1] = torch.nan
     arguments = op_arguments(logits, [0, 1, -1, 2])
     torch.ops.llava_cot_kernels.sample(*arguments)
-    token, logprob, sampling_logprob, entropy, tag_state, tag, overhang, status = arguments[12:]
-    assert (token[[0, 3]] >= 0).all() and token[[1, 2]].tolist() == [-1, -1]
-    for scores in (logprob, sampling_logprob, entropy):
+    out = SampleOutput(*arguments[12:])
+    assert (out.token[[0, 3]] >= 0).all() and out.token[[1, 2]].tolist() == [-1, -1]
+    for scores in (out.logprob, out.entropy, out.sampling_logprob):
         assert scores.isfinite().all() and scores[[1, 2]].tolist() == [0, 0]
-    assert status.tolist() == [0, 1, 0, 0]
-    assert tag_state.tolist() == overhang.tolist() == [0] * 4
-    assert tag.tolist() == [-1] * 4
+    assert out.status.tolist() == [0, 1, 0, 0]
+    assert out.tag_state.tolist() == out.overhang.tolist() == [0] * 4
+    assert out.tag.tolist() == [-1] * 4
+
+
+def test_the_schema_lists_the_outputs_in_their_public_order():
+    names = [argument.name for argument in torch.ops.llava_cot_kernels.sample.default._schema.arguments]
+    assert tuple(names[12:]) == SampleOutput._fields
 
 
 @pytest.mark.parametrize("tagged", [False, True])

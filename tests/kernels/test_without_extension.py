@@ -92,6 +92,17 @@ def test_the_error_says_how_to_build_it():
         assert error.endswith(f"): {HOW}")
 
 
+def test_the_command_says_it_in_one_line():
+    code = HIDDEN + "from llava_cot.cli import main\nmain()"
+    command = [sys.executable, "-c", code, "answer", "image.png", "How many?"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(
+        "error: llava_cot_kernels needs its compiled extension, which could not be imported ("
+    )
+    assert done.stderr.endswith(f"): {HOW}\n") and done.stderr.count("\n") == 1
+
+
 def test_the_error_says_why_a_built_extension_does_not_load(tmp_path):
     """For instance after torch was replaced: here the file is no library at all."""
     shutil.copytree(PACKAGE, tmp_path / PACKAGE.name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))

@@ -8,7 +8,7 @@ from importlib.resources import files
 import pytest
 from helpers.page import Page, ask, browse, needs_browser
 from helpers.scripted import Draft, play
-from helpers.traces import HOSTILE, LONG, loop, run, sentences, spent, trace_of, two_retraces
+from helpers.traces import HOSTILE, LONG, failed, loop, run, sentences, spent, trace_of, two_retraces
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,6 +20,7 @@ from llava_cot.report.view import read
 from llava_cot.search import BestOfNConfig, SwiresConfig
 from llava_cot.search.best_of_n import best_of_n
 from llava_cot.search.swires import swires
+from llava_cot.trace import parse_trace
 
 REASONS = (
     "↩ REASONING failed in round 1: back to CAPTION, round 2",
@@ -37,7 +38,7 @@ def trace():
 
 @pytest.fixture(scope="module")
 def page(trace):
-    return to_html(trace.data, image=Image.new("RGB", (32, 32), "red"), gold="9 & 10")
+    return to_html(trace, image=Image.new("RGB", (32, 32), "red"), gold="9 & 10")
 
 
 def test_it_shows_both_retraces_and_why(page):
@@ -79,31 +80,31 @@ def test_it_loads_nothing(page):
 
 
 def test_it_is_a_pure_function_and_json_is_the_same_trace(trace, page):
-    assert to_html(trace.data) == to_html(trace.data) == to_html(json.loads(trace.to_json()))
+    assert to_html(trace) == to_html(trace) == to_html(parse_trace(trace.to_json()))
     assert len(page.encode()) < 1_000_000
 
 
 def test_a_photo_stays_small(trace):
     noise = Image.effect_noise((2000, 1500), 100).convert("RGBA")
-    assert len(to_html(trace.data, image=noise)) < 1_000_000
+    assert len(to_html(trace, image=noise)) < 1_000_000
 
 
 @pytest.mark.parametrize("worst", [-math.inf, math.nan])
 def test_infinities_go_through_json(worst):
     script = lambda stage, round, parent, index: Draft(worst if index else 1.0)  # noqa: E731
     trace = trace_of(play(swires, lambda scorer: SwiresConfig(scorer=scorer, cutoff=math.inf), script))
-    page = to_html(json.loads(trace.to_json()))
-    assert page == to_html(trace.data) and "−∞" in page and "cutoff ∞" in page
+    page = to_html(parse_trace(trace.to_json()))
+    assert page == to_html(trace) and "−∞" in page and "cutoff ∞" in page
 
 
 def test_whole_answers_have_a_column_of_their_own():
     played = play(best_of_n, lambda scorer: BestOfNConfig(scorer=scorer), lambda *place: Draft(text="just <this>"))
-    page = Page(to_html(trace_of(played, "best_of_n", None).data, question="Why?"))
+    page = Page(to_html(trace_of(played, "best_of_n", None), question="Why?"))
     assert "ANSWERS" in page.text and "just <this>" in page.text and "Why?" in page.text
 
 
 def test_half_characters_are_no_error(trace):
-    to_html(trace.data, gold="\ud83d").encode()
+    to_html(trace, gold="\ud83d").encode()
 
 
 def test_words_that_the_kept_sibling_has_not():
@@ -128,12 +129,12 @@ def test_a_notebook_shows_it_in_a_frame(trace):
     frame = Page(trace._repr_html_())
     ((tag, attributes),) = frame.elements
     assert tag == "iframe" and attributes["sandbox"] == "allow-scripts"
-    assert attributes["srcdoc"] == to_html(trace.data) == trace.to_html()
+    assert attributes["srcdoc"] == to_html(trace) == trace.to_html()
 
 
 def test_another_grammar_has_its_own_columns_tags_and_conclusion():
     trace = loop()
-    page = to_html(trace.data, gold="0.0")
+    page = to_html(trace, gold="0.0")
     parsed = Page(page)
     for part in ("PLAN · step 1", "LOOK · step 2", "PLAN · step 3", "SAY · step 4", "answer0gold0.0 ✓ the same"):
         assert part in parsed.text
@@ -146,13 +147,26 @@ def test_another_grammar_has_its_own_columns_tags_and_conclusion():
 
 
 def test_a_spent_budget_is_shown_with_what_was_finished_greedily():
-    parsed = Page(to_html(spent().data))
+    parsed = Page(to_html(spent()))
     assert parsed.text.count("scorer calls: 8 of 10; #13 is what was finished greedily") == 2  # in the head and below
     assert "FINISHED GREEDILY" in parsed.text and "★ winner" in parsed.cards["n13"]
 
 
+def test_a_failed_search_is_shown_as_far_as_it_came():
+    trace = failed()
+    parsed = Page(to_html(trace, gold="4"))
+    assert f"failed✗ RuntimeError: out of memory {HOSTILE}" in parsed.text and "gold4" in parsed.text
+    assert "the same" not in parsed.text and "malformed" not in parsed.text
+    assert "winner" not in "".join(parsed.cards.values())
+    assert len(parsed.cards) == len(trace.data["nodes"]) == 12 and not parsed.open
+    assert parsed.scripts == ["".join(SCRIPTS)] and sum(tag in ("img", "script") for tag, _ in parsed.elements) == 1
+    assert "⚠ no score: RuntimeError" in parsed.cards[f"n{trace.data['nodes'][-1]['id']}"]
+    started = parse_trace(json.loads(trace.to_json()) | {"nodes": [], "events": []})
+    assert "failed✗ RuntimeError" in Page(to_html(started)).text  # before it drew anything
+
+
 def test_sentences_stand_side_by_side_in_one_column():
-    page = to_html(sentences().data)
+    page = to_html(sentences())
     assert 'class="board only"' in page and "PARTS OF ANSWERS" in page and page.count("<h3") == 7
     assert "★ winner, kept in round 7" in page and "⤴ also in the pool of round 3, 4, 5, 6, 7" in page
 
@@ -160,7 +174,7 @@ def test_sentences_stand_side_by_side_in_one_column():
 def test_what_a_scorer_tells_is_a_fact():
     data = json.loads(two_retraces().to_json())
     data["nodes"][1]["notes"] = {"<b>judge": 0.25, "confidence": "-inf"}
-    assert "scores: <b>judge 0.250 · confidence −∞" in Page(to_html(data)).cards["n2"]
+    assert "scores: <b>judge 0.250 · confidence −∞" in Page(to_html(parse_trace(data))).cards["n2"]
 
 
 def test_many_long_candidates_stay_small():
@@ -168,7 +182,7 @@ def test_many_long_candidates_stay_small():
         return Draft(1.0 if index == 50 else 0.0, text="<&>'\" 🎉 </script>" * 600 if index == 7 else f"short {index}")
 
     played = run(best_of_n, lambda scorer: BestOfNConfig(scorer=scorer, n=100), script)
-    page = to_html(trace_of(played, "best_of_n").data)
+    page = to_html(trace_of(played, "best_of_n"))
     assert len(page.encode()) < 1_000_000 and len(Page(page).cards) == 100
 
 
@@ -216,16 +230,17 @@ def test_no_text_becomes_markup(data):
     for event in trace["events"]:
         if event["event"] == "retraced":
             event |= {"stage": draw(), "to": draw(), "reason": draw()}
-    page = to_html(trace, gold=draw())
+    read = parse_trace(trace)
+    page = to_html(read, gold=draw())
     parsed = Page(page)
     assert not parsed.open and parsed.scripts == ["".join(SCRIPTS)] and "img" not in parsed.names
-    assert set(parsed.names) <= set(Page(to_html(two_retraces().data, gold="")).names) | {"details", "summary", "mark"}
+    assert set(parsed.names) <= set(Page(to_html(two_retraces(), gold="")).names) | {"details", "summary", "mark"}
     assert not any(name.startswith("on") for _, attributes in parsed.elements for name in attributes)
     links = [attributes["href"] for tag, attributes in parsed.elements if tag == "a"]
     assert all(re.fullmatch(r"#n\d+", link) for link in links)
     page.encode()
     assert not re.search("[\0-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]", page)
-    to_tree(trace)
+    to_tree(read)
 
 
 @needs_browser
@@ -273,7 +288,7 @@ def test_both_arrows_and_their_reasons_are_seen(page, tmp_path, is_dark):
     first, second = ask(file, SEEN, f"--blink-settings=preferredColorScheme={0 if is_dark else 1}")
     assert first["seen"] and first["text"] == list(REASONS[:2])
     assert second["seen"] and second["text"] == list(REASONS[2:])
-    headings = read(two_retraces().data).headings
+    headings = read(two_retraces()).headings
     assert [headings[first[part]] for part in ("start", "end", "head")] == ["REASONING", "CAPTION", "CAPTION"]
     assert [headings[second[part]] for part in ("start", "end", "head")] == ["CAPTION"] * 3
     ink, paper, arrow = (sum(map(int, re.findall(r"\d+", color)[:3])) for color in first["colors"])

@@ -6,21 +6,22 @@ from html import unescape
 
 import pytest
 from helpers.page import Page, ask, needs_browser
-from helpers.traces import HOSTILE, loop, sentences, spent, two_retraces
+from helpers.traces import HOSTILE, failed, loop, sentences, spent, two_retraces
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_cot.report.index import to_index
 from llava_cot.report.summary import Entry, summarise, totals
+from llava_cot.trace import parse_trace
 
 
 def entries():
     return [
-        Entry(two_retraces().data, "4 & 5", "00001.html"),
-        Entry(loop().data, "seven", "a #b?.html"),
-        Entry(sentences().data),
+        Entry(two_retraces(), "4 & 5", "00001.html"),
+        Entry(loop(), "seven", "a #b?.html"),
+        Entry(sentences()),
         Entry(None, source=HOSTILE, error="not JSON"),
-        Entry(spent().data, 'x" onload="y'),
+        Entry(spent(), 'x" onload="y'),
     ]
 
 
@@ -54,14 +55,24 @@ def test_a_row_for_each_trace():
 
 
 def test_what_is_no_trace_is_a_row_that_says_so():
-    row = summarise(Entry({"version": 1}, source="a.json", href="00001.html"))
-    assert row.error == "trace must be a search's trace of version 3, got version 1"
-    assert row.source == "a.json" and row.href is None
+    row = summarise(Entry(None, source="a.json", href="00001.html", error="trace.version must be 4, got 1"))
+    assert row.error == "trace.version must be 4, got 1" and row.source == "a.json" and row.href is None
+
+
+def test_a_failed_search_is_a_row_with_a_page_and_is_never_right():
+    entry = Entry(failed(), "4", "00001.html")
+    row = summarise(entry)
+    assert row.error is None and row.failure.startswith("RuntimeError: out of memory") and row.is_right is False
+    page = to_index([entry, Entry(spent(), "7"), Entry(None, error="not JSON")])
+    kinds, cells = rows_of(page)[0]
+    assert kinds == ["wrong", "failed"] and '<a href="00001.html">' in cells[1]
+    assert unescape(cells[2]) == f"✗ failed: {row.failure}"
+    assert "2 traces · 50.0% of 2 right · 0 retraced · 0 malformed · 1 failed · 1 could not be read" in Page(page).text
 
 
 def test_totals_are_of_what_could_be_read():
     all = totals("all", [summarise(entry) for entry in entries()])
-    assert (all.traces, all.failed, all.known, all.right, all.retraced, all.malformed) == (4, 1, 3, 1, 2, 2)
+    assert (all.traces, all.unread, all.known, all.right, all.retraced, all.malformed) == (4, 1, 3, 1, 2, 2)
     assert all.accuracy == "33.3% of 3" and totals("none", []).accuracy == "–" and totals("none", []).wasted == 0
 
 
@@ -78,7 +89,7 @@ def test_a_row_is_small_whatever_its_trace_is():
     data = json.loads(spent().to_json())
     data["question"] = "x" * 100_000
     data["nodes"][-1]["text"] = "y" * 100_000
-    page = to_index([Entry(data, "z" * 100_000)])
+    page = to_index([Entry(parse_trace(data), "z" * 100_000)])
     assert "x" * 300 + "…" in page and len(page) < 20_000
 
 
@@ -92,8 +103,10 @@ words = st.one_of(
 def test_no_text_becomes_markup(question, answer, gold, href, source, error):
     data = json.loads(spent().to_json())
     data["question"], data["nodes"][-1]["text"] = question, answer
-    page = to_index([Entry(data, gold, href, source), Entry(None, source=source, error=error)], title=question)
-    parsed, plain = Page(page), Page(to_index([Entry(spent().data, "7", "a.html"), Entry(None)]))
+    page = to_index(
+        [Entry(parse_trace(data), gold, href, source), Entry(None, source=source, error=error)], title=question
+    )
+    parsed, plain = Page(page), Page(to_index([Entry(spent(), "7", "a.html"), Entry(None)]))
     assert not parsed.open and parsed.names == plain.names and parsed.scripts == plain.scripts
     (link,) = (attributes["href"] for tag, attributes in parsed.elements if tag == "a")
     assert not re.match(r"\s*[a-z]+:", link or "")
@@ -160,4 +173,4 @@ def test_filters_text_sorting_and_keys_in_a_browser(tmp_path):
 
 @pytest.mark.parametrize("gold, is_right", [(None, None), ("7.0", True), ("(7)", True), ("8", False)])
 def test_right_is_what_means_the_same(gold, is_right):
-    assert summarise(Entry(spent().data, gold)).is_right is is_right
+    assert summarise(Entry(spent(), gold)).is_right is is_right

@@ -10,7 +10,6 @@ from helpers.traces import loop, spent, two_retraces
 from rich.console import Console
 
 from llava_cot.atomic import replacing
-from llava_cot.report.files import entries, holds_many
 from llava_cot.report.many import read_rows, to_table, write_pages
 
 
@@ -40,19 +39,17 @@ def folder(tmp_path):
 
 
 def test_every_trace_in_order_and_what_is_wrong_with_the_others(folder):
-    found = list(entries(folder))
-    assert [entry.source for entry in found] == [*(f"a.jsonl, line {n}" for n in (1, 3, 4, 5, 6, 7, 8)), "b.JSON"]
-    assert [entry.gold for entry in found[:2]] == ["4 & 5", None] and found[3].gold == "7"
     rows = read_rows(folder)
+    assert [row.source for row in rows] == [*(f"a.jsonl, line {n}" for n in (1, 3, 4, 5, 6, 7, 8)), "b.JSON"]
+    assert [row.gold for row in rows[:2]] == ["4 & 5", None] and rows[3].gold == "7"
     assert [row.is_right for row in rows if row.error is None] == [True, None, True]
     errors = [row.error for row in rows if row.error is not None]
     assert errors[0].startswith("not JSON, column 2: Unterminated string")
     assert errors[1] == "gold must be a string or a number, got list"
-    assert errors[2] == "it is nested too deeply"
-    assert errors[3] == "trace must be a search's trace of version 3, got version 2"
+    assert errors[2] == "not JSON that can be read: it is nested too deeply"
+    assert errors[3] == "trace.version must be 4, got 2"
     assert "can't decode" in errors[4]
-    assert [entry.source for entry in entries(folder / "a.jsonl")] == [entry.source for entry in found[:-1]]
-    assert holds_many(folder) and holds_many(folder / "a.jsonl") and not holds_many(folder / "b.JSON")
+    assert read_rows(folder / "a.jsonl") == rows[:-1]
 
 
 def test_a_page_for_each_and_an_index_that_links_to_them(folder, tmp_path):

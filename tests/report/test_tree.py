@@ -3,10 +3,11 @@
 import io
 import json
 
-from helpers.traces import loop, spent, two_retraces
+from helpers.traces import failed, loop, spent, two_retraces
 from rich.console import Console
 
 from llava_cot.report.tree import to_tree
+from llava_cot.trace import parse_trace
 
 
 def printed(tree, width=200):
@@ -18,7 +19,7 @@ def printed(tree, width=200):
 def test_rounds_stages_candidates_and_reasons():
     trace = two_retraces()
     out = printed(trace.to_tree())
-    assert out == printed(to_tree(json.loads(trace.to_json())))
+    assert out == printed(to_tree(parse_trace(trace.to_json())))
     assert "★ winner #6" not in out and "★ winner, kept in round 3 #6 ← #2 0.700" in out
     for part in (
         "round 3",
@@ -48,8 +49,14 @@ def test_flaws_other_answers_and_a_spent_budget():
     assert "■ budget spent after 0.0" in printed(spent().to_tree())
 
 
+def test_a_failed_search_is_shown_as_far_as_it_came():
+    out = printed(failed().to_tree())
+    assert "✗ failed: RuntimeError: out of memory </script>" in out and "answer:" not in out
+    assert "REASONING" in out and "⚠ no score: RuntimeError" in out and "★" not in out
+
+
 def test_what_a_model_wrote_neither_is_markup_nor_steers_the_terminal():
     data = json.loads(two_retraces().to_json())
     data["nodes"][0]["text"] = "[bold]x[/] \x1b[2J\x9b31m \ud83d"
-    out = printed(to_tree(data))
+    out = printed(to_tree(parse_trace(data)))
     assert "[bold]x[/] ·[2J·31m ·" in out and "\x1b" not in out and "\x9b" not in out

@@ -11,13 +11,13 @@ from transformers import AutoProcessor
 
 from llava_cot import tiny_path
 from llava_cot.checkpoint import checkpoint_sha256
+from llava_cot.core import Call
 from llava_cot.data import shapes
-from llava_cot.engine.branch import Call
 from llava_cot.scoring import Span
 from llava_cot.scoring.reward_model import RewardModel, RewardModelScorer, verify_policy
-from llava_cot.small_world.scorers import JUDGED, World, judge
-from llava_cot.small_world.verifier import Batch, Rollout, build_verifier, draw_rollouts, evaluate
 from llava_cot.stages import render
+from tools.small_world.scorers import JUDGED, World, judge
+from tools.small_world.verifier import Batch, Rollout, build_verifier, draw_rollouts, evaluate
 
 VERIFIER = tiny_path() / "verifier"
 SEEDS = range(710_000, 710_020)

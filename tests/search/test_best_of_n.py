@@ -5,7 +5,7 @@ import math
 import pytest
 from helpers.scripted import Draft, play
 
-from llava_cot.engine.branch import Finish
+from llava_cot.core import Finish
 from llava_cot.search import BestOfNConfig
 from llava_cot.search.best_of_n import best_of_n
 from llava_cot.search.events import StageFinal

@@ -5,8 +5,8 @@ import json
 import pytest
 from helpers.scripted import Draft, play
 
-from llava_cot import SwiresGenerator
-from llava_cot.engine.branch import Finish
+from llava_cot import EngineConfig, SwiresGenerator
+from llava_cot.core import Finish
 from llava_cot.scoring import Calibration
 from llava_cot.search import StageBeamConfig, SwiresConfig
 from llava_cot.search.stage_beam import stage_beam
@@ -206,7 +206,7 @@ def test_other_tags_on_the_real_model(tiny):
 
     names = {"SUMMARY": "PLAN", "CAPTION": "LOOK", "REASONING": "THINK", "CONCLUSION": "SAY"}
     grammar = Grammar.sequence(*names.values(), tags={new: (f"<{old}>", f"</{old}>") for old, new in names.items()})
-    generator = SwiresGenerator(tiny.model, tiny.processor, grammar=grammar, page_size=4)
+    generator = SwiresGenerator(tiny.model, tiny.processor, grammar=grammar, engine=EngineConfig(page_size=4))
     sample = shapes.sample(802_000)
     mine = generator.answer(sample.image, sample.question, "stage_beam", max_new_tokens=160)
     assert mine.conclusion == mine.stages["SAY"].text and mine.violation is None
@@ -214,7 +214,7 @@ def test_other_tags_on_the_real_model(tiny):
     assert mine.trace.data["grammar"]["tags"]["LOOK"] == ["<CAPTION>", "</CAPTION>"]
 
     disordered = Grammar.sequence("CAPTION", "SUMMARY", "CONCLUSION")  # not what it writes
-    generator = SwiresGenerator(tiny.model, tiny.processor, grammar=disordered, page_size=4)
+    generator = SwiresGenerator(tiny.model, tiny.processor, grammar=disordered, engine=EngineConfig(page_size=4))
     answer = generator.answer(sample.image, sample.question, "stage_beam", max_new_tokens=160)
     assert answer.violation == "first comes CAPTION, got <SUMMARY>"
     assert answer.trace.data["nodes"][0]["violation"] == "first comes CAPTION, got </SUMMARY>"

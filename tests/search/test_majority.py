@@ -6,7 +6,7 @@ import random
 import pytest
 from helpers.scripted import Draft, play
 
-from llava_cot.engine.branch import Finish
+from llava_cot.core import Finish
 from llava_cot.search import MajorityConfig
 from llava_cot.search.events import Candidates, StageFinal
 from llava_cot.search.majority import majority

@@ -3,11 +3,12 @@
 import random
 
 import pytest
-from helpers.scripted import PROMPT_LENGTH
+from helpers.scripted import ScriptedBackend
 
+from llava_cot.core import Continuation, Finish
 from llava_cot.data import shapes
-from llava_cot.engine.branch import Branch, Finish
 from llava_cot.search import SentenceBeamConfig
+from llava_cot.search.drive import Drive
 from llava_cot.search.search import SENTENCE_ENDS, Search
 from llava_cot.search.sentence_beam import sentence_beam
 
@@ -29,25 +30,21 @@ def play(case, config_of, limit):
     def scorer(spans):
         return [scores[span.tokens[-1]] for span in spans]
 
-    search = Search(Branch(None, 0, PROMPT_LENGTH), str, max_new_tokens=limit)
-    coroutine, reply = sentence_beam(search, config_of(scorer)), None
-    while True:
-        try:
-            requests = coroutine.send(reply)
-        except StopIteration as stop:
-            return search, stop.value[0]
-        reply = []
-        for request in requests:
-            path = paths[request.parent.tokens[-1] if request.parent.tokens else None]
-            reply.append([])
-            for index in range(len(request.seeds)):
-                score, finish, length = drawn(case, path, index)
-                taken, token = min(length, request.max_new_tokens), next(tokens)
-                branch = Branch(request.parent, 0, request.parent.length + taken, tokens=[token] * taken)
-                branch.finish = Finish.LENGTH if taken < length else finish
-                branch.tag = SENTENCE if branch.finish is Finish.TAG else -1
-                scores[token], paths[token] = score, (*path, index)
-                reply[-1].append(branch)
+    def draw(session, request, at, index) -> Continuation:
+        parent = session.by_id[request.parent]
+        path = paths[parent.tokens[-1] if parent.tokens else None]
+        score, finish, length = drawn(case, path, index)
+        taken, token = min(length, request.max_new_tokens), next(tokens)
+        finish = Finish.LENGTH if taken < length else finish
+        scores[token], paths[token] = score, (*path, index)
+        tag = SENTENCE if finish is Finish.TAG else -1
+        return Continuation(-1, request.parent, (token,) * taken, finish=finish, tag=tag)
+
+    search = Search(session := ScriptedBackend().open(draw), str, max_new_tokens=limit)
+    drive = Drive(session, sentence_beam(search, config_of(scorer)))
+    if drive.error:
+        raise drive.error
+    return search, drive.result[0]
 
 
 def plain_sentence_beam(case, candidates, keep, limit):

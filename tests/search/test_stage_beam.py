@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 from helpers.scripted import Draft, play
 
-from llava_cot.engine.branch import Finish
+from llava_cot.core import Finish
 from llava_cot.scoring import Calibration
 from llava_cot.search import StageBeamConfig
 from llava_cot.search.events import StageFinal

@@ -65,7 +65,7 @@ def test_early_acceptance_draws_the_rest_only_if_it_must():
     assert [len(played.nodes(stage)) for stage in STAGES] == [6, 6, 6, 6]  # the first one does not pass
     assert [node.index for node in played.nodes("CAPTION")] == [0, 1, 2, 3, 4, 5]
     played, whole = run(accept_after=1, **preset), run(**preset)
-    assert [node.branch.seed for node in played.nodes()] == [node.branch.seed for node in whole.nodes()]
+    assert [node.continuation.seed for node in played.nodes()] == [node.continuation.seed for node in whole.nodes()]
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -86,7 +86,7 @@ def test_the_best_distinct_answers(count):
 
     found = []
     play(policy, config, script)
-    tokens = [tuple(node.branch.path()) for node in found]
+    tokens = [tuple(node.path_tokens()) for node in found]
     assert len(set(tokens)) == len(tokens) == min(count, 3)  # three distinct conclusions were drawn
     assert [node.score for node in found] == sorted((node.score for node in found), reverse=True)
 

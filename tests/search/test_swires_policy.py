@@ -7,7 +7,7 @@ from statistics import NormalDist
 import pytest
 from helpers.scripted import Draft, play
 
-from llava_cot.engine.branch import Finish
+from llava_cot.core import Finish
 from llava_cot.search import SwiresConfig
 from llava_cot.search.events import Candidates, Retrace, StageFinal
 from llava_cot.search.swires import swires
@@ -175,8 +175,8 @@ def test_spent_tokens_end_the_search():
 
     played = run(SwiresConfig.published, script, play_kwargs={"max_new_tokens": 100})
     assert played.result.stage == "REASONING"
-    assert len(played.result.branch.path()) == 100
-    assert played.result.branch.finish is Finish.LENGTH
+    assert len(played.result.path_tokens()) == 100
+    assert played.result.finish is Finish.LENGTH
     assert {request.max_new_tokens for request in played.requests} == {100, 60, 20}
 
 
@@ -184,8 +184,8 @@ def test_a_stage_may_have_a_limit_of_its_own():
     played = run(
         SwiresConfig.published, lambda *place: Draft(length=40), max_stage_tokens={"CAPTION": 7}, cutoff=ALWAYS
     )
-    assert {len(node.branch.tokens) for node in played.nodes("CAPTION")} == {7}
-    assert {len(node.branch.tokens) for node in played.nodes("REASONING")} == {40}
+    assert {len(node.tokens) for node in played.nodes("CAPTION")} == {7}
+    assert {len(node.tokens) for node in played.nodes("REASONING")} == {40}
 
 
 def test_a_seed_comes_from_its_place_alone():
@@ -197,8 +197,8 @@ def test_a_seed_comes_from_its_place_alone():
     seeds = {}
     for node in [*first.nodes(), *second.nodes()]:
         place = (node.stage, node.round, node.parent.id, node.index)
-        assert node.branch.seed == seeds.setdefault(place, node.branch.seed) == candidate_seed(3, *place)
-        assert 0 <= node.branch.seed < 2**63
+        assert node.continuation.seed == seeds.setdefault(place, node.continuation.seed) == candidate_seed(3, *place)
+        assert 0 <= node.continuation.seed < 2**63
     assert len(set(seeds.values())) == len(seeds) > 44
     assert candidate_seed(4, *place) not in seeds.values()
     assert candidate_seed(0, "SUMMARY", 1, 0, 0) == 3012442571001277317  # published traces depend on it

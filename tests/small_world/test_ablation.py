@@ -10,8 +10,8 @@ import torch
 
 from llava_cot import tiny_path
 from llava_cot.checkpoint import checkpoint_sha256
-from llava_cot.small_world.ablation import LAST_SEED, Setting, evaluate, main, run, said
 from llava_cot.stages import render
+from tools.small_world.ablation import LAST_SEED, Setting, evaluate, main, run, said
 
 ROOT = Path(__file__).parents[2]
 STAGES = {"SUMMARY": "I count.", "CAPTION": "A dog.", "REASONING": "It is one.", "CONCLUSION": "1"}

@@ -6,9 +6,9 @@ from transformers import AutoProcessor
 
 from llava_cot.data import shapes
 from llava_cot.prompt import build_inputs
-from llava_cot.small_world.processor import CHAT_TEMPLATE, build_processor
-from llava_cot.small_world.untrained import build_config
 from llava_cot.stages import STAGES
+from tools.small_world.processor import CHAT_TEMPLATE, build_processor
+from tools.small_world.untrained import build_config
 
 
 @pytest.fixture(scope="module")

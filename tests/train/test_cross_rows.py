@@ -18,9 +18,9 @@ from transformers.models.mllama.modeling_mllama import (
 
 from llava_cot.data.collate import Collator
 from llava_cot.data.example import IGNORE_INDEX, Example
-from llava_cot.small_world.processor import VOCAB_SIZE
+from llava_cot.families import training_of
 from llava_cot.tiny import tiny_path
-from llava_cot.train.cross_rows import install_cross_rows
+from tools.small_world.processor import VOCAB_SIZE
 
 SIZES = [(28, 28), (28, 56), (90, 28), (56, 56), (20, 200)]  # 1, 2, 3, 4 and 4 tiles
 
@@ -47,7 +47,7 @@ def models(request):
     shape = TINY_SHAPE | {"vocab": VOCAB_SIZE}
     plain = build_random_mllama(**shape, seed=0, std=0.1).to(request.param)
     hooked = copy.deepcopy(plain)
-    install_cross_rows(hooked)
+    training_of(hooked.config).prepare(hooked)
     return plain, hooked
 
 
@@ -128,7 +128,7 @@ def packed_loss(model, batch) -> torch.Tensor:
 def test_packed_rows_are_transformers_own(models, processor, samples, layout):
     plain, hooked = models
     rows = [[samples[name] for name in row] for row in LAYOUTS[layout]]
-    batch = Collator(processor, pad_to_multiple_of=8)(rows)
+    batch = Collator(processor, hooked.config, pad_to_multiple_of=8)(rows)
     tolerance = 1e-9 if plain.dtype == torch.float64 else 2e-4
 
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_packed_rows_are_transformers_own(models, processor, samples, layout):
 def test_the_image_matters_and_a_sequence_does_not_see_another(models, processor, samples):
     _, hooked = models
     rows = [["image not first", "no image", "two images"], ["three tiles"]]
-    batch = Collator(processor)([[samples[name] for name in row] for row in rows])
+    batch = Collator(processor, hooked.config)([[samples[name] for name in row] for row in rows])
     inputs = floats(batch.inputs, hooked.dtype)
     with torch.no_grad():
         before = hooked.model(**inputs, use_cache=False).last_hidden_state
@@ -186,7 +186,9 @@ def test_without_cross_rows_a_call_is_as_before(models, processor, samples):
 
 def test_recomputed_layers_have_the_same_gradients(models, processor, samples):
     _, hooked = models
-    batch = Collator(processor)([[samples[name] for name in row] for row in LAYOUTS["packed, several images"]])
+    batch = Collator(processor, hooked.config)(
+        [[samples[name] for name in row] for row in LAYOUTS["packed, several images"]]
+    )
     packed_loss(hooked, batch).backward()
     expected = gradients(hooked)
     wrapped = copy.deepcopy(hooked)
@@ -203,7 +205,7 @@ def test_recomputed_layers_have_the_same_gradients(models, processor, samples):
 def test_a_batch_without_any_image_reaches_every_parameter(models, processor, samples):
     """All ranks must have the same gradients to reduce; those of the vision tower and the cross layers are zero."""
     _, hooked = models
-    batch = Collator(processor)([[samples["no image"]], []])
+    batch = Collator(processor, hooked.config)([[samples["no image"]], []])
     packed_loss(hooked, batch).backward()
     assert all(parameter.grad is not None for parameter in hooked.parameters())
     found = gradients(hooked)

@@ -14,7 +14,6 @@ from llava_cot import tiny_path
 from llava_cot.data.collate import Collator
 from llava_cot.data.example import IGNORE_INDEX
 from llava_cot.prompt import build_inputs
-from llava_cot.small_world.search_data import write_search_data
 from llava_cot.train.config import Dpo as Settings
 from llava_cot.train.config import TrainConfig
 from llava_cot.train.distributed import process_group
@@ -22,6 +21,7 @@ from llava_cot.train.metrics import read_metrics
 from llava_cot.train.model import build_model
 from llava_cot.train.objectives.dpo import Dpo, completion_logprobs
 from llava_cot.train.trainer import Trainer
+from tools.small_world.search_data import write_search_data
 
 SETTINGS = {"device": "cpu", "workers": 0, "precision": {"compute": "float32"}, "activation_checkpointing": False}
 
@@ -94,7 +94,7 @@ def test_log_probs_are_those_of_the_search(tiny, folder, rows, config):
         (item["id"], node["id"]): node for item in read(folder / "traces.jsonl") for node in item["trace"]["nodes"]
     }
     expected = [sum(nodes[row["trace_id"], node]["logprobs"]) for row in rows[:6] for node in row["nodes"]]
-    batch = Collator(tiny.processor)(encode(rows[:6], tiny.processor, folder))
+    batch = Collator(tiny.processor, tiny.model.config)(encode(rows[:6], tiny.processor, folder))
     with torch.no_grad():
         found = completion_logprobs(build_model(config, empty=False), batch)
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-3)
@@ -106,7 +106,8 @@ def test_the_loss_is_that_of_plain_transformers(tiny, fresh_tiny, folder, rows, 
     references = torch.linspace(-9, -3, 8).tolist()
     values = iter(references)
     packed = [[replace(example, value=next(values)) for example in pair] for pair in pairs]
-    batch = Collator(tiny.processor)([[*packed[0], *packed[1]], packed[2], [], packed[3]])  # packed, and an empty row
+    in_rows = [[*packed[0], *packed[1]], packed[2], [], packed[3]]  # packed, and an empty row
+    batch = Collator(tiny.processor, tiny.model.config)(in_rows)
     objective, model = Dpo(Settings(beta=0.3, sft_weight=sft_weight)), build_model(config, empty=False)
     losses = objective(model, batch)
     losses.total.backward()
@@ -141,7 +142,7 @@ def test_the_loss_is_that_of_plain_transformers(tiny, fresh_tiny, folder, rows, 
 
 
 def test_an_empty_batch_has_a_loss_of_zero(tiny, config):
-    losses = Dpo(Settings())(build_model(config, empty=False), Collator(tiny.processor)([[]]))
+    losses = Dpo(Settings())(build_model(config, empty=False), Collator(tiny.processor, tiny.model.config)([[]]))
     losses.total.backward()
     assert losses.total == 0 and not losses.parts.any()
 

@@ -1,3 +1,5 @@
+from typing import get_args
+
 import pytest
 import torch
 from helpers.random_mllama import build_random_mllama, random_inputs
@@ -5,8 +7,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MllamaConfig
 
-from llava_cot.train.flops import _peak_of, flops_per_batch, peak_flops
-from llava_cot.train.model import PARTS, freeze
+from llava_cot.families import training_of
+from llava_cot.train.config import Part
+from llava_cot.train.flops import _peak_of, peak_flops
+from llava_cot.train.model import freeze
 
 SHAPES = {
     "text is most": dict(hidden=96, layers=6, heads=6, kv_heads=2, cross=[1, 3], vocab=501),
@@ -34,7 +38,7 @@ def counted(model, *, length, supervised, image):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_as_torch_counts_them(shape, image):
     model = build_random_mllama(**SHAPES[shape], seed=0).train()
-    found = flops_per_batch(model.config, num_tokens=60, num_images=int(image), num_supervised=23)
+    found = training_of(model.config).flops(num_tokens=60, num_images=int(image), num_supervised=23)
     assert found == pytest.approx(counted(model, length=60, supervised=23, image=image), rel=0.01)
 
 
@@ -46,10 +50,10 @@ def test_as_torch_counts_them(shape, image):
 def test_as_torch_counts_them_with_frozen_parts(parts):
     model = build_random_mllama(**SHAPES["text is most"], seed=0).train()
     freeze(model, parts)
-    found = flops_per_batch(model.config, num_tokens=60, num_images=1, num_supervised=23, freeze=parts)
+    found = training_of(model.config).flops(num_tokens=60, num_images=1, num_supervised=23, freeze=parts)
     # What is below the first trained layer needs no gradient of inputs; the formula does not know where that is.
     assert found == pytest.approx(counted(model, length=60, supervised=23, image=True), rel=0.12)
-    assert found < flops_per_batch(model.config, num_tokens=60, num_images=1, num_supervised=23)
+    assert found < training_of(model.config).flops(num_tokens=60, num_images=1, num_supervised=23)
 
 
 def test_as_torch_counts_them_with_adapters():
@@ -57,30 +61,28 @@ def test_as_torch_counts_them_with_adapters():
     model = build_random_mllama(**SHAPES["text is most"], seed=0).train()
     model.requires_grad_(False)
     peft.inject_adapter_in_model(peft.LoraConfig(r=1, target_modules=["q_proj", "v_proj"]), model)
-    found = flops_per_batch(model.config, num_tokens=60, num_images=1, num_supervised=23, adapters_only=True)
+    found = training_of(model.config).flops(num_tokens=60, num_images=1, num_supervised=23, adapters_only=True)
     assert found == pytest.approx(counted(model, length=60, supervised=23, image=True), rel=0.12)
 
 
 def test_a_batch_is_the_sum_of_its_examples():
-    config = MllamaConfig()
+    flops = training_of(MllamaConfig()).flops
     one = {"num_tokens": 700, "num_images": 1, "num_supervised": 500, "num_pairs": 700**2}
     other = {"num_tokens": 300, "num_images": 1, "num_supervised": 100, "num_pairs": 300**2}
     both = {name: one[name] + other[name] for name in one}
-    total = flops_per_batch(config, **both)
-    assert total == pytest.approx(flops_per_batch(config, **one) + flops_per_batch(config, **other))
-    assert flops_per_batch(config, num_tokens=200, num_images=4) == pytest.approx(
-        4 * flops_per_batch(config, num_tokens=50, num_images=1)
-    )
-    assert flops_per_batch(config, num_tokens=0, num_images=0) == 0
+    assert flops(**both) == pytest.approx(flops(**one) + flops(**other))
+    assert flops(num_tokens=200, num_images=4) == pytest.approx(4 * flops(num_tokens=50, num_images=1))
+    assert flops(num_tokens=0, num_images=0) == 0
 
 
 def test_the_11b_model():
     """Its image and its text token, against a separate count of its weights: two FLOPs a weight and place, thrice."""
     config = MllamaConfig()
     config.vision_config.image_size = 560
-    text = flops_per_batch(config, num_tokens=1, num_images=0, num_pairs=0)
+    flops = training_of(config).flops
+    text = flops(num_tokens=1, num_images=0, num_pairs=0)
     assert text == pytest.approx(6 * (32 * 218.1e6 + 128256 * 4096), rel=0.001)
-    image = flops_per_batch(config, num_tokens=0, num_images=1)
+    image = flops(num_tokens=0, num_images=1)
     layers, places = 40 * (4 * 1280**2 + 2 * 1280 * 5120), 4 * 1608
     attention = 40 * 2 * 1280 * places**2
     keys = 6404 * (7680 * 4096 + 8 * 2 * 4096 * 1024)
@@ -119,4 +121,4 @@ def test_no_peak_without_a_gpu():
 
 
 def test_the_parts_are_the_trainers():
-    assert set(PARTS) == {"vision", "projector", "language", "cross"}
+    assert set(training_of(MllamaConfig()).parts) == set(get_args(Part))

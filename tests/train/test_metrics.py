@@ -77,9 +77,8 @@ def test_a_kill_leaves_whole_lines(tmp_path):
     process = multiprocessing.get_context("fork").Process(target=log_for_ever, args=(tmp_path,))
     process.start()
     path = tmp_path / "metrics.jsonl"
-    end = time.monotonic() + 60
     while not path.exists() or path.read_bytes().count(b"\n") < 50:
-        assert process.is_alive() and time.monotonic() < end
+        assert process.is_alive()
         time.sleep(0.01)
     process.kill()
     process.join()

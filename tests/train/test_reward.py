@@ -19,11 +19,11 @@ from llava_cot.data.collate import Collator
 from llava_cot.data.example import IGNORE_INDEX
 from llava_cot.scoring.reward_model import RewardModel, RewardModelScorer, verify_policy
 from llava_cot.scoring.scorer import Span
-from llava_cot.small_world.search_data import write_search_data
 from llava_cot.train.config import TrainConfig
 from llava_cot.train.metrics import read_metrics
 from llava_cot.train.model import build_model
 from llava_cot.train.objectives.reward import Reward
+from tools.small_world.search_data import write_search_data
 
 SETTINGS = {"device": "cpu", "workers": 0, "precision": {"compute": "float32"}, "activation_checkpointing": False}
 
@@ -99,7 +99,10 @@ def test_what_is_trained_is_the_scorers_score(tiny, folder, rows, config):
     torch.nn.init.normal_(model.head.weight)
     examples = [encode(row, tiny.processor, folder) for row in rows[:3]]
     examples[2] = [replace(examples[2][0], value=0.5), *examples[2][1:]]  # which no score can be right about
-    objective, batch = Reward(), Collator(tiny.processor)([[*examples[0], *examples[1]], [], examples[2]])
+    objective, batch = (
+        Reward(),
+        Collator(tiny.processor, tiny.model.config)([[*examples[0], *examples[1]], [], examples[2]]),
+    )
     assert objective.weight(batch) == 12
     losses = objective(model, batch)
     losses.total.backward()
@@ -119,7 +122,7 @@ def test_what_is_trained_is_the_scorers_score(tiny, folder, rows, config):
 
 
 def test_an_empty_batch_has_a_loss_of_zero(tiny, config):
-    losses = Reward()(build_model(config, empty=False), Collator(tiny.processor)([[]]))
+    losses = Reward()(build_model(config, empty=False), Collator(tiny.processor, tiny.model.config)([[]]))
     losses.total.backward()
     assert losses.total == 0 and not losses.parts.any()
 

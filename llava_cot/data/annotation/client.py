@@ -30,7 +30,7 @@ class RequestRefused(RequestFailed):
 
 
 class _TryAgain(Exception):
-    def __init__(self, why: str, wait: float | None = None):
+    def __init__(self, why: str, wait: float | None = None) -> None:
         super().__init__(why)
         self.wait = wait
 
@@ -68,7 +68,7 @@ class ChatClient:
         tpm: float | None,
         options: dict[str, Any],
         image_tokens: int,
-    ):
+    ) -> None:
         try:
             import openai
         except ImportError:
@@ -84,7 +84,9 @@ class ChatClient:
     async def close(self) -> None:
         await self._client.close()
 
-    async def ask(self, messages: list[Message], usage: Usage, expected: int = ANNOTATION_TOKENS, **options) -> Reply:
+    async def ask(
+        self, messages: list[Message], usage: Usage, expected: int = ANNOTATION_TOKENS, **options: object
+    ) -> Reply:
         """Return the reply and add its cost to ``usage``. ``expected`` is the approximate length of the reply in
         tokens.
 

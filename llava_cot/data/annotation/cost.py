@@ -35,7 +35,7 @@ class Prices:
     prompt: float
     completion: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, price in (("price_in", self.prompt), ("price_out", self.completion)):
             if not 0 <= price < math.inf:
                 raise ValueError(f"{name} must be >= 0, got {price}")

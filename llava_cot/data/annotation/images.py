@@ -8,8 +8,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from llava_cot.prompt import open_image
-
 SENT_AS_THEY_ARE = ("JPEG", "PNG", "WEBP")  # every endpoint reads these
 
 
@@ -33,7 +31,7 @@ def read_image(path: Path) -> SentImage:
         raise ValueError(f"image must be a readable file, got {str(path)!r}: {error.strerror}") from None
     try:
         with Image.open(io.BytesIO(data)) as image:
-            kind, pixels = image.format, open_image(image)
+            kind, pixels = image.format, image.convert("RGB")
     except (ValueError, SyntaxError, OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"image must be a readable image, got {str(path)!r}: {error}") from None
     sent = data

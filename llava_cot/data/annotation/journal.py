@@ -46,7 +46,7 @@ class Journal:
         ValueError: another process is writing to it, or it is not a journal.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         self.path = path
         self._file = self._open()
         try:

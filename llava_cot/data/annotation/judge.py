@@ -8,7 +8,7 @@ from typing import Any, Literal
 from llava_cot.data.annotation.client import ChatClient, Reply, RequestRefused
 from llava_cot.data.annotation.cost import VERDICT_TOKENS, Usage
 from llava_cot.data.annotation.prompts import VERDICT_SCHEMA, judge_messages
-from llava_cot.scoring.normalise import normalise
+from llava_cot.text import normalise
 
 _FENCED = re.compile(r"\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)
 STRUCTURED = {
@@ -32,7 +32,7 @@ class Verdict:
 class Judge:
     """Asks for structured output until the endpoint refuses it, and then for the same JSON as text."""
 
-    def __init__(self, client: ChatClient):
+    def __init__(self, client: ChatClient) -> None:
         self._client = client
         self._is_structured = True
 

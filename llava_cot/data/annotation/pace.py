@@ -13,7 +13,7 @@ class Pace:
         per_minute: the limit of requests or tokens a minute, or None for no limit.
     """
 
-    def __init__(self, per_minute: float | None):
+    def __init__(self, per_minute: float | None) -> None:
         self._seconds = 0.0 if per_minute is None else 60 / per_minute
         self._next = 0.0
 

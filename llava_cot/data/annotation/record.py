@@ -23,7 +23,7 @@ Kind = Literal["refusal", "violation", "judge", "error", "image"]
 class Rejected(Exception):
     """The annotation failed, with the reason. ``reply`` is the last text of the model."""
 
-    def __init__(self, kind: Kind, reason: str, reply: str = ""):
+    def __init__(self, kind: Kind, reason: str, reply: str = "") -> None:
         super().__init__(reason)
         self.kind, self.reason, self.reply = kind, reason, reply
 
@@ -49,7 +49,7 @@ class Annotator:
         attempts: the most texts that are requested for a turn before the conversation is rejected.
     """
 
-    def __init__(self, client: ChatClient, folder: Path, options: Mapping[str, Any], attempts: int):
+    def __init__(self, client: ChatClient, folder: Path, options: Mapping[str, Any], attempts: int) -> None:
         self._client, self._judge = client, Judge(client)
         self._folder, self._options, self._attempts = folder, dict(options), attempts
 

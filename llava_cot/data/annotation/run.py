@@ -44,7 +44,7 @@ class Settings:
     limit: int | None = None  # the most records of this run
     retry_rejects: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.model:
             raise ValueError("model must be a name, got ''")
         least = {"concurrency": 1, "max_retries": 0, "attempts": 1, "max_tokens": 1, "image_tokens": 0, "limit": 0}
@@ -167,7 +167,7 @@ class _Run:
         past: Past,
         client: ChatClient,
         show: Callable[[Outcome], None],
-    ):
+    ) -> None:
         self._settings, self._past, self._client, self._show = settings, past, client, show
         self._accepted, self._rejected = accepted, rejected
         self._todo = to_do(questions, past, settings.limit)

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch.nn.functional import logsigmoid
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
+from llava_cot.core import Bos
 from llava_cot.data.collate import Batch
 from llava_cot.data.encode import check_counts
 from llava_cot.data.example import IGNORE_INDEX, Example
-from llava_cot.prompt import Bos
 from llava_cot.train.config import Dpo as Settings
 from llava_cot.train.objectives.objective import Losses
 from llava_cot.train.objectives.rows import image_files
@@ -41,10 +41,10 @@ class Dpo:
     names = ("preference/accuracy", "preference/margin", "preference/chosen", "preference/rejected")
     reference = staticmethod(completion_logprobs)
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
-    def encode(self, row: Mapping[str, Any], processor, images: Path, bos: Bos) -> list[Example]:
+    def encode(self, row: Mapping[str, Any], processor: ProcessorMixin, images: Path, bos: Bos) -> list[Example]:
         """Return the chosen and the rejected example of a text row of ``llava-cot export --format preferences``.
 
         Prompt and completion are tokenized apart, because the model stopped reading and began to draw between them.

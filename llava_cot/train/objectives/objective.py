@@ -7,11 +7,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
+from llava_cot.core import Bos
 from llava_cot.data.collate import Batch
 from llava_cot.data.example import Example
-from llava_cot.prompt import Bos
 
 Reference = Callable[[PreTrainedModel, Batch], torch.Tensor]
 
@@ -38,7 +38,7 @@ class Objective(Protocol):
         """
         ...
 
-    def encode(self, row: Mapping[str, Any], processor, images: Path, bos: Bos) -> list[Example]:
+    def encode(self, row: Mapping[str, Any], processor: ProcessorMixin, images: Path, bos: Bos) -> list[Example]:
         """Return the examples of a row of the data, whose images are in this folder. They stay in one micro-batch.
 
         Raises:
@@ -56,7 +56,7 @@ class Objective(Protocol):
 class Step(nn.Module):
     """The root module that FSDP2 sees. A call is a forward pass that returns losses, or values of the reference."""
 
-    def __init__(self, model: PreTrainedModel, objective: Objective):
+    def __init__(self, model: PreTrainedModel, objective: Objective) -> None:
         super().__init__()
         self.model, self.objective = model, objective
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
+from llava_cot.core import Bos
 from llava_cot.data.collate import Batch
 from llava_cot.data.encode import check_counts
 from llava_cot.data.example import IGNORE_INDEX, Example
-from llava_cot.prompt import Bos
 from llava_cot.stages import STAGES
 from llava_cot.train.objectives.objective import Losses
 from llava_cot.train.objectives.rows import image_files
@@ -31,7 +31,7 @@ class Reward:
     names = (*(f"accuracy/{stage}" for stage in STAGES), "accuracy/outside")
     reference = None
 
-    def encode(self, row: Mapping[str, Any], processor, images: Path, bos: Bos) -> list[Example]:
+    def encode(self, row: Mapping[str, Any], processor: ProcessorMixin, images: Path, bos: Bos) -> list[Example]:
         """Return one example per stage, with its value, of a row of ``llava-cot export --format steps``."""
         completions, stages, values = _steps(row)
         if bos != "one":

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
+from llava_cot.core import Bos
 from llava_cot.data.collate import Batch
 from llava_cot.data.conversations import parse_conversation
 from llava_cot.data.encode import encode
 from llava_cot.data.example import Example
-from llava_cot.prompt import Bos
 from llava_cot.stages import STAGES
 from llava_cot.train.objectives.objective import Losses
 
@@ -21,12 +21,12 @@ class Sft:
 
     reference = None
 
-    def __init__(self, stage_weights: Mapping[str, float]):
+    def __init__(self, stage_weights: Mapping[str, float]) -> None:
         self.names = (*(f"loss/{stage}" for stage in STAGES), "loss/outside")
         # The last entry is for stage -1.
         self._weights = torch.tensor([stage_weights.get(stage, 1.0) for stage in STAGES] + [1.0])
 
-    def encode(self, row: Mapping[str, Any], processor, images: Path, bos: Bos) -> list[Example]:
+    def encode(self, row: Mapping[str, Any], processor: ProcessorMixin, images: Path, bos: Bos) -> list[Example]:
         """Return the example of a row in LLaVA-CoT-100k's layout."""
         return [encode(parse_conversation(row), processor, bos=bos, image_folder=images)]
 

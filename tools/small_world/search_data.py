@@ -1,6 +1,6 @@
 """Traces of the tiny policy on the shapes world, and what is learnt of them, as files.
 
-``python -m llava_cot.small_world.search_data OUT`` writes ``traces.jsonl`` and its images, and of those
+``python -m tools.small_world.search_data OUT`` writes ``traces.jsonl`` and its images, and of those
 ``preferences.jsonl`` for ``objective: dpo`` and ``steps.jsonl`` for ``llava-cot train-reward``. The candidates of a
 stage all go on, so that the right answers below each say how good it is: no scorer has a hand in it.
 """

@@ -1,4 +1,4 @@
-"""Train the bundled verifier on what the tiny policy writes: ``python -m llava_cot.small_world.verifier OUT``.
+"""Train the bundled verifier on what the tiny policy writes: ``python -m tools.small_world.verifier OUT``.
 
 Rollouts of the policy, which sees noisy images, are judged by a reward model that sees clean ones. One forward pass of
 a rollout gives a score after every token, as the model is causal. Three losses:
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
-from transformers import AutoProcessor, MllamaForConditionalGeneration, get_cosine_schedule_with_warmup
+from transformers import AutoProcessor, MllamaForConditionalGeneration, MllamaProcessor, get_cosine_schedule_with_warmup
 
 from llava_cot.checkpoint import checkpoint_sha256
 from llava_cot.data import shapes
@@ -30,10 +30,10 @@ from llava_cot.generator import SwiresGenerator
 from llava_cot.scoring.diagnostics import diagnose
 from llava_cot.scoring.reward_model import RewardModel, RewardModelScorer
 from llava_cot.scoring.scorer import Span
-from llava_cot.small_world.processor import prompt
-from llava_cot.small_world.scorers import JUDGED, World, judge
 from llava_cot.stages import Stage, parse
 from llava_cot.tiny import tiny_path
+from tools.small_world.processor import prompt
+from tools.small_world.scorers import JUDGED, World, judge
 
 FIRST_SEED = 210_000  # the policy was trained on the ones before
 TRAIN_END = 600_000
@@ -65,7 +65,7 @@ class Batch:
     ``closes`` and ``claims`` are 1 (right), 0 (wrong) or NaN (no label); ``truths`` are next tokens, or -100.
     """
 
-    def __init__(self, processor, rollouts: list[Rollout], chance: random.Random):
+    def __init__(self, processor: MllamaProcessor, rollouts: list[Rollout], chance: random.Random) -> None:
         tokenizer = processor.tokenizer
         samples = [shapes.sample(rollout.seed) for rollout in rollouts]
         views = [[shapes.clean_view(rollout.seed)] for rollout in rollouts]
@@ -101,7 +101,7 @@ class Batch:
 def train(
     model: RewardModel,
     lm_head: torch.nn.Linear,
-    processor,
+    processor: MllamaProcessor,
     rollouts: list[Rollout],
     *,
     steps: int,

@@ -1,4 +1,4 @@
-"""What each stage is worth, at small scale: ``python -m llava_cot.small_world.ablation OUT --base FOLDER``.
+"""What each stage is worth, at small scale: ``python -m tools.small_world.ablation OUT --base FOLDER``.
 
 From one base, a fine-tune for each variant of ``llava_cot.data.variants`` and each seed, on the same questions and for
 the same number of steps; then all answer the same held-out questions of the shapes world greedily. What ``OUT`` has
@@ -64,7 +64,7 @@ class Setting:
         training = load_config(config, list(overrides)).model_dump(mode="json")
         return cls(str(base), sha256, str(config), tuple(overrides), training, **rest)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps must be >= 1, got {self.steps}")
         if self.questions < 1:

@@ -1,4 +1,4 @@
-"""The tiny Mllama with random weights: ``python -m llava_cot.small_world.untrained OUT``."""
+"""The tiny Mllama with random weights: ``python -m tools.small_world.untrained OUT``."""
 
 import argparse
 from pathlib import Path
@@ -8,7 +8,7 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration, MllamaPro
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 
 from llava_cot.data import shapes
-from llava_cot.small_world.processor import VOCAB_SIZE, build_processor
+from tools.small_world.processor import VOCAB_SIZE, build_processor
 
 
 def build_config(processor: MllamaProcessor) -> MllamaConfig:

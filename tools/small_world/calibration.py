@@ -1,4 +1,4 @@
-"""Calibrate the tiny model's cutoffs for every scorer: ``python -m llava_cot.small_world.calibration FOLDER``.
+"""Calibrate the tiny model's cutoffs for every scorer: ``python -m tools.small_world.calibration FOLDER``.
 
 On 400 samples that it was neither trained nor is tested on. If there is a verifier in ``FOLDER/verifier``, it is one of
 the scorers.
@@ -11,7 +11,8 @@ import torch
 
 from llava_cot.generator import CALIBRATION_FILE, SwiresGenerator
 from llava_cot.scoring import SCORERS
-from llava_cot.small_world.scorers import World, load_verifier
+from llava_cot.scoring.verifier import load_verifier
+from tools.small_world.scorers import World
 
 SEEDS = range(700_000, 700_400)
 
@@ -25,7 +26,7 @@ def main() -> None:
     generator, world = SwiresGenerator.from_pretrained(folder), World(SEEDS)
     scorers = dict(SCORERS)
     if (folder / "verifier").is_dir():
-        scorers["verifier"] = load_verifier(world, folder)
+        scorers["verifier"] = load_verifier(world.clean_view, folder)
     for name, scorer in scorers.items():
         calibration = generator.calibrate(
             [sample.image for sample in world.samples],

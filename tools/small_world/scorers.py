@@ -1,4 +1,4 @@
-"""The shapes world as a test bed for scorers: what is true of a text, oracles that know it, the bundled verifier."""
+"""The shapes world as a test bed for scorers: what is true of a text, oracles that know it, a trained reward model."""
 
 import random
 import re
@@ -85,7 +85,7 @@ def _judge_conclusion(sample: shapes.Sample, text: str) -> tuple[list[Word], boo
 class World:
     """The samples of these seeds, found again by their images: scorers are given images."""
 
-    def __init__(self, seeds: Iterable[int]):
+    def __init__(self, seeds: Iterable[int]) -> None:
         self.seeds = list(seeds)
         self.samples = [shapes.sample(seed) for seed in self.seeds]
         self._place = {sample.image.tobytes(): place for place, sample in enumerate(self.samples)}
@@ -108,7 +108,7 @@ class World:
 class Oracle:
     """The truth, 0 or 1, and normal noise of standard deviation ``noise``, the same for the same text."""
 
-    def __init__(self, world: World, noise: float = 0.0):
+    def __init__(self, world: World, noise: float = 0.0) -> None:
         self.world, self.noise = world, noise
         self.__name__ = f"oracle, noise {noise:g}" if noise else "oracle"
 
@@ -119,15 +119,6 @@ class Oracle:
         assert span.image is not None
         place = blake2b(f"{self.noise}/{span.question}/{span.path_text}".encode() + span.image.tobytes())
         return random.Random(place.digest()).gauss()
-
-
-def load_verifier(world: World, policy: Path | None = None) -> RewardModelScorer:
-    """The one of ``policy``, by default the bundled one; it sees the images of ``world`` without their noise."""
-    folder = policy or tiny_path()
-    verify_policy(folder / "verifier", folder)
-    scorer = RewardModelScorer.from_pretrained(folder / "verifier", view=world.clean_view)
-    scorer.__name__ = "verifier"  # type: ignore[attr-defined]
-    return scorer
 
 
 def load_reward_model(folder: Path) -> RewardModelScorer:

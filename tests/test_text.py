@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava_cot.scoring import normalise
+from llava_cot.text import normalise
 
 # What it becomes: ways to say it
 SPELLINGS = {

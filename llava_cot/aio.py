@@ -1,0 +1,81 @@
+"""The methods of ``SwiresGenerator`` for asyncio."""
+
+import asyncio
+from collections.abc import AsyncGenerator as AsyncEvents
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from llava_cot.answer import Answer, Finished
+from llava_cot.engine.aio import AsyncEngine
+from llava_cot.image import ImageLike
+from llava_cot.search import SearchLike
+from llava_cot.search.events import Event
+from llava_cot.search.stream import EventStream
+
+if TYPE_CHECKING:
+    from llava_cot.generator import SwiresGenerator
+
+
+class AsyncGenerator:
+    """``generator.aio``: each method takes the arguments of the generator's method of the same name.
+
+    All callers, in any event loop, and the generator's own methods share forward passes. Cancelling a task ends its
+    search and gives back everything that it holds.
+    """
+
+    def __init__(self, generator: "SwiresGenerator") -> None:
+        self._generator = generator
+        self.engine = AsyncEngine(generator.engine)
+
+    async def answer(
+        self, image: ImageLike, question: str, search: SearchLike = "swires", *, seed: int = 0, **settings: Any
+    ) -> Answer:
+        """See ``SwiresGenerator.answer``."""
+        plan = self._generator.plan(search, **settings)
+        run = await asyncio.to_thread(self._generator.submit, image, question, plan, seed=seed)
+        await self.engine.run(run)
+        return self._generator.answer_of(run)
+
+    async def answer_batch(
+        self,
+        images: Sequence[ImageLike],
+        questions: Sequence[str],
+        search: SearchLike = "swires",
+        *,
+        seed: int = 0,
+        **settings: Any,
+    ) -> list[Answer]:
+        """See ``SwiresGenerator.answer_batch``. The first error is raised once all searches have ended."""
+        if len(images) != len(questions):
+            raise ValueError(f"questions must have one entry per image={len(images)}, got {len(questions)}")
+        asked = [self.answer(image, text, search, seed=seed, **settings) for image, text in zip(images, questions)]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return answers  # type: ignore[return-value]
+
+    async def stream(
+        self, image: ImageLike, question: str, search: SearchLike = "swires", *, seed: int = 0, **settings: Any
+    ) -> AsyncEvents[Event | Finished, None]:
+        """See ``SwiresGenerator.stream``."""
+        events: list[Event] = []
+        plan = self._generator.plan_of_stream(search, **settings)
+        submit = self._generator.submit
+        run = await asyncio.to_thread(submit, image, question, plan, seed=seed, on_event=events.append)
+        seen, loop = EventStream(run, events, self._generator.decode), asyncio.get_running_loop()
+        queue: asyncio.Queue[Event | None] = asyncio.Queue()
+
+        def pass_on() -> None:
+            for event in seen.take():
+                loop.call_soon_threadsafe(queue.put_nowait, event)
+
+        task = asyncio.create_task(self.engine.run(run, pass_on))
+        task.add_done_callback(lambda _: queue.put_nowait(None))
+        try:
+            while (event := await queue.get()) is not None:
+                yield event
+            await task
+            yield Finished(self._generator.answer_of(run))
+        finally:
+            task.cancel()

@@ -1,0 +1,233 @@
+"""The plain data that searches and back ends exchange: requests, continuations, and what they cost.
+
+Nothing here knows about torch, pages or a model. A policy yields requests; whatever runs the model answers them with
+continuations. The same policy therefore runs on the local engine, on a remote server and on scripted answers in a test.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import Any, Literal, Protocol, TypeVar
+
+Bos = Literal["one", "released"]  # how many BOS tokens a prompt begins with: the released weights were trained with two
+
+
+class Finish(StrEnum):
+    """Why a continuation stopped growing."""
+
+    TAG = "tag"  # a stop tag closed
+    EOS = "eos"
+    LENGTH = "length"  # max_new_tokens
+    STOPPED = "stopped"  # its request's limit was reached
+
+
+class Feature(StrEnum):
+    """What a back end can do beyond returning text. A policy or scorer that needs one that is missing raises."""
+
+    SEEDS = "seeds"  # equal seeds draw equal tokens
+    TOKEN_IDS = "token_ids"
+    LOGPROBS = "logprobs"
+    ENTROPIES = "entropies"  # entropies and certainties
+    EXTEND = "extend"  # reads given tokens, and names the most likely next ones
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are drawn. Names and meaning are those of transformers' ``GenerationConfig``.
+
+    ``temperature`` 0 takes the most likely token; ``top_k`` 0 turns that filter off.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, ok, bound in (
+            ("temperature", self.temperature >= 0, ">= 0"),
+            ("top_k", self.top_k >= 0, ">= 0"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+        ):
+            if not ok:
+                raise ValueError(f"{name} must be {bound}, got {getattr(self, name)}")
+
+
+@dataclass
+class Usage:
+    """What a search cost. A token that is recomputed because its pages were evicted counts as recomputed only."""
+
+    prompt_tokens: int = 0  # tokens prefilled, including those that a scorer gave the model to read
+    recomputed_tokens: int = 0
+    decoded_tokens: int = 0  # tokens computed after the prefill
+    generated_tokens: int = 0  # tokens drawn
+    generations: int = 0  # candidates drawn
+    image_encodings: int = 0
+    scorer_calls: int = 0  # candidates given to a scorer
+    steps: int = 0  # forward passes this search took part in
+    seconds: float = 0.0  # from its prefill to its end, without the time that it was paused
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Values of ``Usage`` at which growth stops; None is no limit. The back end checks them after every step."""
+
+    generated_tokens: float | None = None
+    generations: float | None = None
+    prompt_tokens: float | None = None
+    image_encodings: float | None = None
+    scorer_calls: float | None = None
+    seconds: float | None = None
+
+    def reached(self, usage: Usage) -> str | None:
+        """The name of the first limit that ``usage`` has reached, or None."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and getattr(usage, field.name) >= value:
+                return field.name
+        return None
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Tokens that follow those of ``parent``, as a policy, a scorer and the trace see them.
+
+    ``id`` names it within its session, and requests grow it by that id. A record with id -1 was put together by the
+    policy itself; nothing can grow from it.
+    """
+
+    id: int
+    parent: int
+    tokens: tuple[int, ...] = ()
+    text: str = ""  # tags included
+    logprobs: tuple[float, ...] = ()  # of each token under the model, in nats
+    sampling_logprobs: tuple[float, ...] = ()  # under the filtered distribution that was drawn from, in nats
+    entropies: tuple[float, ...] = ()  # of the model's distribution at each token, in nats
+    certainties: tuple[float, ...] = ()  # KL(uniform, the model's distribution) at each token, in nats
+    finish: Finish | None = None  # None if its tokens were given
+    tag: int = -1  # the stop tag that closed
+    seed: int = 0
+    top: tuple[tuple[int, float], ...] = ()  # the most likely next tokens with their log-probs, the best first
+    wanted: tuple[float, ...] = ()  # log-probs of the next tokens that ``Extend.want`` names
+
+
+@dataclass(frozen=True)
+class Expand:
+    """A request to sample one continuation of ``parent`` per seed, each until it finishes.
+
+    The reply is the finished continuations in the order of the seeds. ``stops`` are the numbers of the tags that end a
+    continuation, or None for all tags. A tag in ``trims`` ends it too, and a token that goes on past such a tag is
+    taken back. When ``limit`` is reached, every continuation of this request stops with ``Finish.STOPPED``.
+
+    Raises:
+        ValueError: ``max_new_tokens`` below 1.
+    """
+
+    parent: int
+    seeds: tuple[int, ...]
+    params: SamplingParams
+    max_new_tokens: int  # of each continuation
+    stops: frozenset[int] | None = None
+    trims: frozenset[int] = frozenset()
+    limit: Limit | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be >= 1, got {self.max_new_tokens}")
+
+
+@dataclass(frozen=True)
+class Extend:
+    """A request to append given ``tokens`` to ``parent``, in one forward pass beside all others.
+
+    The reply is a list of one continuation with the tokens' log-probs, the ``top`` most likely next tokens, and the
+    log-probs of the next tokens in ``want``. Without ``tokens`` it only asks what may come next. ``generated`` says
+    that the search chose the tokens as part of an answer (token beams do), so that they count as generated.
+
+    Raises:
+        ValueError: a negative ``top``, or a request that asks for nothing.
+    """
+
+    parent: int
+    tokens: tuple[int, ...] = ()
+    top: int = 0
+    want: tuple[int, ...] = ()
+    generated: bool = False
+
+    def __post_init__(self) -> None:
+        if self.top < 0:
+            raise ValueError(f"top must be >= 0, got {self.top}")
+        if not (self.tokens or self.top or self.want):
+            raise ValueError("tokens must not be empty without top or want, got ()")
+
+
+@dataclass(frozen=True)
+class Release:
+    """A request to forget continuations that nothing will be grown from; the reply is an empty list.
+
+    What was grown from them before, or is in the same list of requests, stays.
+    """
+
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A request for host work: ``function(items)`` returns one result for each item.
+
+    Calls of equal functions by several searches in one step are merged into one call. An exception that the function
+    raises is raised in the search that asked.
+    """
+
+    function: Callable[[list[Any]], Sequence[Any]]
+    items: Sequence[Any]
+
+
+Request = Expand | Extend | Release | Call
+
+Result = TypeVar("Result")
+
+# A search as a coroutine: it yields requests, is sent one reply for each of them, and returns a ``Result``.
+Program = Generator[Sequence[Request], list[list[Any]], Result]
+
+# One reply for each request; an exception in the place of a ``Call``'s results is raised in the program, which may go
+# on. A lone exception says that the session has ended.
+Replies = list[Any] | Exception
+
+
+class Session(Protocol):
+    """One prompt on a back end, and everything that grows from it."""
+
+    root: int  # the id of the prompt
+    usage: Usage  # live
+
+    prompt_tokens: int
+
+    @property
+    def growing(self) -> list[tuple[int, ...]]:
+        """The tokens so far of each continuation that grows now."""
+
+    def ask(self, requests: Sequence[Request], done: Callable[[Replies], None]) -> None:
+        """Ask for ``requests``; ``done`` is called once with their replies, or with what went wrong.
+
+        Raises:
+            TypeError, ValueError: a request that no back end could answer, named by its field.
+        """
+
+    def close(self) -> None:
+        """End the session and cancel whatever still runs; ``done`` is not called any more."""
+
+
+class Backend(Protocol):
+    """Whatever runs a model: it opens sessions."""
+
+    features: frozenset[Feature]
+
+    def open(self, prompt: Any) -> Session: ...

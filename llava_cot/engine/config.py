@@ -1,0 +1,33 @@
+"""The settings of an engine."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How an engine stores and computes; none of it changes what is drawn.
+
+    Args:
+        page_size: tokens in a page of the KV cache.
+        num_pages: pages of the KV cache; None takes them from the memory that is free.
+        steps_per_look: steps between two looks of the host at what was drawn, where nothing but growing is to be done.
+            Up to so many steps run in vain once all candidates have finished. None is 4 on CUDA and 1 on the CPU.
+        compile: whether torch compiles the decoder layers.
+        num_threads: CPU threads of a step. None is one thread for a model whose operators are too small for more, and
+            as many as torch has been given for others.
+
+    Raises:
+        ValueError: a number below 1.
+    """
+
+    page_size: int = 16
+    num_pages: int | None = None
+    steps_per_look: int | None = None
+    compile: bool = False
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("page_size", "num_pages", "steps_per_look", "num_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")

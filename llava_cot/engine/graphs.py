@@ -1,0 +1,347 @@
+"""Steps as CUDA graphs: captured once for a rounded shape, and replayed on the same buffers afterwards.
+
+A step is a function of static buffers. On the CPU it is called; on CUDA it is captured, and then replayed. There are
+two kinds: ``Replay`` passes one token of each of many sequences through the model, and ``Window`` draws several tokens
+for every growing branch before the host looks at the first.
+"""
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import cache
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+
+from llava_cot.engine.batch import Batch, shared_prefixes
+from llava_cot.engine.draw import Candidates, Drawn, Row, candidates, draw
+from llava_cot.engine.model import ModelView
+from llava_cot.engine.session import Slot
+from llava_cot_kernels.stage_tags import StageTags
+
+ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+MIN_PAGES, MIN_SEGMENTS = 16, 4
+MAX_BYTES = 2 << 30  # of the captured steps of one kind
+
+Step = Callable[[], object]
+Buffers = TypeVar("Buffers")
+
+
+class Shape(NamedTuple):
+    """Of the buffers of a step: rounded up, so that few are captured."""
+
+    rows: int
+    pages: int  # of a row's page table
+    segments: int  # of the image store
+    prefixes: int  # that rows share
+
+    @classmethod
+    def with_room(cls, rows: int, pages: int, segments: int, prefixes: int) -> "Shape":
+        return cls(
+            next((size for size in ROWS if size >= rows), -(-rows // ROWS[-1]) * ROWS[-1]),
+            _power_of_two(max(MIN_PAGES, pages)),
+            _power_of_two(max(MIN_SEGMENTS, segments)),
+            _power_of_two(prefixes) if prefixes else 0,
+        )
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()
+
+
+class Recorder:
+    """Runs a step again on the same tensors: by calling it, which is all that a CPU needs."""
+
+    def capture(self, step: Step) -> Step:
+        return step
+
+
+class CudaRecorder(Recorder):
+    """Captures steps into CUDA graphs that share one memory pool, so that only one of them may run at a time.
+
+    An empty graph keeps the pool in use for as long as the recorder lives. Without it, a pool may outlive all of its
+    graphs, since cuBLAS keeps a workspace there, and PyTorch refuses to capture into a pool that nothing uses.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.stream = device, _capture_stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
+            self._keeps_pool = self._record(lambda: None)
+
+    def capture(self, step: Step) -> Step:
+        """Run ``step`` once, then capture it. A ``step`` that raises or waits for the device is not captured."""
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):  # of the capture: cuBLAS allocates its workspace here, outside of the pool
+            step()
+        current.wait_stream(self.stream)
+        return self._record(step).replay
+
+    def _record(self, step: Step) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        recording = torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local")
+        # torch leaves neither the stream nor the pool of a capture that fails.
+        with torch.cuda.stream(torch.cuda.current_stream(self.device)):
+            try:
+                with recording:
+                    step()
+            except BaseException:
+                with suppress(RuntimeError):  # it has left the pool
+                    torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+                raise
+        return graph
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures on a device, since cuBLAS keeps a workspace for each stream that it has worked on."""
+    return torch.cuda.Stream(device)
+
+
+def open_recorder(device: torch.device) -> Recorder:
+    return CudaRecorder(device) if device.type == "cuda" else Recorder()
+
+
+class CapturedSteps(Generic[Buffers]):
+    """Captured steps of one kind, by shape.
+
+    While they hold more than ``max_bytes``, the least recently used is evicted. Kinds of steps may share a
+    ``recorder`` if they never run at the same time.
+    """
+
+    def __init__(self, device: torch.device, recorder: Recorder, max_bytes: int = MAX_BYTES) -> None:
+        self.device, self.recorder, self.max_bytes = device, recorder, max_bytes
+        self._entries: OrderedDict[Shape, tuple[Buffers, Step, int]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers or, on CUDA, of everything that opening and capturing took."""
+        return sum(size for _, _, size in self._entries.values())
+
+    def get(
+        self, shape: Shape, open_buffers: Callable[[], Buffers], step: Callable[[Buffers], None]
+    ) -> tuple[Buffers, Step]:
+        """The buffers of ``shape``, and a function that runs ``step`` on them."""
+        if shape not in self._entries:
+            free = self._free_bytes()
+            buffers = open_buffers()
+            run = self.recorder.capture(lambda: step(buffers))
+            held = sum(value.nbytes for value in vars(buffers).values() if isinstance(value, torch.Tensor))
+            self._entries[shape] = buffers, run, max(held, free - self._free_bytes())
+            while len(self) > 1 and self.nbytes > self.max_bytes:  # no graph runs now: capturing waits for the device
+                self._entries.popitem(last=False)
+        self._entries.move_to_end(shape)
+        buffers, run, _ = self._entries[shape]
+        return buffers, run
+
+    def _free_bytes(self) -> int:
+        if self.device.type != "cuda":
+            return 0
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()  # as capturing does: the difference is what stays
+        return torch.cuda.mem_get_info(self.device)[0]
+
+
+class PassBuffers:
+    """Room for R rows; those that a pass does not need are idle: they read and write nothing."""
+
+    def __init__(self, shape: Shape, view: ModelView) -> None:
+        rows, device = shape.rows, view.device
+        self.token, self.position = torch.zeros(2, rows, dtype=torch.int64, device=device)
+        slot_mapping = torch.full((rows,), -1, device=device)
+        image_group, prefix_group = torch.full((2, rows), -1, dtype=torch.int32, device=device)
+        self.page_table = torch.zeros(rows, shape.pages, dtype=torch.int32, device=device)
+        self.batch = Batch(
+            slot_mapping=slot_mapping,
+            page_table=self.page_table,
+            seq_lens=torch.zeros(rows, dtype=torch.int32, device=device),
+            prefix_group=prefix_group if shape.prefixes else None,
+            prefix_lens=torch.zeros(shape.prefixes, dtype=torch.int32, device=device) if shape.prefixes else None,
+            image_group=image_group if view.cross_layers else None,
+            image_cu_seqlens=torch.zeros(shape.segments + 1, dtype=torch.int32, device=device)
+            if view.cross_layers
+            else None,
+        )
+        self.logits = torch.zeros(rows, view.vocab_size, dtype=view.dtype, device=device)
+
+
+class Replay:
+    """``view.decode`` where every sequence has one token."""
+
+    def __init__(self, view: ModelView, recorder: Recorder) -> None:
+        self.view = view
+        self.captured = CapturedSteps[PassBuffers](view.device, recorder)
+
+    @torch.inference_mode()
+    def decode(self, token_ids: torch.Tensor, positions: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """As ``view.decode``; the logits are overwritten by the next call."""
+        assert batch.page_table is not None
+        n, pages = batch.page_table.shape
+        segments = 0 if batch.image_cu_seqlens is None else len(batch.image_cu_seqlens) - 1
+        shape = Shape.with_room(n, pages, segments, 0 if batch.prefix_lens is None else len(batch.prefix_lens))
+        to, run = self.captured.get(shape, lambda: PassBuffers(shape, self.view), self.step)
+        to.token[:n], to.position[:n] = token_ids, positions
+        for name, idle in (("slot_mapping", -1), ("seq_lens", 0), ("image_group", -1), ("prefix_group", -1)):
+            _fill(getattr(to.batch, name), getattr(batch, name), idle)
+        _fill(to.batch.prefix_lens, batch.prefix_lens, 0)
+        _fill(to.batch.image_cu_seqlens, batch.image_cu_seqlens, None)
+        to.page_table[:n, :pages] = batch.page_table
+        run()
+        return to.logits[:n]
+
+    def step(self, at: PassBuffers) -> None:
+        at.logits.copy_(self.view.decode(at.token, at.position, at.batch))
+
+
+def _fill(buffer: torch.Tensor | None, values: torch.Tensor | None, rest: int | None) -> None:
+    """``rest`` None repeats the last value."""
+    if buffer is not None and values is not None:
+        buffer[: len(values)] = values
+        buffer[len(values) :] = values[-1:] if rest is None else rest
+
+
+class StepBuffers:
+    """What a step reads and writes, at addresses that stay: R rows, one for each growing branch, the others idle.
+
+    A row whose branch has finished is idle too: its token is neither computed, stored nor drawn again.
+    """
+
+    def __init__(self, shape: Shape, num_steps: int, num_tags: int, device: torch.device) -> None:
+        rows = shape.rows
+
+        def zeros(*size: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        # Of idle rows too the parameters must be valid.
+        self.candidates = Candidates(*(column.new_zeros(rows) for column in candidates([], [], device)))
+        self.candidates.top_p.fill_(1.0)
+        self.token, self.offset, self.left = zeros(3, rows, dtype=torch.int64)  # offset: of its rotary positions
+        self.image_group, self.prefix_group = zeros(2, rows, dtype=torch.int32)
+        self.ends = zeros(rows, num_tags + 1, dtype=torch.bool)  # by tag; the last column is for no tag
+        self.slot_mapping = zeros(num_steps, rows, dtype=torch.int64)
+        self.page_table = zeros(rows, shape.pages, dtype=torch.int32)
+        self.image_cu_seqlens = zeros(shape.segments + 1, dtype=torch.int32)
+        self.prefix_lens = zeros(shape.prefixes, dtype=torch.int32)
+        self.step = zeros(1, dtype=torch.int64)
+        self.drawn = Drawn(zeros(num_steps, 4, rows, dtype=torch.int64), zeros(num_steps, 4, rows, dtype=torch.float32))
+        # Where the host looks; there is no pinned memory without a GPU, and no need of it.
+        is_cuda = device.type == "cuda"
+        self.seen = (
+            Drawn(*(torch.zeros_like(t, device="cpu").pin_memory() for t in self.drawn)) if is_cuda else self.drawn
+        )
+        self.marks = [torch.cuda.Event() for _ in range(num_steps)] if is_cuda else []
+
+
+class Window:
+    """Up to ``num_steps`` steps in a row, each a forward pass and a draw; on CUDA a captured graph that is replayed."""
+
+    def __init__(
+        self, view: ModelView, recorder: Recorder, tags: StageTags, eos_token_ids: frozenset[int], num_steps: int
+    ) -> None:
+        self.view, self.tags, self.num_steps = view, tags, num_steps
+        self.eos_token_ids = torch.tensor(sorted(eos_token_ids) or [-2], device=view.device)
+        self.num_tags = len(tags.tags)
+        self.captured = CapturedSteps[StepBuffers](view.device, recorder)
+
+    def run(
+        self, slots: list[Slot], counts: list[int], slot_mapping: torch.Tensor, page_table: torch.Tensor
+    ) -> Iterator[list[Row]]:
+        """Let each branch grow by up to ``counts[i]`` tokens, until it finishes.
+
+        Args:
+            slot_mapping: int64 [sum(counts)], where the keys and values of each branch's tokens go.
+            page_table: int32 [N, P], with room for them.
+
+        Returns:
+            for each step the ``Row`` of each branch; those behind its end mean nothing. While the host is busy with one
+            step the device goes on with the next ones. To be read before the next call.
+        """
+        at = self._launch(slots, counts, slot_mapping, page_table)
+        for index in range(max(counts)):
+            for mark in at.marks[index : index + 1]:
+                mark.synchronize()
+            yield Drawn(*(part[index, :, : len(slots)] for part in at.seen)).rows()
+
+    @torch.inference_mode()
+    def _launch(
+        self, slots: list[Slot], counts: list[int], slot_mapping: torch.Tensor, page_table: torch.Tensor
+    ) -> StepBuffers:
+        n, branches = len(slots), [slot.branch for slot in slots]
+        with torch.cuda.device_of(self.view.kv_cache):
+            image_group, image_cu_seqlens = self.view.images.segments([branch.image for branch in branches])
+            prefix_group, prefix_lens = shared_prefixes(branches)
+            num_segments = 0 if image_cu_seqlens is None else len(image_cu_seqlens) - 1
+            to, step = self._open(n, page_table.shape[1], num_segments, len(prefix_lens))
+            for buffer, values in zip(to.candidates, candidates([*range(n)], slots, torch.device("cpu"))):
+                _put(buffer[:n], values)
+            _put(to.token[:n], [branch.tokens[-1] for branch in branches])
+            _put(to.offset[:n], [branch.position_offset for branch in branches])
+            _put(to.left, [*counts, *[0] * (len(to.left) - n)])
+            _put(to.ends[:n], [self._ends(slot) for slot in slots])
+            places = torch.full_like(to.slot_mapping, -1, device="cpu")
+            for row, of_branch in enumerate(slot_mapping.split(counts)):
+                places[: len(of_branch), row] = of_branch
+            _put(to.slot_mapping, places)
+            _put(to.page_table[:n, : page_table.shape[1]], page_table)
+            _put(to.prefix_group[:n], prefix_group)
+            _put(to.prefix_lens[: len(prefix_lens)], prefix_lens)
+            if image_group is not None and image_cu_seqlens is not None:
+                to.image_group[:n] = image_group
+                to.image_cu_seqlens[: num_segments + 1] = image_cu_seqlens
+                to.image_cu_seqlens[num_segments + 1 :] = image_cu_seqlens[-1:]
+            to.step.zero_()
+            for index in range(max(counts)):
+                step()
+                for mark in to.marks[index : index + 1]:
+                    for host, drawn in zip(to.seen, to.drawn):
+                        host[index].copy_(drawn[index], non_blocking=True)
+                    mark.record()
+        return to
+
+    def _open(self, n: int, pages: int, segments: int, prefixes: int) -> tuple[StepBuffers, Step]:
+        """Buffers with room for ``n`` rows, all of them idle or stale, and what runs a step on them."""
+        shape = Shape.with_room(n, pages, segments, prefixes)
+        return self.captured.get(
+            shape, lambda: StepBuffers(shape, self.num_steps, self.num_tags, self.view.device), self.step
+        )
+
+    def _ends(self, slot: Slot) -> list[bool]:
+        """Which tags finish it."""
+        stops, trims = slot.request.stops, slot.request.trims
+        return [stops is None or tag in stops or tag in trims for tag in range(self.num_tags)] + [False]
+
+    def step(self, at: StepBuffers) -> None:
+        """One forward pass and one draw, from these buffers into them; the host is neither asked nor waited for."""
+        alive, length = at.left > 0, at.candidates.position  # its last token included
+        batch = Batch(
+            slot_mapping=torch.where(alive, at.slot_mapping.index_select(0, at.step)[0], -1),
+            page_table=at.page_table,
+            seq_lens=torch.where(alive, length, 0).int(),
+            prefix_group=torch.where(alive, at.prefix_group, -1) if len(at.prefix_lens) else None,
+            prefix_lens=at.prefix_lens if len(at.prefix_lens) else None,
+            image_group=torch.where(alive, at.image_group, -1) if self.view.cross_layers else None,
+            image_cu_seqlens=at.image_cu_seqlens if self.view.cross_layers else None,
+        )
+        logits = self.view.decode(at.token, length + at.offset - 1, batch)
+        drawn = draw(logits, at.candidates._replace(row=torch.where(alive, at.candidates.row, -1)), self.tags)
+        for buffer, new in zip(at.drawn, drawn):
+            buffer.index_copy_(0, at.step, new.unsqueeze(0))
+        token, tag_state, tag, _ = drawn.integers
+        ended = (token.unsqueeze(1) == self.eos_token_ids).any(1)
+        ended |= at.ends.gather(1, torch.where(tag < 0, self.num_tags, tag).unsqueeze(1)).squeeze(1)
+        at.left.copy_(torch.where(ended | (token < 0), 0, at.left - 1))
+        at.token.copy_(token.clamp(min=0))
+        at.candidates.tag_state.copy_(tag_state)
+        length.add_(1)
+        at.step.add_(1)
+
+
+def _put(buffer: torch.Tensor, values: Any) -> None:
+    host = torch.as_tensor(values, dtype=buffer.dtype)
+    buffer.copy_(host.pin_memory() if buffer.is_cuda else host, non_blocking=True)

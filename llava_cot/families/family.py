@@ -1,0 +1,134 @@
+"""What the engine and the generator ask a model family."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
+
+from llava_cot.families.training import Training
+
+Prompt = dict[str, torch.Tensor]  # the processor's inputs for one prompt, without padding
+Inputs = dict[str, tuple[str, ...]]  # the dimensions of each input
+
+
+class Family:
+    """A model family, bound to the config of one of its models.
+
+    The defaults are right for a family whose images are tokens of the prompt and whose rotary positions count them like
+    any other token. Such a subclass has only ``model_type``, ``inputs`` and ``optional``.
+
+    Attributes:
+        model_type: the ``model_type`` of the family's configs.
+        inputs: the inputs that the family's processor makes, each with the names of its dimensions. ``batch`` is a row
+            for each prompt; without it the entries of all prompts follow each other, in the order of their image
+            tokens: one for each image (``images``) or for each piece of ``pixel_values`` (``patches``).
+        optional: the inputs that a caller may leave out.
+        has_custom_generate: whether transformers' ``generate`` hands these inputs to a custom function unchanged.
+        pixel_values_per_pass: the elements of ``pixel_values`` that one prefill may have, by device type. They bound
+            what the vision encoder holds; an image of 1120 x 1120 has 3.8 million.
+        training: what training asks; None if models of this family can't be trained.
+    """
+
+    model_type: ClassVar[str]
+    inputs: ClassVar[Inputs]
+    optional: ClassVar[frozenset[str]] = frozenset({"attention_mask"})
+    has_custom_generate: ClassVar[bool] = False
+    pixel_values_per_pass: ClassVar[dict[str, int]] = {"cpu": 4 << 20, "cuda": 40 << 20}
+    training: ClassVar[type[Training] | None] = None
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @property
+    def cross_layers(self) -> tuple[int, ...]:
+        """The indices of the decoder layers that attend to the image store instead of the text."""
+        return ()
+
+    def split_images(self, inputs: Prompt, keep: torch.Tensor) -> list[Prompt]:
+        """Split the image inputs of a padded batch into those of its prompts.
+
+        Args:
+            inputs: the processor's batch, with every input that is not optional.
+            keep: bool [batch, tokens], False for padding.
+
+        Raises:
+            ValueError: the images don't fit the prompts' image tokens.
+        """
+        counts = [int((ids[kept] == self.config.image_token_id).sum()) for ids, kept in zip(inputs["input_ids"], keep)]
+        sizes = self.image_sizes(inputs, sum(counts))
+        prompts, first, start = [], 0, 0
+        for index, count in enumerate(counts):
+            if not count:
+                raise ValueError(
+                    f"input_ids[{index}] must contain the image token, so that its last token sees an image"
+                )
+            last, end, tokens = first, start, 0
+            while last < len(sizes) and tokens < count:
+                end, tokens = end + sizes[last][0], tokens + sizes[last][1]
+                last += 1
+            if tokens != count:
+                raise ValueError(f"input_ids[{index}] must have its images' tokens={tokens}, got {count} image tokens")
+            own = {"images": slice(first, last), "patches": slice(start, end)}
+            prompts.append({name: inputs[name][own[dims[0]]] for name, dims in self.inputs.items() if dims[0] in own})
+            first, start = last, end
+        if first != len(sizes):
+            raise ValueError(f"pixel_values must have the images of input_ids={first}, got {len(sizes)}")
+        return prompts
+
+    def image_sizes(self, inputs: Prompt, image_tokens: int) -> list[tuple[int, int]]:
+        """The patches and the tokens of each image of a batch whose prompts together have ``image_tokens``.
+
+        By default an image is one entry of ``pixel_values``, and all have the same number of tokens.
+        """
+        images = len(inputs["pixel_values"])
+        return [(1, image_tokens // max(1, images))] * images
+
+    def stack(self, prompts: list[Prompt]) -> Prompt:
+        """Several prompts as one batch, padded on the right.
+
+        Nobody sees the padding, so that there is no mask, but it must not look like an image. The prompts have one
+        ``image_shape``.
+        """
+        is_image = getattr(self.config, "image_token_id", None) == 0
+        stacked = {}
+        for name in (name for name in prompts[0] if name != "attention_mask"):
+            values = [prompt[name] for prompt in prompts]
+            if "tokens" in self.inputs.get(name, ()):
+                padding = int(is_image and name == "input_ids")
+                rows = [value[0] for value in values]
+                stacked[name] = pad_sequence(rows, batch_first=True, padding_value=padding)
+            else:
+                stacked[name] = torch.cat(values)
+        return stacked
+
+    def positions(
+        self, model: PreTrainedModel, inputs: Prompt, lengths: torch.Tensor
+    ) -> tuple[torch.Tensor, list[int]]:
+        """The rotary positions of the prompts of a batch, and what to add to the index of a later token for its own.
+
+        Args:
+            inputs: what ``stack`` made.
+            lengths: int64 [B], the tokens of each prompt without padding.
+
+        Returns:
+            int64 [B, T], or [3, B, T] for M-RoPE; an offset for each prompt.
+        """
+        ids = inputs["input_ids"]
+        return torch.arange(ids.shape[1], device=ids.device).expand_as(ids), [0] * len(ids)
+
+    def stored_image_tokens(self, prompt: Prompt) -> torch.Tensor:
+        """Which of the image's tokens in the cross-attention layers must be kept for decoding: bool [S]."""
+        return torch.zeros(0, dtype=torch.bool)
+
+    def image_tokens(self, prompt: Prompt) -> int:
+        """How many tokens of the image store a prompt takes."""
+        return int(self.stored_image_tokens(prompt).sum())
+
+    def image_shape(self, prompt: Prompt) -> tuple[int, ...]:
+        """What the images of two prompts must have in common to be computed in one pass."""
+        return tuple(prompt["pixel_values"].shape[1:])
+
+    def pixel_values(self, prompt: Prompt) -> int:
+        """How much a prompt adds to the ``pixel_values_per_pass``."""
+        return prompt["pixel_values"].numel()

@@ -1,0 +1,14 @@
+"""LLaVA (Liu et al., 2023, arXiv:2304.08485): images of one size, whose tokens are part of the prompt."""
+
+from typing import ClassVar
+
+from llava_cot.families.family import Family, Inputs
+
+
+class Llava(Family):
+    model_type = "llava"
+    inputs: ClassVar[Inputs] = {
+        "input_ids": ("batch", "tokens"),
+        "attention_mask": ("batch", "tokens"),
+        "pixel_values": ("images", "channels", "height", "width"),
+    }

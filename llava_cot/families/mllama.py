@@ -1,0 +1,55 @@
+"""Mllama (Llama 3.2 Vision; Grattafiori et al., 2024, arXiv:2407.21783): some layers attend to the image alone."""
+
+from typing import ClassVar
+
+import torch
+
+from llava_cot.families.family import Family, Inputs, Prompt
+from llava_cot.families.mllama_training import MllamaTraining
+
+
+class Mllama(Family):
+    """An image is up to ``max_num_tiles`` tiles, each of which has a token for every patch and one more.
+
+    The keys and values of those tokens in the cross-attention layers go to the image store.
+    """
+
+    model_type = "mllama"
+    inputs: ClassVar[Inputs] = {
+        "input_ids": ("batch", "tokens"),
+        "attention_mask": ("batch", "tokens"),
+        "pixel_values": ("batch", "images", "tiles", "channels", "height", "width"),
+        "aspect_ratio_ids": ("batch", "images"),
+        "aspect_ratio_mask": ("batch", "images", "tiles"),
+        "cross_attention_mask": ("batch", "tokens", "images", "tiles"),
+    }
+    optional = frozenset({"attention_mask", "aspect_ratio_mask"})
+    has_custom_generate = True
+    training = MllamaTraining
+
+    @property
+    def cross_layers(self) -> tuple[int, ...]:
+        return tuple(self.config.text_config.cross_attention_layers)
+
+    def split_images(self, inputs: Prompt, keep: torch.Tensor) -> list[Prompt]:
+        names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+        cross_mask = inputs["cross_attention_mask"]
+        missing = keep.shape[1] - cross_mask.shape[1]
+        if missing > 0:  # a prompt that goes on past what the processor saw sees what its last token saw
+            cross_mask = torch.cat([cross_mask, cross_mask[:, -1:].expand(-1, missing, -1, -1)], dim=1)
+        prompts = []
+        for index, kept in enumerate(keep):
+            prompt = {name: inputs[name][index : index + 1] for name in names if inputs.get(name) is not None}
+            prompt["cross_attention_mask"] = cross_mask[index, kept].unsqueeze(0)
+            if not kept.any() or not prompt["cross_attention_mask"][0, -1].any():
+                raise ValueError(
+                    f"input_ids[{index}] must contain the image token, so that its last token sees an image"
+                )
+            prompts.append(prompt)
+        return prompts
+
+    def stored_image_tokens(self, prompt: Prompt) -> torch.Tensor:
+        """What the last token of a prompt may see is what every later token sees: bool [images * tiles * patches]."""
+        vision = self.config.vision_config
+        tiles = prompt["cross_attention_mask"][0, -1].flatten().bool()
+        return tiles.repeat_interleave((vision.image_size // vision.patch_size) ** 2 + 1)

@@ -1,0 +1,42 @@
+"""Qwen2.5-VL (Bai et al., 2025, arXiv:2502.13923): images of any size, whose tokens are part of the prompt."""
+
+from typing import ClassVar
+
+import torch
+from transformers import PreTrainedModel
+
+from llava_cot.families.family import Family, Inputs, Prompt
+
+
+class Qwen2_5_VL(Family):
+    """``image_grid_thw`` has an image's time, height and width in patches; ``spatial_merge_size`` squared are a token.
+
+    An image counts as its longer side in the rotary positions (M-RoPE).
+    """
+
+    model_type = "qwen2_5_vl"
+    inputs: ClassVar[Inputs] = {
+        "input_ids": ("batch", "tokens"),
+        "attention_mask": ("batch", "tokens"),
+        "pixel_values": ("patches", "values"),
+        "image_grid_thw": ("images", "thw"),
+        "mm_token_type_ids": ("batch", "tokens"),
+    }
+    optional = frozenset({"attention_mask", "mm_token_type_ids"})
+
+    def image_sizes(self, inputs: Prompt, image_tokens: int) -> list[tuple[int, int]]:
+        patches = inputs["image_grid_thw"].prod(-1).tolist()
+        if sum(patches) != (got := len(inputs["pixel_values"])):
+            raise ValueError(f"pixel_values must have image_grid_thw's patches={sum(patches)} rows, got {got}")
+        return [(count, count // self.config.vision_config.spatial_merge_size**2) for count in patches]
+
+    def positions(
+        self, model: PreTrainedModel, inputs: Prompt, lengths: torch.Tensor
+    ) -> tuple[torch.Tensor, list[int]]:
+        ids = inputs["input_ids"]
+        is_image = (ids == self.config.image_token_id).int()
+        is_token = torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
+        positions, deltas = model.model.get_rope_index(
+            ids, is_image, image_grid_thw=inputs["image_grid_thw"], attention_mask=is_token.int()
+        )
+        return positions, deltas.flatten().tolist()

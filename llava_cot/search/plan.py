@@ -1,0 +1,87 @@
+"""What ``search=`` may be, resolved: a name, a configuration object or a policy function becomes a plan."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from llava_cot.core import Program
+from llava_cot.scoring.scorer import name_of
+from llava_cot.search.best_of_n import BestOfNConfig, best_of_n
+from llava_cot.search.greedy import GreedyConfig, greedy
+from llava_cot.search.majority import MajorityConfig, majority
+from llava_cot.search.sample import Limits, SampleConfig, Scored, Staged, sample
+from llava_cot.search.search import Search
+from llava_cot.search.sentence_beam import SentenceBeamConfig, sentence_beam
+from llava_cot.search.stage_beam import StageBeamConfig, stage_beam
+from llava_cot.search.swires import SwiresConfig, swires
+from llava_cot.search.token_beam import TokenBeamConfig, token_beam
+from llava_cot.search.tree import Node
+from llava_cot.stages import Grammar
+
+Policy = Callable[[Search], Program[Node | list[Node]]]
+SearchLike = str | Limits | Policy
+
+# name -> (its configuration, the policy); a policy takes the search and its configuration
+POLICIES: dict[str, tuple[type[Limits], Callable[..., Program[Node | list[Node]]]]] = {
+    "greedy": (GreedyConfig, greedy),
+    "sample": (SampleConfig, sample),
+    "best_of_n": (BestOfNConfig, best_of_n),
+    "majority": (MajorityConfig, majority),
+    "sentence_beam": (SentenceBeamConfig, sentence_beam),
+    "stage_beam": (StageBeamConfig, stage_beam),
+    "token_beam": (TokenBeamConfig, token_beam),
+    "swires": (SwiresConfig, swires),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A resolved ``search=``: its name, its settings, and the policy bound to them."""
+
+    name: str
+    config: Limits  # a policy function has limits only
+    policy: Policy
+
+    @property
+    def scorer(self) -> str | None:
+        """The name of its scorer, if it has one: calibrations are looked up by it."""
+        return name_of(self.config.scorer) if isinstance(self.config, Scored) else None
+
+    def settings(self) -> dict[str, Any]:
+        """The settings as JSON has them; a scorer, which may hold a model, by its name."""
+        plain = {key: dict(value) if isinstance(value, Mapping) else value for key, value in vars(self.config).items()}
+        plain.pop("grammar", None)  # the trace has it
+        plain["budget"] = self.config.budget and self.config.budget.limits()
+        return {key: self.scorer if key == "scorer" else value for key, value in plain.items()}
+
+
+def make_plan(search: SearchLike, settings: Mapping[str, Any], grammar: Grammar) -> Plan:
+    """Resolve ``search`` with ``settings``, fields of its configuration, for a model that writes ``grammar``.
+
+    Raises:
+        ValueError: naming the argument that is wrong.
+    """
+    if callable(search) and not isinstance(search, type):
+        known = [field.name for field in fields(Limits)]
+        for key in settings:
+            if key not in known:
+                raise ValueError(f"a policy function must bring its own settings, got {key!r}")
+        return Plan(name_of(search), Limits(**settings), search)
+    by_config = {config_type: name for name, (config_type, _) in POLICIES.items()}
+    name = search if isinstance(search, str) else by_config.get(type(search))  # type: ignore[arg-type]
+    if name not in POLICIES:
+        raise ValueError(f"search must be one of {sorted(POLICIES)}, a config or a policy function, got {search!r}")
+    config_type, policy = POLICIES[name]
+    known = [field.name for field in fields(config_type)]
+    for key in settings:
+        if key not in known:
+            raise ValueError(f"{key} is not supported by search={name!r}; its settings are {known}")
+    config = search if isinstance(search, Limits) else _default(config_type, grammar)
+    config = replace(config, **settings)
+    if isinstance(config, Staged) and config.grammar != grammar:
+        raise ValueError(f"grammar must be the generator's, {grammar}, got {config.grammar}")
+    return Plan(name, config, lambda search: policy(search, config))
+
+
+def _default(config_type: type[Limits], grammar: Grammar) -> Limits:
+    return config_type(grammar=grammar) if issubclass(config_type, Staged) else config_type()

@@ -1,0 +1,89 @@
+"""A trace in memory, and the questions that whoever shows it or learns from it asks."""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from llava_cot.stages import Grammar
+from llava_cot.trace.schema import NodeData, TraceData
+from llava_cot.trace.writer import to_json
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from rich.tree import Tree
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Everything a search did: its settings, every candidate, every decision, and what it cost.
+
+    ``data`` is taken as it is. Data from outside goes through ``parse_trace`` or ``read_trace``, which check it.
+    """
+
+    data: TraceData
+
+    @cached_property
+    def nodes(self) -> dict[int, NodeData]:
+        """Every candidate by its id. Parents come before their children."""
+        return {node["id"]: node for node in self.data["nodes"]}
+
+    @cached_property
+    def grammar(self) -> Grammar:
+        grammar = self.data["grammar"]
+        return Grammar(grammar["follows"], grammar["start"], grammar["max_visits"], grammar["tags"])
+
+    @cached_property
+    def drawn_after_budget(self) -> frozenset[int]:
+        """The ids of the candidates that were drawn after the budget was spent, to finish an answer greedily."""
+        kinds = [event["event"] for event in self.data["events"]]
+        start = kinds.index("budget_spent") if "budget_spent" in kinds else len(kinds)
+        after = _of_kinds(self.data["events"][start:], ("generated",))
+        return frozenset(id for event in after for id in event["nodes"])
+
+    @property
+    def failure(self) -> str | None:
+        """What ended a search that failed, on one line."""
+        error = self.data["error"]
+        return error and " ".join(f"{error['type']}: {error['message']}".split())
+
+    def events(self, *kinds: str) -> list[dict[str, Any]]:
+        """The events of these kinds, e.g. ``"retraced"``, in their order. ``trace.schema.EVENTS`` has the kinds."""
+        return _of_kinds(self.data["events"], kinds)
+
+    def path(self, id: int | None) -> list[NodeData]:
+        """The candidates from the first stage to node ``id``; none of 0, the prompt, or of None."""
+        path: list[NodeData] = []
+        while id:
+            path.append(self.nodes[id])
+            id = path[-1]["parent"]
+        return path[::-1]
+
+    def text(self, id: int | None) -> str:
+        """What the model wrote from the start of its answer to the end of node ``id``, tags included."""
+        return "".join(node["text"] for node in self.path(id))
+
+    def to_json(self, indent: int | None = None) -> str:
+        """As strict JSON, which has no infinities: they become the strings "inf" and "-inf"."""
+        return to_json(self.data, indent)
+
+    def to_html(self, *, image: "Image | None" = None, question: str | None = None, gold: str | None = None) -> str:
+        """As one page to look at, which needs nothing else; ``gold`` is the right answer, where one is known."""
+        from llava_cot.report.html import to_html
+
+        return to_html(self, image=image, question=question, gold=gold)
+
+    def to_tree(self) -> "Tree":
+        """As a tree that ``rich`` prints in a terminal."""
+        from llava_cot.report.tree import to_tree
+
+        return to_tree(self)
+
+    def _repr_html_(self) -> str:
+        from llava_cot.report.html import to_frame
+
+        return to_frame(self)
+
+
+def _of_kinds(events: Iterable[Any], kinds: Collection[str]) -> list[dict[str, Any]]:
+    return [event for event in events if event["event"] in kinds]

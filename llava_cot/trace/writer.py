@@ -1,0 +1,91 @@
+"""A trace from the plain parts of a search, whatever ran it, and as strict JSON."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, cast
+
+from llava_cot.core import Usage
+from llava_cot.stages import Grammar
+from llava_cot.trace.schema import (
+    TRACE_VERSION,
+    CalibrationData,
+    ConfigData,
+    ErrorData,
+    EventData,
+    GrammarData,
+    NodeData,
+    TraceData,
+    UsageData,
+)
+
+
+def trace_data(
+    *,
+    model: str,
+    versions: Mapping[str, str],
+    question: str | None,
+    search: str,
+    config: Mapping[str, Any],
+    grammar: Grammar,
+    seed: int,
+    bos: str,
+    calibration: CalibrationData | None,
+    prompt_tokens: int,
+    nodes: Sequence[NodeData],
+    events: Sequence[EventData],
+    answers: Sequence[int],
+    usage: Usage,
+    answer: int | None = None,
+    error: BaseException | None = None,
+) -> TraceData:
+    """The data of ``Trace``; ``TraceData`` says what each part is.
+
+    Args:
+        answers: the nodes that the search returned, the best first. They are ignored if it failed.
+        answer: the one of them that this trace is for, by default the first.
+        error: what ended a search that failed.
+
+    Raises:
+        ValueError: there is neither an answer nor an error.
+    """
+    if not answers and error is None:
+        raise ValueError("answers must not be empty for a search that did not fail, got none and no error")
+    ids = [] if error else [*answers]
+    return {
+        "version": TRACE_VERSION,
+        "versions": dict(versions),
+        "model": model,
+        "question": question,
+        "search": search,
+        "config": cast(ConfigData, config),
+        "grammar": cast(GrammarData, grammar.to_dict()),
+        "seed": seed,
+        "bos": bos,
+        "calibration": calibration,
+        "prompt_tokens": prompt_tokens,
+        "nodes": [*nodes],
+        "events": [*events],
+        "answer": None if error else ids[0] if answer is None else answer,
+        "answers": ids,
+        "usage": cast(UsageData, asdict(usage)),
+        "error": _described(error) if error else None,
+    }
+
+
+def to_json(data: Any, indent: int | None = None) -> str:
+    """Strict JSON, in which infinities are the strings "inf" and "-inf"."""
+    return json.dumps(_finite(data), indent=indent, allow_nan=False)
+
+
+def _described(error: BaseException) -> ErrorData:
+    return {"type": type(error).__name__, "message": "\n".join([str(error), *getattr(error, "__notes__", ())])}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,209 @@
+"""What a family's object answers, and that nothing but these objects knows one family from another."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import random_llava
+from helpers.random_mllama import TINY_SHAPE, build_random_mllama, random_inputs
+
+import llava_cot
+from llava_cot.families import FAMILIES, family_of, training_of
+from llava_cot.prompt import split_rows
+
+PACKAGE = Path(llava_cot.__file__).parent
+NAME = re.compile(r"mllama|llava(?![-_ ]?cot)|qwen", re.IGNORECASE)
+ONE_FAMILYS = {  # of an input, a setting or a module that not every family has
+    "model_type",
+    "aspect_ratio_ids",
+    "aspect_ratio_mask",
+    "cross_attention_mask",
+    "cross_attention_layers",
+    "cross_attn",
+    "cross_rows",
+    "image_grid_thw",
+    "mm_token_type_ids",
+    "multi_modal_projector",
+    "vision_model",
+    "get_rope_index",
+}
+# These make or load one Mllama: the bundled model and its verifier.
+MAKE_A_MODEL = ("small_world/", "scoring/reward_model.py")
+
+
+def mllama_inputs(model, *, length, seed):
+    return random_inputs(model, length=length, ratio_id=(1, 6)[seed % 2], seed=seed)
+
+
+BUILDERS = {
+    "mllama": (lambda: build_random_mllama(**TINY_SHAPE, seed=0), mllama_inputs),
+    **random_llava.FAMILIES,
+}
+LENGTHS = (21, 34)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def case(request):
+    """(model, its family, a processor's inputs of two prompts)"""
+    build, make_inputs = BUILDERS[request.param]
+    model = build()
+    inputs = [make_inputs(model, length=length, seed=seed) for seed, length in enumerate(LENGTHS)]
+    return model, family_of(model.config), inputs
+
+
+def left_padded(family, rows):
+    """One batch of several prompts' inputs, as a processor pads them."""
+    longest = max(row["input_ids"].shape[1] for row in rows)
+    batch = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        if "tokens" in family.inputs[name]:
+            behind = (0, 0) * (values[0].dim() - 2)  # pad takes the last dimension first
+            values = [torch.nn.functional.pad(v, (*behind, longest - v.shape[1], 0)) for v in values]
+        batch[name] = torch.cat(values)
+    return batch
+
+
+def test_what_is_not_supported_is_named():
+    config = type("Config", (), {"model_type": "llama"})()
+    message = r"model must be one of \['llava', 'mllama', 'qwen2_5_vl'\], got model_type 'llama'"
+    for lookup in (family_of, training_of):
+        with pytest.raises(ValueError, match=message):
+            lookup(config)
+    config.model_type = "llava"
+    with pytest.raises(ValueError, match=r"one of \['mllama'\] to be trained, got model_type 'llava'"):
+        training_of(config)
+
+
+def test_the_inputs_are_named_with_their_dimensions(case):
+    model, family, (inputs, _) = case
+    assert family.model_type == model.config.model_type and set(inputs) == set(family.inputs)
+    sizes = {}
+    for name, dimensions in family.inputs.items():
+        assert inputs[name].dim() == len(dimensions), name
+        for dimension, size in zip(dimensions, inputs[name].shape):
+            assert sizes.setdefault(dimension, size) == size, (name, dimension)
+    assert (sizes["batch"], sizes["tokens"]) == (1, LENGTHS[0])
+    for name in family.inputs:
+        given = {**inputs, name: None}
+        if name in family.optional:
+            split_rows(given, model.config)
+        else:
+            with pytest.raises(ValueError, match=f"{name} must be given"):
+                split_rows(given, model.config)
+
+
+def test_a_batch_is_split_into_what_each_prompt_is_alone(case):
+    model, family, inputs = case
+    together = split_rows(left_padded(family, inputs), model.config)
+    for prompt, each in zip(together, inputs, strict=True):
+        (alone,) = split_rows(each, model.config)
+        assert prompt.keys() == alone.keys() and all(torch.equal(prompt[name], alone[name]) for name in alone)
+        assert torch.equal(prompt["input_ids"], each["input_ids"])
+
+
+def test_prompts_are_stacked_and_numbered_as_each_is_alone(case):
+    model, family, inputs = case
+    prompts = [split_rows(each, model.config)[0] for each in inputs]
+    assert family.image_shape(prompts[0]) == family.image_shape(prompts[1])
+    stacked = family.stack(prompts)
+    positions, offsets = family.positions(model, stacked, torch.tensor(LENGTHS))
+    images = (stacked["input_ids"] == model.config.image_token_id).sum()
+    assert images == sum((prompt["input_ids"] == model.config.image_token_id).sum() for prompt in prompts)
+    for row, (prompt, length) in enumerate(zip(prompts, LENGTHS)):
+        assert torch.equal(stacked["input_ids"][row, :length], prompt["input_ids"][0])
+        alone, (offset,) = family.positions(model, prompt, torch.tensor([length]))
+        assert torch.equal(positions[..., row, :length], alone[..., 0, :]) and offset == offsets[row]
+        assert alone[..., -1].unique().item() + 1 == length + offset  # the next token's
+
+
+def test_what_a_prompt_takes(case):
+    model, family, inputs = case
+    prompts = [split_rows(each, model.config)[0] for each in inputs]
+    vision = model.config.vision_config
+    for prompt, tiles in zip(prompts, (1, 4)):
+        kept = family.stored_image_tokens(prompt)
+        assert kept.dtype == torch.bool and kept.dim() == 1
+        per_tile = (vision.image_size // vision.patch_size) ** 2 + 1 if family.cross_layers else 0
+        assert family.image_tokens(prompt) == kept.sum() == tiles * per_tile
+        assert family.pixel_values(prompt) == prompt["pixel_values"].numel()
+    layers = model.model.language_model.layers
+    assert set(family.cross_layers) == {index for index, layer in enumerate(layers) if hasattr(layer, "cross_attn")}
+    assert family.pixel_values_per_pass.keys() == {"cpu", "cuda"}
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.training])
+def test_every_parameter_is_of_one_part(name):
+    model = BUILDERS[name][0]()
+    parts = training_of(model.config).parts
+    found = {part: 0 for part in parts}
+    for parameter, _ in model.named_parameters():
+        (part,) = (part for part, pattern in parts.items() if re.match(pattern, parameter))
+        found[part] += 1
+    assert all(found.values())
+
+
+def modules():
+    """(path in the package, syntax tree) of each module."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def words(tree):
+    """(line, identifier or string) of everything but comments, docstrings and the errors that are raised."""
+    skipped = {id(node) for raised in ast.walk(tree) if isinstance(raised, ast.Raise) for node in ast.walk(raised)}
+    skipped |= {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings
+    for node in ast.walk(tree):
+        if id(node) not in skipped:
+            values = (value for _, value in ast.iter_fields(node) if isinstance(value, str))
+            yield from ((getattr(node, "lineno", 0), value) for value in values)
+
+
+def of_one_family(tree):
+    return [
+        f"{line}: {word}"
+        for line, word in words(tree)
+        if NAME.search(word.replace("llava_cot", "")) or ONE_FAMILYS.intersection(re.findall(r"\w+", word))
+    ]
+
+
+def test_no_other_module_asks_which_family_it_is():
+    found = {
+        path: hits
+        for path, tree in modules()
+        if not path.startswith(("families/", *MAKE_A_MODEL)) and (hits := of_one_family(tree))
+    }
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'if config.model_type == "other": pass',
+        'getattr(config, "model_type")',
+        'kind = "mllama"',
+        "from transformers import LlavaConfig",
+        "import transformers.models.qwen2_5_vl",
+        'x = inputs["image_grid_thw"]',
+        'f"model.vision_model.{index}"',
+        "def encode(aspect_ratio_ids): pass",
+    ],
+)
+def test_the_search_finds(code):
+    assert of_one_family(ast.parse(code))
+
+
+def test_the_search_leaves_the_projects_own_name_alone():
+    code = '"""For LLaVA and Qwen2.5-VL."""\nfrom llava_cot import LLAVA_COT\nname = "llava-cot, LLaVA-CoT-100k"'
+    assert not of_one_family(ast.parse(code))
+
+
+def test_families_import_neither_engine_nor_search():
+    for path, tree in modules():
+        if path.startswith("families/"):
+            imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+            imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+            own = {name for name in imported if name.startswith("llava_cot.")}
+            assert all(name.startswith("llava_cot.families") for name in own), path
