@@ -9,7 +9,7 @@ other ops. The rest is the host's: transformers' modules and the engine. Ops thi
 profiled, so the host's share is an underestimate.
 
 The last table is SWIRES on all questions at once with fewer pages than it would use. It shows the tokens that are
-recomputed for want of pages, and the time relative to that with enough pages. The answers are the same.
+recomputed because their pages were evicted, and the time relative to that with enough pages. The answers are the same.
 """
 
 import argparse

@@ -23,7 +23,7 @@ else:
     from llava_cot_kernels.paged_kv import copy_pages, store_kv
     from llava_cot_kernels.sampling import SampleOutput, sample
 
-__version__: str  # of the installed distribution; "0+unknown" in a source tree that is not installed
+__version__: str  # the version that is installed, or "0+unknown" in a source tree that is not
 
 __all__ = [
     "OutOfPages",

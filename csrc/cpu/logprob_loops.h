@@ -10,7 +10,7 @@ ALWAYS_INLINE Vec load_floats(const float* x, int64_t i, int64_t n, float fill) 
   return load<Dtype::FLOAT32>(x, i, n, fill);
 }
 
-// Of logits' distances d <= 0 from the largest.
+// Sums over the distances d <= 0 of logits from the largest: of exp(d), and of exp(d) * d.
 struct Sums {
   Vec sum, weighted;
 
@@ -21,8 +21,8 @@ struct Sums {
   }
 };
 
-// Of x, for logits z = scale * x: d logprob / dz = onehot - p and d entropy / dz = -p (log p + H), without the onehot,
-// which touches one token only.
+// Returns the gradient of x, for logits z = scale * x: d logprob / dz = onehot - p and d entropy / dz = -p (log p + H).
+// The onehot is left out, since it concerns one token only.
 ALWAYS_INLINE Vec gradient_of(Vec x, float scale, Vec lse, Vec entropy, Vec grad_logprob, Vec grad_entropy) {
   const Vec logp = multiply_add(x, scale, Vec(0.0f) - lse);
   const Vec bounded = max(logp, -88.0f) + entropy;  // p is 0 there: 0 * -88, not 0 * -inf

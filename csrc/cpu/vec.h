@@ -220,7 +220,7 @@ ALWAYS_INLINE auto with_dtype(Dtype dtype, const Function& function) {
   }
 }
 
-// As float32.
+// Converts to float32.
 void widen(Dtype dtype, const void* source, int64_t n, float* target) {
   with_dtype(dtype, [=]<Dtype D>() {
     int64_t i = 0;

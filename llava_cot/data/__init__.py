@@ -1,1 +1,1 @@
-"""What is trained on: read, checked, annotated, made of searches; and how it becomes batches."""
+"""Training data: how it is read, checked, annotated, made from searches, and batched."""

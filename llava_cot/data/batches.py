@@ -1,30 +1,33 @@
-"""Which examples make the batches of which step and rank: a pure function of the step."""
+"""Assign examples to the batches of each step and rank, as a pure function of the step."""
 
 import heapq
 from collections.abc import Sequence
 
 import numpy as np
 
-MEGA_BATCH = 50  # batches that are sorted by length together
+MEGA_BATCH = 50  # batches whose examples are sorted by length together
 
 Row = list[int]
 MicroBatch = list[Row]
 
 
 class BatchPlan:
-    """The order of the examples, and their rows, for one rank of several.
+    """The order of the examples and their rows, for one of several ranks.
 
-    An epoch shows every example once, its last batch (or one of them) may be smaller. The examples of a step are the
-    same for any number of ranks, and all ranks have the same number of micro-batches in it.
+    An epoch shows every example once. Its last batch, or one of them, may be smaller. The examples of a step are the
+    same for any number of ranks, and all ranks have the same number of micro-batches in a step.
 
     Args:
-        lengths: tokens of each example.
-        batch_size: examples a step, over all ranks.
-        rows_per_batch: rows of a micro-batch, at most.
-        max_row_tokens: None: one example a row, batches and micro-batches of like lengths. A number: rows of several
-            examples, of so many tokens at most; a longer example has a row of its own.
-        seed: of the order.
-        rank: the one whose micro-batches these are, of ``world_size``.
+        lengths: the number of tokens of each example.
+        batch_size: examples per step, over all ranks.
+        rows_per_batch: the most rows of a micro-batch.
+        max_row_tokens: the most tokens of a row, which then has several examples. A longer example gets a row of its
+            own. None means one example a row, with examples of similar length in a batch and a micro-batch.
+        seed: the seed of the order.
+        rank: the rank whose micro-batches these are, of ``world_size``.
+
+    Raises:
+        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class BatchPlan:
         return -(-len(self._lengths) // self.batch_size)
 
     def batch(self, step: int) -> np.ndarray:
-        """The examples of ``step`` over all ranks, the longest first: int64 [batch_size] or fewer."""
+        """Return the examples of ``step`` over all ranks, the longest first: int64 [batch_size] or fewer."""
         if step < 0:
             raise ValueError(f"step must be >= 0, got {step}")
         epoch, index = divmod(step, self.steps_per_epoch)
@@ -71,9 +74,9 @@ class BatchPlan:
         return examples[np.argsort(-self._lengths[examples], kind="stable")]
 
     def micro_batches(self, step: int) -> list[MicroBatch]:
-        """This rank's part of ``step``: micro-batches of at most ``rows_per_batch`` rows of examples' indices.
+        """Return this rank's part of ``step``: micro-batches of at most ``rows_per_batch`` rows of example indices.
 
-        Where a rank has less to do than another, its rows are empty.
+        A rank that has less to do than others gets empty rows.
         """
         examples = self.batch(step)
         if self.max_row_tokens is None:
@@ -81,14 +84,14 @@ class BatchPlan:
         return self._packed(examples, self.max_row_tokens)
 
     def _shuffle(self, epoch: int) -> list[np.ndarray]:
-        """The batches of an epoch in their order."""
-        # Raw draws, because NumPy may change how it makes permutations of them.
+        """Return the batches of an epoch in order."""
+        # Use raw draws, because NumPy may change how it makes permutations from them.
         random = np.random.PCG64([self.seed, epoch])
         order = np.argsort(random.random_raw(len(self._lengths)), kind="stable")
         starts = range(0, len(order), self.batch_size)
         if self.max_row_tokens is not None:
             return [order[start : start + self.batch_size] for start in starts]
-        # A small data set has several mega-batches too: in a single one every epoch had the same batches.
+        # A small data set has several mega-batches too. With only one, every epoch would have the same batches.
         size = self.batch_size * max(1, min(MEGA_BATCH, len(starts) // 4))
         megas = (order[start : start + size] for start in range(0, len(order), size))
         order = np.concatenate([mega[np.argsort(-self._lengths[mega], kind="stable")] for mega in megas])
@@ -97,7 +100,7 @@ class BatchPlan:
 
     def _alone(self, examples: np.ndarray) -> list[MicroBatch]:
         count = -(-len(examples) // (self.world_size * self.rows_per_batch))
-        groups = np.array_split(examples, count * self.world_size)  # neighbours run at the same time, on other ranks
+        groups = np.array_split(examples, count * self.world_size)  # neighbours run at the same time on different ranks
         mine = groups[self.rank :: self.world_size]
         return [[[int(example)] for example in group] or [[]] for group in mine]
 
@@ -105,7 +108,7 @@ class BatchPlan:
         parts = self._spread(examples, self.world_size)
         count = max(-(-len(self._first_fit(part, limit)) // self.rows_per_batch) for part in parts)
         mine = parts[self.rank]
-        # Evenly filled rows pad the least; where that is too much for one of them, as few as will do.
+        # Evenly filled rows pad the least. If one of them would be too long, use as few rows as suffice.
         rows = self._spread(mine, count * self.rows_per_batch)
         if any(self._tokens(row) > limit for row in rows if len(row) > 1):
             rows = self._first_fit(mine, limit)
@@ -115,7 +118,7 @@ class BatchPlan:
         return batches + [[[]] for _ in range(count - len(batches))]
 
     def _spread(self, examples: Sequence[int] | np.ndarray, count: int) -> list[Row]:
-        """``count`` parts with about as many tokens each: the longest example first, each to the least filled."""
+        """Split into ``count`` parts of similar size: the longest example first, each into the least filled part."""
         parts: list[Row] = [[] for _ in range(count)]
         filled = [(0, index) for index in range(count)]
         for example in map(int, examples):
@@ -125,7 +128,7 @@ class BatchPlan:
         return parts
 
     def _first_fit(self, examples: Sequence[int], limit: int) -> list[Row]:
-        """Rows of at most ``limit`` tokens: the longest example first, each into the first row that has room."""
+        """Pack rows of at most ``limit`` tokens: the longest example first, each into the first row with room."""
         rows: list[Row] = []
         room: list[int] = []
         for example in examples:

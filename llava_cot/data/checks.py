@@ -1,4 +1,4 @@
-"""Is a line of LLaVA-CoT-100k's kind fit to be learnt from? One line at a time; what files hold is data/images.py's."""
+"""Check whether a line in LLaVA-CoT-100k's layout can be trained on. data/images.py checks its image files."""
 
 import json
 import re
@@ -12,27 +12,27 @@ from llava_cot.data.defect import Defect
 from llava_cot.data.images import ImageChecks
 from llava_cot.stages import LLAVA_COT, Outcome
 
-UNKNOWN, FOLDER, TEXT_ONLY = "(unknown)", "(the folder itself)", "(no image)"  # sources that are no folder
+UNKNOWN, FOLDER, TEXT_ONLY = "(unknown)", "(the folder itself)", "(no image)"  # sources that are not a folder
 LEAK = re.compile(r"\bstandard answers?\b", re.IGNORECASE)  # the annotation prompt's name for the answer it was given
-# Images stand before the first question: this would be read as text, or as one image too many.
+# Images come before the first question. A placeholder would be read as text, or as one image too many.
 PLACEHOLDER = re.compile(r"<image(?:_\d+)?>|<\|image\|>", re.IGNORECASE)
-SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")  # of Llama, Qwen, ...: it would end a turn, or stand for an image
+SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")  # of Llama, Qwen, ...; it would end a turn or mean an image
 FIELDS = {"row": "not an object", "id": "bad id", "image": "bad image field", "conversations": "wrong turns"}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a line: its defect, or the id of a row to be kept; and where it comes from."""
+    """The verdict on a line: its source, and its defect or the id of the row to keep."""
 
     source: str = UNKNOWN
     id: str = ""
     defect: Defect | None = None
-    warnings: tuple[str, ...] = ()  # kinds of what is worth a look in a row that is kept
+    warnings: tuple[str, ...] = ()  # kinds of noteworthy things in a row that is kept
 
 
 @dataclass(frozen=True)
 class LineChecks:
-    """Judges lines: JSON, fields and turns, the grammar of every answer, then the images."""
+    """Judges lines. It checks the JSON, fields and turns, the grammar of every answer, and then the images."""
 
     images: ImageChecks
     allow_text_only: bool = False
@@ -56,7 +56,7 @@ class LineChecks:
 
 
 def source_of(row: Any) -> str:
-    """The first folder of the (first) image's path, as LLaVA-CoT-100k is laid out."""
+    """Return the first folder in the path of the (first) image, which is the source in LLaVA-CoT-100k's layout."""
     if not isinstance(row, Mapping):
         return UNKNOWN
     image = row.get("image")
@@ -96,7 +96,7 @@ def _check_text(conversation: Conversation) -> None:
     for text in (conversation.id, *conversation.images, *spoken):
         try:
             text.encode()
-        except UnicodeEncodeError as error:  # json lets half of a surrogate pair through, a tokenizer does not
+        except UnicodeEncodeError as error:  # json accepts half of a surrogate pair, a tokenizer does not
             raise Defect("not Unicode", f"{_short(repr(text))} has half a character, {text[error.start]!a}") from None
     for index, turn in enumerate(conversation.turns):
         question, answer = f"conversations[{2 * index}]", f"conversations[{2 * index + 1}]"
@@ -109,7 +109,11 @@ def _check_text(conversation: Conversation) -> None:
 
 
 def check_stages(answer: str, where: str) -> None:
-    """Raises ``Defect`` unless ``answer`` is the four stages, each once, in order and not empty, and nothing else."""
+    """Check that ``answer`` is the four stages, each once, in order and not empty, and nothing else.
+
+    Raises:
+        Defect: it is not; the message says where.
+    """
     stages, violation = LLAVA_COT.parse(answer), LLAVA_COT.violation(answer)
     if violation:
         outcomes = {stage.outcome for stage in stages.values()}
@@ -128,7 +132,7 @@ def check_stages(answer: str, where: str) -> None:
 
 
 def text_outside(answer: str) -> str:
-    """What stands outside of the stages of an answer that follows the grammar, in single spaces; "" is nothing."""
+    """Return the text outside of the stages of an answer that follows the grammar, with single spaces."""
     rest, outside = answer, []
     for name in LLAVA_COT.names:
         open_tag, close_tag = LLAVA_COT.tag_pair(name)

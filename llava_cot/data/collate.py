@@ -1,7 +1,7 @@
-"""From examples to a batch: sequences packed into rows, their images side by side, what is padded masked.
+"""Collate examples into a batch: pack sequences into rows, put their images side by side, and mask the padding.
 
-Packing needs no attention mask: transformers sees from ``position_ids`` that start over where a sequence begins. That
-holds without a cache only, so the model is called with ``use_cache=False``.
+Packing needs no attention mask: transformers recognises a new sequence where ``position_ids`` start over. It does so
+only without a cache, so the model is called with ``use_cache=False``.
 """
 
 import math
@@ -20,15 +20,15 @@ from llava_cot.image import open_image
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of tokens, and what each token is to predict."""
+    """Rows of tokens and the token that each must predict."""
 
     inputs: dict[str, Tensor]  # keyword arguments of the model, once its family's ``prepare`` has seen it
     targets: Tensor  # int64 [batch, tokens]: the label of the next token of the same sequence, else IGNORE_INDEX
     stages: Tensor  # int64 [batch, tokens]: the stage of that token, -1 if none
-    ends: Tensor  # int64 [examples]: the place of each one's last token, of batch * tokens
-    values: list[float]  # of each one, NaN if it has none; no tensor, since FSDP2 would round that to bfloat16
+    ends: Tensor  # int64 [examples]: the index of each one's last token in batch * tokens
+    values: list[float]  # one per example, NaN if it has none; not a tensor, which FSDP2 would round to bfloat16
     num_tokens: int  # targets that are not IGNORE_INDEX
-    num_padding: int  # tokens of no sequence
+    num_padding: int  # tokens that belong to no sequence
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -43,9 +43,9 @@ class Batch:
 
 
 class Collator:
-    """Makes a batch of rows of examples, with a processor and the config of its model.
+    """Makes a batch from rows of examples, with a processor and the config of its model.
 
-    What comes out of the model is what comes out of unmodified transformers for each example alone.
+    The model gives for each example what unmodified transformers gives for it alone.
     """
 
     def __init__(self, processor: ProcessorMixin, config: PreTrainedConfig, *, pad_to_multiple_of: int = 1) -> None:
@@ -56,12 +56,12 @@ class Collator:
         self.pad_to_multiple_of = pad_to_multiple_of
 
     def __call__(self, rows: Sequence[Sequence[Example]]) -> Batch:
-        """A batch of ``rows``, each some examples one after the other, or none: padding.
+        """Make a batch of ``rows``. A row is a list of examples that follow one another; an empty row is padding.
 
-        A batch without any image has a dummy that no token sees, so that all ranks run the same modules.
+        A batch without any image gets a dummy image that no token sees, so that all ranks run the same modules.
 
         Raises:
-            ValueError: an image that cannot be read, or an example without an image token for each of its images.
+            ValueError: an image cannot be read, or an example does not have one image token for each of its images.
         """
         if not rows:
             raise ValueError("rows must be at least one, got none")
@@ -71,7 +71,7 @@ class Collator:
         images = self._load({path for row in rows for example in row for path in example.images})
 
         input_ids = torch.full((len(rows), tokens), self.processor.tokenizer.pad_token_id or 0)
-        position_ids = torch.zeros_like(input_ids)  # of padding too: a sequence of one token each
+        position_ids = torch.zeros_like(input_ids)  # each padding token is a sequence of its own
         targets = torch.full_like(input_ids, IGNORE_INDEX)
         stages = torch.full_like(input_ids, -1)
         ends = []
@@ -107,6 +107,6 @@ class Collator:
         for path in sorted(paths):
             try:
                 images[path] = self.training.read_image(self.processor, open_image(path))
-            except Exception as error:  # a decoder raises what it likes on a broken file
+            except Exception as error:  # a decoder may raise anything on a broken file
                 raise ValueError(f"image {path!r} must be readable: {error}") from error
         return images

@@ -1,4 +1,4 @@
-"""LLaVA-CoT-100k's rows: a conversation about an image, ``{"id", "image", "conversations": [{"from", "value"}]}``."""
+"""Rows in LLaVA-CoT-100k's layout: ``{"id", "image", "conversations": [{"from", "value"}]}``."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -17,15 +17,15 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns about images, which stand before the first question."""
+    """Turns about images, which come before the first question."""
 
     id: str
-    images: tuple[str, ...]  # paths relative to the image folder; none: a conversation without an image
+    images: tuple[str, ...]  # paths relative to the image folder; empty for a conversation without images
     turns: tuple[Turn, ...]
 
 
 def parse_conversation(row: Mapping[str, Any]) -> Conversation:
-    """``row`` as a conversation; ``image`` is a path, a list of paths, or absent.
+    """Parse ``row`` as a conversation. Its ``image`` is a path, a list of paths, or absent.
 
     Raises:
         ValueError: a field is missing, of another type, or empty, or the turns are not human, gpt, human, gpt, ...
@@ -55,10 +55,12 @@ def parse_conversation(row: Mapping[str, Any]) -> Conversation:
 
 
 def read_conversations(path: Path | str) -> Iterator[tuple[int, Conversation]]:
-    """The conversations of a .jsonl with the numbers of their lines, one line in memory at a time; blank ones skipped.
+    """Yield the conversations of a .jsonl with their line numbers. Blank lines are skipped.
+
+    Only one line is in memory at a time.
 
     Raises:
-        ValueError: a line is no JSON or no conversation; it names the file, the line and the field.
+        ValueError: a line is not JSON or not a conversation; the message names the file, the line and the field.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):

@@ -1,8 +1,8 @@
-"""What is wrong with a line of training data."""
+"""The defect of a line of training data."""
 
 
 class Defect(ValueError):
-    """Why a line can't be trained on: a kind that lines are counted by, and what it is here."""
+    """The reason why a line cannot be trained on: a kind, by which lines are counted, and a detail."""
 
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(kind, detail)

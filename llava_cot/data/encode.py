@@ -1,7 +1,7 @@
-"""From a conversation to a training example: what the model reads, what of it is learnt, and in which stage.
+"""Encode a conversation as a training example: what the model reads, what it learns, and the stage of each token.
 
-Nothing is searched for. Each turn is rendered by the chat template up to the answer, then the answer, then the end of
-the turn, and only what comes after the generation prompt is learnt.
+No text is searched for. The chat template renders each turn up to the answer, then the answer, then the end of the
+turn. Only the tokens after the generation prompt are learnt.
 """
 
 import re
@@ -18,7 +18,7 @@ from llava_cot.stages import LLAVA_COT, Grammar
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
-# Llama 3.2's template tells a conversation without an image today's date; this is its own default, the same every day.
+# Llama 3.2's template writes today's date into a conversation without an image. This is its own default, a fixed date.
 DATE = "26 Jul 2024"
 
 
@@ -30,12 +30,12 @@ def encode(
     bos: Bos = "one",
     image_folder: Path | str = "",
 ) -> Example:
-    """The conversation as tokens; the images stand before the first question.
+    """Encode a conversation. The images come before the first question.
 
-    A prompt and an answer are tokenized apart, as they are when the model answers, so the ids up to the first answer
-    are those of ``build_inputs``. Labels are the answers' tokens and the token that ends each answer's turn. A token is
-    of the stage, tags included, in which its first character lies; what follows a stage up to the next opening tag, and
-    the end of the turn, is of that stage too.
+    A prompt and an answer are tokenized apart, as when the model answers. So the ids up to the first answer are those
+    of ``build_inputs``. Labels are the tokens of the answers and the token that ends each answer's turn. A token
+    belongs to the stage that has its first character; tags are part of their stage. The text after a stage, up to the
+    next opening tag, and the end of the turn belong to that stage too.
 
     Raises:
         ValueError: the template does not render a conversation as a continuation of its beginning, or a turn contains a
@@ -50,7 +50,11 @@ def encode(
 
 
 def check_counts(rule: str, input_ids: Sequence[int], processor: "ProcessorMixin", *, images: int, bos: Bos) -> None:
-    """Raise ``ValueError``, which ``rule`` begins, unless these tokens have so many images and the BOS of ``bos``."""
+    """Check that these tokens have so many image tokens and the BOS of ``bos``.
+
+    Raises:
+        ValueError: they do not; the message begins with ``rule``.
+    """
     for what, token, expected in (
         ("an image token", processor.image_token_id, images),
         ("a BOS", processor.tokenizer.bos_token_id, 2 if bos == "released" else 1),
@@ -70,7 +74,7 @@ def _encode_turns(
     stages: list[int] = []
 
     def extend(ids: list[int], stage: list[int] | None = None) -> None:
-        """Tokens to be learnt, each with its stage, or without stages context."""
+        """Append tokens: learnt ones with their stages, or context if ``stage`` is None."""
         input_ids.extend(ids)
         labels.extend(ids if stage is not None else [IGNORE_INDEX] * len(ids))
         stages.extend(stage if stage is not None else [-1] * len(ids))
@@ -90,7 +94,7 @@ def _encode_turns(
             token = tokenizer.convert_ids_to_tokens(min(found))
             raise ValueError(f"turn {index}'s answer must be plain text, got the special token {token!r}")
         opened, stage_of = _stage_starts(turn.answer, grammar)
-        # Tokens touch; but a tokenizer may trim the spaces off its offsets.
+        # Tokens are adjacent, although a tokenizer may trim spaces from its offsets.
         starts, ends = zip(*answer["offset_mapping"])
         firsts = map(min, starts, (0, *ends))
         extend(answer["input_ids"], [stage_of[bisect_right(opened, first)] for first in firsts])
@@ -122,7 +126,7 @@ def _rest(text: str, before: str, what: str) -> str:
 
 
 def _stage_starts(text: str, grammar: Grammar) -> tuple[list[int], list[int]]:
-    """Where stages open, and the stage before the first of them (none, -1) and after each."""
+    """Return where stages open, and the stages between these places; before the first it is -1."""
     tags = {grammar.tag_pair(name)[0]: index for index, name in enumerate(grammar.names)}
     pattern = "|".join(sorted(map(re.escape, tags), key=len, reverse=True))
     found = list(re.finditer(pattern, text))

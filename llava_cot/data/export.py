@@ -1,9 +1,8 @@
-"""What learns from search: rows of training data made of traces, one function a format.
+"""Make rows of training data from traces, with one function per format.
 
-Every function takes items and yields rows one trace at a time. A row is plain JSON without a null, has the image's name
-in ``images``, and says where it comes from: ``trace_id``, ``nodes`` (the ids of the candidates that it is made of) and
-``version``. A candidate whose scorer failed, or gave no finite number, is never a label. docs/export.md has an example
-of each.
+Every function takes items and yields rows, one trace at a time. A row is plain JSON without a null. It has the image's
+name in ``images`` and says where it comes from: ``trace_id``, ``nodes`` (the ids of its candidates) and ``version``. A
+candidate whose scorer failed, or gave no finite number, is never a label. docs/export.md has an example of each format.
 """
 
 import inspect
@@ -34,10 +33,13 @@ FORMATS: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
 def export_file(
     traces: Path | str, out: Path | str, format: str, *, model: str | None = None, **settings: object
 ) -> int:
-    """The rows of a file of items (``read_items``) as another file; returns how many.
+    """Write the rows of a file of items (see ``read_items``) to another file, and return how many there are.
 
-    ``model`` is the folder or name of the processor for the rows that are text (preferences and unpaired), by default
-    the one that the traces name. ``settings`` are those of the format's function.
+    ``model`` is the folder or name of the processor for rows that are text (preferences and unpaired). By default it is
+    the one that the traces name. ``settings`` are the keyword arguments of the format's function.
+
+    Raises:
+        ValueError: an unknown format or setting, a bad item, or traces of different models without ``model``.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {list(FORMATS)}, got {format!r}")

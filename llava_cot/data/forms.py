@@ -1,14 +1,14 @@
-"""How a row spells a prompt and a completion: as messages, or as the text that a chat template makes of them.
+"""Write a prompt and a completion as messages, or as the text that a chat template makes of them.
 
-What TRL (read in 1.16) takes with an ``images`` column: ``prompt`` and ``completion`` (or ``chosen`` and ``rejected``)
-either both as messages or both as text, one way for a whole data set. With messages the prompt has a
-``{"type": "image"}`` part for each image, the template ends the completion's turn, and a prompt that ends with an
-assistant's turn is **not** continued: TRL renders prompt and completion as two turns, so that the completion becomes
-"end of turn, header, text". Text is tokenized as it stands, without a BOS or an EOS of the tokenizer's.
+With an ``images`` column, TRL (1.16) takes ``prompt`` and ``completion`` (or ``chosen`` and ``rejected``) either both
+as messages or both as text, in one way for a whole data set. With messages the prompt has a ``{"type": "image"}`` part
+for each image, and the template ends the turn of the completion. A prompt that ends with an assistant's turn is **not**
+continued. TRL renders prompt and completion as two turns, so the completion becomes "end of turn, header, text". Text
+is tokenized unchanged, without a BOS or an EOS from the tokenizer.
 
-So what was drawn in the middle of an answer can be trained by TRL as text alone, and ``TextForm`` is for that. The
-messages of ``MessageForm`` are exact for whole answers; with a prefix they are for trainers of one's own, which render
-the prompt with ``continue_final_message=True``.
+So TRL can train on a completion from the middle of an answer only as text, and ``TextForm`` is for that. The messages
+of ``MessageForm`` are exact for whole answers. With a prefix they are for trainers that render the prompt with
+``continue_final_message=True``.
 """
 
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,16 +21,16 @@ Messages = list[dict[str, Any]]
 
 class Form(Protocol):
     def prompt(self, question: str, prefix: str, bos: str) -> Messages | str:
-        """The image and the question, then what the model has written already; ``bos`` is the generator's."""
+        """Return the image and the question, followed by what the model has written. ``bos`` is the generator's."""
         ...
 
     def completion(self, text: str, is_end: bool) -> Messages | str:
-        """What is written next; ``is_end``: the turn ends behind it."""
+        """Return the text that is written next. With ``is_end`` the turn ends after it."""
         ...
 
 
 class MessageForm:
-    """Conversational rows; a prefix is an unfinished assistant's turn, the prompt's last."""
+    """Writes conversational rows. A prefix is an unfinished assistant's turn, the last one of the prompt."""
 
     def prompt(self, question: str, prefix: str, bos: str) -> Messages:
         user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
@@ -41,7 +41,7 @@ class MessageForm:
 
 
 class TextForm:
-    """Rows of plain text, the image as the image token of ``processor``'s chat template.
+    """Writes rows of plain text. The image is the image token of ``processor``'s chat template.
 
     Raises:
         ValueError: the template has no visible end of a turn.
@@ -59,7 +59,7 @@ class TextForm:
         user = MessageForm().prompt(question, "", bos)
         text = self._processor.apply_chat_template(user, add_generation_prompt=True)
         token = self._processor.tokenizer.bos_token or ""
-        # As build_inputs has it: whoever tokenizes the row adds no BOS.
+        # The text has the BOS, as in build_inputs, so tokenizing the row must not add one.
         return (token if bos == "released" or not text.startswith(token) else "") + text + prefix
 
     def completion(self, text: str, is_end: bool) -> str:

@@ -1,4 +1,4 @@
-"""Groups: all that was drawn under one prefix, with advantages and log-probs, for policy gradients."""
+"""Groups for policy gradients: all candidates after one prefix, with advantages and log-probs."""
 
 from collections.abc import Iterable, Iterator
 from statistics import fmean, stdev
@@ -11,19 +11,20 @@ from llava_cot.data.traces import By, Item, TraceTree, row_of, text_of
 def to_groups(
     items: Iterable[Item], *, by: By = "score", scale: bool = False, missing_reward: float | None = None
 ) -> Iterator[dict[str, Any]]:
-    """All candidates under one prefix, the losers too, with advantages and exact log-probs: for GRPO and its like.
+    """Yield all candidates after one prefix, losers included, with advantages and exact log-probs, e.g. for GRPO.
 
-    The advantage is the reward minus the mean of the siblings', and with ``scale`` that over their standard deviation
-    (n - 1) + 1e-4. A selected path is no sample of the policy, a whole group is; so a group is left out if a reward in
-    it is not known and ``missing_reward`` is None, or if a budget stopped any of it. Greedy tokens that finish a spent
-    budget are in no group.
+    The advantage is the reward minus the mean of the siblings. With ``scale`` it is divided by their standard deviation
+    (n - 1) + 1e-4. A whole group is a sample of the policy, and a selected path is not. So a group is left out if a
+    reward in it is unknown and ``missing_reward`` is None, or if a budget stopped any of it. Tokens that were drawn
+    greedily after a spent budget are in no group.
 
-    ``completion_ids[i]`` were drawn after the prompt and ``prefix_ids`` with the settings in ``sampling``. Their
-    ``sampling_logprobs`` are under the distribution that these filters leave, of which an importance weight takes the
-    exponential, and ``logprobs`` under the model at temperature 1; nats both. ``prompt_tokens`` counts the prompt's.
+    ``completion_ids[i]`` were drawn after the prompt and ``prefix_ids``, with the settings in ``sampling``. Their
+    ``sampling_logprobs`` belong to the filtered distribution that they were drawn from; an importance weight needs
+    them. Their ``logprobs`` belong to the model at temperature 1. Both are in nats. ``prompt_tokens`` is the length of
+    the prompt.
 
     Raises:
-        ValueError: a trace of a search that does not sample, or of a policy function, whose settings it doesn't hold.
+        ValueError: a trace is of a search that does not sample, or of a policy function, whose settings it lacks.
     """
     for item in items:
         tree = TraceTree(item)

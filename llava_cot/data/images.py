@@ -1,4 +1,4 @@
-"""Is there an image behind a path, can all of it be read, and is it one of a test set's?"""
+"""Check that a path leads to an image that can be read completely and is not in a test set."""
 
 import os
 import stat
@@ -14,16 +14,19 @@ from PIL import Image
 
 from llava_cot.data.defect import Defect
 
-CACHE = 1 << 16  # images whose verdict is remembered, some 300 bytes each: rows about one image are often far apart
+CACHE = 1 << 16  # images whose verdict is remembered, about 300 bytes each, since rows about one image may be far apart
 
 
 class ImageChecks:
     """Judges paths of images relative to ``folder``.
 
     Args:
-        max_aspect: the longer side over the shorter one, at most.
-        decode: read all pixels; else look only for the file.
-        forbidden: ``image_hashes`` of what must not be trained on.
+        max_aspect: the largest ratio of the longer side to the shorter one.
+        decode: whether to read all pixels; otherwise only the file must exist.
+        forbidden: ``image_hashes`` of images that must not be trained on.
+
+    Raises:
+        ValueError: an argument is out of range, or ``folder`` is not a folder.
     """
 
     def __init__(
@@ -44,10 +47,10 @@ class ImageChecks:
         self.max_aspect, self.decode, self.forbidden = max_aspect, decode, forbidden
 
     def check(self, path: str) -> str | None:
-        """The mode of the image, such as RGB; None if it was not decoded.
+        """Return the mode of the image, such as RGB, or None if it was not decoded.
 
         Raises:
-            Defect: the path leaves the folder, or there is no such image that can be trained on.
+            Defect: the path leaves the folder, or leads to no image that can be trained on.
         """
         kind, text = self._judged(path)
         if kind == "":
@@ -58,11 +61,11 @@ class ImageChecks:
     def _judged(self) -> Callable[[str], tuple[str, str | None]]:
         return lru_cache(CACHE)(self._judge)
 
-    def __getstate__(self) -> dict[str, Any]:  # the cache stays behind when the checks go to a worker
+    def __getstate__(self) -> dict[str, Any]:  # the cache is not sent to a worker
         return {name: value for name, value in vars(self).items() if name != "_judged"}
 
     def _judge(self, path: str) -> tuple[str, str | None]:
-        """The kind of defect and its detail, or no kind and the image's mode."""
+        """Return the kind of defect and its detail, or an empty kind and the mode of the image."""
         try:
             real = os.path.realpath(os.path.join(self.root, path))
             if os.path.isabs(path) or not real.startswith(os.path.join(self.root, "")):
@@ -87,7 +90,7 @@ class ImageChecks:
                     if 0 in image.size:
                         return "image of zero size", f"has {width} x {height} pixels"
                     pixels = image.convert("RGB")
-        except Exception as error:  # a decoder raises anything at all on a broken file
+        except Exception as error:  # a decoder may raise anything on a broken file
             return "unreadable image", f"can't be decoded: {type(error).__name__}: {str(error)[:200]}"
         if max(width, height) > self.max_aspect * min(width, height):
             return "extreme aspect", f"has {width} x {height} pixels, more than {self.max_aspect:g} to 1"
@@ -97,12 +100,13 @@ class ImageChecks:
 
 
 def image_hashes(folder: Path | str, workers: int = 1) -> frozenset[bytes]:
-    """16-byte hashes of every image below ``folder``: of its file, and of its RGB pixels.
+    """Return 16-byte hashes of every image below ``folder``: one of the file and one of its RGB pixels.
 
-    A copy is found under another name or in another lossless format; one that was scaled or compressed again is not.
+    They find a copy with another name or in another lossless format. They do not find one that was scaled or compressed
+    again.
 
     Raises:
-        ValueError: no file there is an image.
+        ValueError: no file in the folder is an image.
     """
     with ThreadPoolExecutor(workers) as pool:  # PIL decodes outside of the interpreter's lock
         hashes = [*pool.map(_hashes, _files(folder))]
@@ -120,7 +124,7 @@ def _hashes(path: str) -> tuple[bytes, bytes | None]:
     try:
         with Image.open(path) as image:
             pixels = _pixel_hash(image.convert("RGB"))
-    except Exception:  # a benchmark's folder holds labels and licences too
+    except Exception:  # the folder of a benchmark has labels and licences too
         pixels = None
     return _file_hash(path), pixels
 

@@ -1,4 +1,4 @@
-"""What a training example looks like: its tokens, coloured by stage."""
+"""Show a training example: its tokens, coloured by stage."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ COLOURS = ("green", "cyan", "yellow", "magenta", "blue", "red")
 
 
 def show(example: Example, processor: "ProcessorMixin", names: Sequence[str]) -> Text:
-    """The example's text: a colour a stage, dim what is not learnt, images in reverse, a legend in front."""
+    """Return the text of an example with a legend: one colour per stage, context dimmed, images in reverse."""
     text = Text()
     for index, name in enumerate(names):
         text.append(f" {name} ", f"bold {_colour(index)}")
@@ -34,7 +34,7 @@ def _colour(stage: int) -> str:
 
 
 def _runs(example: Example, image_token: int) -> Iterator[tuple[slice, bool, int]]:
-    """Slices of equal style, so that characters of several tokens are decoded together: (slice, is ignored, stage)."""
+    """Yield slices of equal style as (slice, is ignored, stage), so that characters of several tokens stay whole."""
     keys = [
         (token == image_token, label == IGNORE_INDEX, stage)
         for token, label, stage in zip(example.input_ids, example.labels, example.stages)

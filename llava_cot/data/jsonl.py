@@ -11,12 +11,12 @@ from llava_cot.trace import TraceError, read_traces
 
 
 def read_items(path: Path | str) -> Iterator[Item]:
-    """The items of a file: ``{"trace": {...}, "image": "path", "gold": "...", "id": "..."}`` on each line.
+    """Read one item per line: ``{"trace": {...}, "image": "path", "gold": "...", "id": "..."}``.
 
-    ``gold`` and ``id`` may be left out. ``llava_cot.trace.scan_traces`` says what else ``path`` may be.
+    ``gold`` and ``id`` are optional. ``llava_cot.trace.scan_traces`` says what else ``path`` may be.
 
     Raises:
-        TraceError: a trace that can't be read, or one without an image. It names the file and the line.
+        TraceError: a trace can't be read or has no image; the message names the file and the line.
     """
     for record in read_traces(path):
         if record.image is None:
@@ -25,9 +25,9 @@ def read_items(path: Path | str) -> Iterator[Item]:
 
 
 def write_jsonl(rows: Iterable[Mapping[str, Any]], path: Path | str) -> int:
-    """Write ``rows`` as strict JSON, one a line, and return how many there were.
+    """Write ``rows`` as strict JSON, one per line, and return how many there were.
 
-    The file appears when all are written: what ``rows`` raises leaves the old file, or none.
+    The file appears when all rows are written. If ``rows`` raises, an earlier file is unchanged.
     """
     count = 0
     with replacing(path) as file:

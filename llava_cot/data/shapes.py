@@ -1,8 +1,8 @@
 """A procedural visual-question world with exact four-stage annotations (version 1, fixed).
 
-In the spirit of CLEVR-Math: coloured shapes on a 3 x 3 grid, questions that count, subtract and compare.
-``sample(seed)`` is the same on every machine: all randomness is the raw PCG64 stream, which NumPy guarantees,
-mapped by integer arithmetic, and every pixel is an integer.
+The world follows CLEVR-Math: coloured shapes on a 3 x 3 grid, and questions that count, subtract and compare.
+``sample(seed)`` is the same on every machine. All randomness comes from the raw PCG64 stream, which NumPy guarantees,
+through integer arithmetic, and every pixel is an integer.
 
 Seeds 800,000 to 899,999 are the public test range and seeds from 900,000 up are reserved: nothing may be
 trained, calibrated or tuned on either.
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one image, with the text of its four stages (without the tags)."""
+    """A question about an image, with the text of its four stages (without the tags)."""
 
     image: Image.Image  # RGB, 48 x 48
     question: str
@@ -46,7 +46,7 @@ class _Object:
 
 
 class _Stream:
-    """Integers below a bound from the raw 64-bit stream, by multiply-shift."""
+    """Draws integers below a bound from the raw 64-bit stream, by multiply-shift."""
 
     def __init__(self, seed: int) -> None:
         self._bits = np.random.PCG64(seed)
@@ -58,14 +58,18 @@ class _Stream:
         return items[self.below(len(items))]
 
     def pixel_noise(self) -> np.ndarray:
-        """[SIZE, SIZE, 3] int32, the centred sum of four bytes scaled down: standard deviation 27."""
+        """Return int32 [SIZE, SIZE, 3]: the centred sum of four bytes, scaled to a standard deviation of 27."""
         raw = self._bits.random_raw(SIZE * SIZE * 3 * 4 // 8).astype("<u8").view(np.uint8)
         total = raw.reshape(SIZE, SIZE, 3, 4).astype(np.int32).sum(axis=-1)
         return (total - 510) * 3 // 16
 
 
 def sample(seed: int) -> Sample:
-    """The sample of ``seed`` (an integer >= 0)."""
+    """Return the sample of ``seed``, an integer >= 0.
+
+    Raises:
+        ValueError: ``seed`` is negative.
+    """
     if seed < 0:
         raise ValueError(f"seed must be >= 0, got {seed}")
     stream = _Stream(seed)
@@ -82,7 +86,7 @@ def sample(seed: int) -> Sample:
 
 
 def clean_view(seed: int) -> Image.Image:
-    """The image of ``sample(seed)`` without its pixel noise, RGB, 48 x 48: for a verifier that sees better."""
+    """Return the image of ``sample(seed)`` without its pixel noise, RGB, 48 x 48, for a verifier that sees better."""
     if seed < 0:
         raise ValueError(f"seed must be >= 0, got {seed}")
     stream = _Stream(seed)
@@ -90,7 +94,7 @@ def clean_view(seed: int) -> Image.Image:
 
 
 def is_correct(sample: Sample, conclusion: str) -> bool:
-    """Whether ``conclusion`` is the answer; surrounding white space does not count."""
+    """Return whether ``conclusion`` is the answer, apart from surrounding white space."""
     return conclusion.strip() == sample.answer
 
 
@@ -101,8 +105,8 @@ def _scene(stream: _Stream) -> list[_Object]:
 
 
 def _render(objects: list[_Object], stream: _Stream) -> np.ndarray:
-    """[SIZE, SIZE, 3] int32, without noise."""
-    # Positions and lengths are in sixteenths of a pixel, so that edges fall between pixels without a float.
+    """Draw the image as int32 [SIZE, SIZE, 3], without noise."""
+    # Positions and lengths are in sixteenths of a pixel, so that edges fall between pixels without floats.
     pixels = np.empty((SIZE, SIZE, 3), np.int32)
     pixels[:] = 128 + stream.below(41) - 20
     center = np.arange(SIZE, dtype=np.int32) * 16 + 8
@@ -129,7 +133,7 @@ def _inside(shape: str, dx: np.ndarray, dy: np.ndarray, radius: int) -> np.ndarr
 
 @dataclass(frozen=True)
 class _Kind:
-    """A set of objects that a question speaks of: a colour, a shape, or both."""
+    """A set of objects in a question, given by a colour, a shape, or both."""
 
     color: str | None
     shape: str | None
@@ -142,7 +146,7 @@ class _Kind:
 
 
 def _kinds(objects: list[_Object], stream: _Stream) -> tuple[_Kind, _Kind]:
-    """Two kinds that share no object; each is more often than not present in the image."""
+    """Draw two kinds that share no object. Each is more often than not in the image."""
 
     def draw() -> tuple[str, str]:
         seen = stream.pick(objects)
@@ -157,7 +161,7 @@ def _kinds(objects: list[_Object], stream: _Stream) -> tuple[_Kind, _Kind]:
 
 
 def _question(objects: list[_Object], stream: _Stream) -> tuple[str, str, str, str]:
-    """(question, summary, reasoning, answer)."""
+    """Draw (question, summary, reasoning, answer)."""
     x, y = _kinds(objects, stream)
     total, n, m = len(objects), x.count(objects), y.count(objects)
     in_all = stream.pick((f"There are {total} objects.", f"I see {total} objects in all."))

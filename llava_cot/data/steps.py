@@ -1,4 +1,4 @@
-"""Step labels: each finished answer as the list of its stages, and how good each is, for process reward models."""
+"""Step labels for process reward models: each finished answer as a list of stages, with a value for each."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -13,16 +13,17 @@ from llava_cot.scoring import Calibration
 def to_steps(
     items: Iterable[Item], *, calibration: Calibration | None = None, threshold: float = 0.5
 ) -> Iterator[dict[str, Any]]:
-    """``prompt``, ``completions`` (one a stage), ``values`` in [0, 1], ``labels`` (value >= threshold), ``images``.
+    """Yield one row for each finished answer with a text of its own.
 
-    One row for each finished answer whose text no other has. A step's value is the share of the answers at and below
-    it that are right, where those are known (``sources``: "answers"). Else it is where its score lies among others:
-    those of ``calibration`` ("calibration"), or of its own stage in this trace ("rank"; 0.5 if it is alone). An answer
-    with a step that has neither makes no row. A whole answer that was drawn in one piece is cut behind its closing
-    tags; its stages have one value.
+    A row has ``prompt``, ``completions`` (one per stage), ``values`` in [0, 1], ``labels`` (value >= threshold) and
+    ``images``. The value of a step is the share of right answers among those at and below it, if any is known
+    (``sources``: "answers"). Otherwise it is the rank of its score: among the scores of ``calibration``
+    ("calibration"), or among those of its own stage in this trace ("rank"; 0.5 if it is alone). An answer with a step
+    that has neither makes no row. A whole answer that was drawn in one piece is cut after its closing tags, and its
+    stages share one value.
 
     Raises:
-        ValueError: ``threshold`` is not in [0, 1], or ``calibration`` is that of another scorer than a trace's.
+        ValueError: ``threshold`` is not in [0, 1], or ``calibration`` is of another scorer than that of a trace.
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be in [0, 1], got {threshold}")
@@ -56,7 +57,7 @@ def to_steps(
 
 
 def _cut(tree: TraceTree, node: TraceNode) -> list[tuple[str, str]]:
-    """The stages that ``node`` wrote, by name ("" where no tag closes) and text, which joined is the node's."""
+    """Split the text of ``node`` into stages: pairs of name ("" if no tag closes) and text."""
     if node.stage is not None:
         return [(node.stage, node.text)]
     tags = {tree.grammar.tag_pair(name)[1]: name for name in tree.grammar.names}
@@ -70,7 +71,7 @@ def _cut(tree: TraceTree, node: TraceNode) -> list[tuple[str, str]]:
 
 
 def _value(tree: TraceTree, node: TraceNode, calibration: Calibration | None) -> tuple[float, str] | None:
-    """How good ``node`` is and what says so."""
+    """Return the value of ``node`` and its source."""
     share = tree.share_right(node)
     if share is not None:
         return share, "answers"

@@ -1,4 +1,4 @@
-"""What a validation found, by source."""
+"""The results of a validation, by source."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -9,13 +9,13 @@ from rich.text import Text
 
 from llava_cot.data.checks import Verdict
 
-MAX_SOURCES = 1000  # garbage has as many sources as lines; beyond these they are counted together
+MAX_SOURCES = 1000  # garbage may have as many sources as lines; further ones are counted together
 OTHERS = "(others)"
 
 
 @dataclass
 class Tally:
-    """Lines of one source; a quarantined line has one reason, a clean one may have several warnings."""
+    """The lines of one source. A quarantined line has one reason; a clean one may have several warnings."""
 
     clean: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
@@ -38,7 +38,7 @@ class Report:
     sources: dict[str, Tally] = field(default_factory=dict)
 
     def add(self, verdict: Verdict | None) -> None:
-        """Count one line; None is a blank one."""
+        """Count one line. None is a blank line."""
         if verdict is None:
             self.blank += 1
             return
@@ -66,12 +66,12 @@ class Report:
         return self.total.clean + self.total.quarantined + self.blank
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON; ``lines == clean + quarantined + blank``."""
+        """Return plain JSON, in which ``lines == clean + quarantined + blank``."""
         sources = {name: tally.to_dict() for name, tally in sorted(self.sources.items())}
         return {"lines": self.lines, "blank": self.blank, **self.total.to_dict(), "sources": sources}
 
     def to_table(self) -> Table:
-        """For the terminal: a row a source, and their sum."""
+        """Return a table for the terminal, with a row per source and their sum."""
         title = f"{self.lines} lines" + (f", {self.blank} of them blank" if self.blank else "")
         table = Table(title=title, title_justify="left")
         table.add_column("source")

@@ -1,4 +1,4 @@
-"""A trace read back for training: its candidates as a tree, and what is known of how good each is."""
+"""Read a trace for training: its candidates as a tree, and how good each is known to be."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,19 +12,19 @@ from llava_cot.trace import Trace, to_json
 from llava_cot.trace.schema import NodeData
 
 ROW_VERSION = 1
-By = Literal["score", "answers"]  # by a candidate's score, or by the share of the answers below it that are right
+By = Literal["score", "answers"]  # by a candidate's score, or by the share of right answers that end at or below it
 
 
 @dataclass(frozen=True)
 class Item:
-    """A trace and what it doesn't hold.
+    """A trace, with what it does not hold.
 
     Args:
-        trace: as ``answer.trace``, or as ``llava_cot.trace.parse_trace`` reads it.
-        image: what stands for the image in the rows, such as its file's path; whoever makes the item saves the image.
-        gold: the right answer, compared with a conclusion as ``normalise`` spells both.
-        is_right: in its place a function of the conclusion, or a verdict on each whole answer by its node's id.
-        id: the trace's name in the rows; by default a hash of its settings and of what was drawn.
+        trace: ``answer.trace``, or what ``llava_cot.trace.parse_trace`` returns.
+        image: the name of the image in the rows, such as the path of its file. The caller saves the image.
+        gold: the right answer. It is compared with a conclusion as ``normalise`` writes both.
+        is_right: used instead of ``gold``: a function of the conclusion, or a verdict on each whole answer by node id.
+        id: the name of the trace in the rows; by default a hash of its settings and of what was drawn.
     """
 
     trace: Trace
@@ -36,7 +36,7 @@ class Item:
 
 @dataclass(frozen=True, eq=False)
 class TraceNode:
-    """A candidate of a trace. ``parent`` 0 is the prompt; ``score`` None: it has none that a label could be made of."""
+    """A candidate of a trace. ``parent`` 0 is the prompt. ``score`` is None if no label can be made from it."""
 
     id: int
     parent: int
@@ -49,15 +49,15 @@ class TraceNode:
     closed: bool
     kept: bool
     score: float | None
-    failed: bool  # its scorer raised, or gave no finite number
+    failed: bool  # the scorer raised or gave no finite number
 
 
 class TraceTree:
-    """The candidates of ``item`` by id; every parent comes before its children.
+    """The candidates of ``item`` by id. Every parent comes before its children.
 
     Raises:
-        TypeError: its trace is not a ``Trace``.
-        ValueError: its question is null, which ``generate`` leaves, or its image is not named.
+        TypeError: the trace is not a ``Trace``.
+        ValueError: its question is null, as after ``generate``, or its image is not named.
     """
 
     def __init__(self, item: Item) -> None:
@@ -82,28 +82,28 @@ class TraceTree:
         self._shares = self._count_right()
 
     def path(self, node: TraceNode) -> list[TraceNode]:
-        """The nodes from the first stage to this one."""
+        """Return the nodes from the first stage to this one."""
         return [self.nodes[data["id"]] for data in self.trace.path(node.id)]
 
     def prefix(self, node: TraceNode) -> list[TraceNode]:
-        """What ``node`` was drawn after."""
+        """Return the text after which ``node`` was drawn."""
         return self.path(node)[:-1]
 
     def siblings(self) -> Iterator[list[TraceNode]]:
-        """The candidates under each prefix, of all rounds; stages and whole answers are two sets."""
+        """Return the candidates after each prefix, of all rounds. Stages and whole answers are separate sets."""
         sets: dict[tuple[int, bool], list[TraceNode]] = {}
         for node in self.nodes.values():
             sets.setdefault((node.parent, node.stage is None), []).append(node)
         return iter(sets.values())
 
     def is_finished(self, node: TraceNode) -> bool:
-        """Whether a whole answer ends with ``node``."""
+        """Return whether a whole answer ends with ``node``."""
         return node.closed and (
             node.finish == "eos" or (node.stage is not None and not self.grammar.follows[node.stage])
         )
 
     def is_right(self, node: TraceNode) -> bool | None:
-        """Whether the answer that ends with ``node`` is right; None where that is not known or none ends there."""
+        """Return whether the answer that ends with ``node`` is right, or None if unknown or if none ends there."""
         gold, verdict = self.item.gold, self.item.is_right
         if not self.is_finished(node) or (gold is None and verdict is None):
             return None
@@ -117,17 +117,21 @@ class TraceTree:
         return normalise(conclusion.text) == normalise(str(gold))
 
     def share_right(self, node: TraceNode) -> float | None:
-        """Of the finished answers at and below ``node`` the share that is right; None where there are none known."""
+        """Return the share of right ones among the finished answers at and below ``node``, or None if unknown."""
         return self._shares.get(node.id)
 
     def quality(self, node: TraceNode, by: By) -> float | None:
-        """How good ``node`` is; None where no label can be made of it."""
+        """Return how good ``node`` is, or None if no label can be made from it."""
         if node.failed:
             return None
         return node.score if by == "score" else self.share_right(node)
 
     def check(self, by: By) -> None:
-        """Raises ``ValueError`` if ``by`` is unknown, or asks for what is known of no answer of this trace."""
+        """Check ``by``.
+
+        Raises:
+            ValueError: it is unknown, or it is "answers" and no answer of this trace is known to be right or wrong.
+        """
         if by not in ("score", "answers"):
             raise ValueError(f"by must be 'score' or 'answers', got {by!r}")
         if by == "answers" and self.item.gold is None and self.item.is_right is None:
@@ -146,22 +150,22 @@ class TraceTree:
 
 
 def trace_id(trace: Trace) -> str:
-    """A name for the content, times and scores aside: equal for a trace and its JSON, and for the same search again."""
+    """Hash the content without times and scores. A trace, its JSON and a repeated search have the same hash."""
     nodes = [[node["id"], node["parent"], node["tokens"], node["logprobs"]] for node in trace.nodes.values()]
-    # The same tokens may come of another image, with other log-probs, or under another scorer, which config names.
+    # The same tokens may come from another image, with other log-probs, or with another scorer, which config names.
     data = trace.data
     content = {name: data[name] for name in ("seed", "question", "model", "search", "config")}  # type: ignore[literal-required]
     return blake2b(to_json(content | {"nodes": nodes}).encode(), digest_size=12).hexdigest()
 
 
 def row_of(tree: TraceTree, nodes: Iterable[TraceNode], **columns: Any) -> dict[str, Any]:
-    """A row that says where it comes from."""
+    """Return a row with its origin."""
     ids = [node.id for node in nodes]
     return {**columns, "images": [tree.item.image], "trace_id": tree.trace_id, "nodes": ids, "version": ROW_VERSION}
 
 
 def text_of(nodes: Iterable[TraceNode]) -> str:
-    """What they wrote, one after another."""
+    """Join the texts of the nodes."""
     return "".join(node.text for node in nodes)
 
 

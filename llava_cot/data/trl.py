@@ -1,4 +1,4 @@
-"""The formats that TRL has: prompt-completion, preference and unpaired preference, with images."""
+"""The formats of TRL: prompt-completion, preference and unpaired preference, with images."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean
@@ -8,14 +8,15 @@ from llava_cot.data.forms import MESSAGES, Form
 from llava_cot.data.traces import By, Item, TraceNode, TraceTree, row_of, text_of
 
 Row = dict[str, Any]
-ROUNDING = 1e-9  # what the mean of equal scores may differ from them
+ROUNDING = 1e-9  # the mean of equal scores may differ from them by this
 
 
 def to_sft(items: Iterable[Item], form: Form = MESSAGES, *, keep_wrong: bool = False) -> Iterator[Row]:
-    """The answers of the searches: ``prompt``, ``completion`` (all stages), ``images``; TRL's prompt-completion.
+    """Yield the answers of the searches in TRL's prompt-completion format.
 
-    A search that failed makes no row, nor does an answer that did not end as it should, or one that is known to be
-    wrong (unless ``keep_wrong``), which is rejection sampling.
+    A row has ``prompt``, ``completion`` (all stages) and ``images``. A search that failed makes no row, and an answer
+    that did not end as it should makes none. An answer that is known to be wrong makes none either, unless
+    ``keep_wrong``: this is rejection sampling.
     """
     for item in items:
         tree = TraceTree(item)
@@ -43,20 +44,21 @@ def to_preferences(
     max_length_ratio: float | None = None,
     allow_unclosed: bool = False,
 ) -> Iterator[Row]:
-    """Best against worst sibling under one prefix: ``prompt``, ``chosen``, ``rejected``, ``images``; TRL's preference.
+    """Yield the best and the worst sibling after one prefix in TRL's preference format.
 
-    A trace makes one pair for each prefix that has one: its best candidate, and the worst that differs in its text and
-    passes the filters. Where the right answers below both are known and say the opposite of the scores, there is none.
-    ``nodes`` are chosen and rejected, ``values`` what they were ranked by, ``stage`` is that of the chosen one ("" of a
-    whole answer), ``parent`` the node they share, 0 the prompt.
+    A row has ``prompt``, ``chosen``, ``rejected`` and ``images``. A trace makes at most one pair for each prefix: its
+    best candidate, and the worst one that differs in its text and passes the filters. There is no pair if the known
+    answers below both contradict the scores. ``nodes`` and ``values`` have the chosen one first; ``values`` are what
+    the two were ranked by. ``stage`` is that of the chosen one ("" for a whole answer). ``parent`` is the node that
+    they share, or 0 for the prompt.
 
     Args:
-        form: ``TextForm(processor)`` for TRL, for what ``llava_cot.data.forms`` says.
-        by: the candidates' scores, or the share of the answers below them that are right.
-        min_margin: how far the two must be apart; equals are never paired.
-        max_length_gap: tokens that one may have more than the other.
-        max_length_ratio: how many times as long one may be as the other.
-        allow_unclosed: take candidates too that did not end as they should.
+        form: ``TextForm(processor)`` for TRL, for the reasons in ``llava_cot.data.forms``.
+        by: rank by the candidates' scores, or by the share of right answers at and below them.
+        min_margin: the least distance between the two. Equal candidates are never paired.
+        max_length_gap: the most tokens by which one may be longer than the other.
+        max_length_ratio: the largest ratio of their lengths.
+        allow_unclosed: whether to take candidates that did not end as they should.
     """
     if not min_margin >= 0:
         raise ValueError(f"min_margin must be >= 0, got {min_margin}")
@@ -78,7 +80,7 @@ def to_preferences(
             for low, worst in reversed(ranked):
                 high, best = ranked[0]
                 if high - low <= 0 or high - low < min_margin:
-                    break  # those before it are closer still
+                    break  # earlier ones are even closer
                 if best.text.strip() == worst.text.strip() or is_too_uneven(best, worst) or _lies(tree, best, worst):
                     continue
                 yield row_of(
@@ -97,12 +99,14 @@ def to_preferences(
 def to_unpaired(
     items: Iterable[Item], form: Form, *, by: By = "score", min_margin: float = 0.0, allow_unclosed: bool = False
 ) -> Iterator[Row]:
-    """Labelled completions: ``prompt``, ``completion``, ``label``, ``images``; TRL's unpaired preference, for KTO.
+    """Yield labelled completions in TRL's unpaired preference format, e.g. for KTO.
 
-    ``by="answers"``: every whole answer, from the prompt on, and whether it is right. ``by="score"``: every candidate
-    after its prefix, true if its score is above the mean of its siblings and false if it is below, by ``min_margin`` at
-    least. ``value`` is the number behind the label: 1 or 0, or the distance from the mean. What was drawn twice under a
-    prefix is one row, and counts twice in the mean.
+    A row has ``prompt``, ``completion``, ``label`` and ``images``. With ``by="answers"`` it is a whole answer, from the
+    prompt on, and whether it is right. With ``by="score"`` it is a candidate after its prefix. Its label is true if its
+    score is above the mean of its siblings and false if it is below, by at least ``min_margin``. ``value`` is the
+    number that the label comes from: 1 or 0, or the distance from the mean. A completion that was drawn twice after a
+        prefix is
+    one row, and counts twice in the mean.
     """
     for item in items:
         tree = TraceTree(item)
@@ -149,7 +153,7 @@ def _labelled_candidates(
 def _ranked(
     tree: TraceTree, siblings: Sequence[TraceNode], by: By, allow_unclosed: bool
 ) -> list[tuple[float, TraceNode]]:
-    """Those that may become a label and what they are worth, the best first."""
+    """Return the candidates that may become a label, with their values, the best first."""
     eligible = [node for node in siblings if node.text and (node.closed or allow_unclosed)]
     worth = [(value, node) for node in eligible if (value := tree.quality(node, by)) is not None]
     return sorted(worth, key=lambda pair: (-pair[0], pair[1].id))

@@ -1,4 +1,4 @@
-"""A file of training data in two: what can be learnt from, byte for byte, and what can't, with its line and reason."""
+"""Split a file of training data into good lines, byte for byte, and bad ones, with their line and reason."""
 
 import json
 import multiprocessing
@@ -21,8 +21,8 @@ from llava_cot.data.checks import LineChecks, Verdict
 from llava_cot.data.defect import Defect
 from llava_cot.data.tally import Report
 
-MAX_LINE = 64 << 20  # bytes; a longer line is no row, and would not fit into bounded memory
-CHUNK_LINES, CHUNK_BYTES = 64, 1 << 20  # what a worker gets at a time
+MAX_LINE = 64 << 20  # bytes; a longer line is not a row, and memory must stay bounded
+CHUNK_LINES, CHUNK_BYTES = 64, 1 << 20  # the most that a worker gets at a time
 
 Judged = tuple[list[bytes], Sequence[Verdict | None]]
 
@@ -39,18 +39,19 @@ def validate_file(
 ) -> Report:
     """Copy the good lines of ``data`` to ``clean`` and the bad ones to ``quarantine``, and count both by source.
 
-    ``quarantine`` has one object ``{line, reason, raw}`` per bad line; ``raw`` is the line without its newline, and
-    ``raw.encode("utf-8", "surrogateescape")`` its bytes, whatever they are. Of good lines with one id the first is
-    kept. Blank lines are only counted. All files appear when the last line is judged, or not at all. Memory: a
-    16-byte hash and a line number per kept id (about 120 bytes in all), and a few chunks of lines.
+    ``quarantine`` gets one object ``{line, reason, raw}`` per bad line. ``raw`` is the line without its newline, and
+    ``raw.encode("utf-8", "surrogateescape")`` restores its bytes. The first of several good lines with one id is kept.
+    Blank lines are only counted. All files appear when the last line is judged, or not at all. Memory holds a 16-byte
+    hash and a line number per kept id (about 120 bytes in all), and a few chunks of lines.
 
     Args:
-        report: where ``Report.to_dict()`` is written as JSON.
-        workers: processes that judge lines; with 1 it is done in this one.
-        advance: called with the number of bytes that were judged since the last call.
+        report: the file to which ``Report.to_dict()`` is written as JSON.
+        workers: the number of processes that judge lines. With 1, this process does it.
+        advance: a function that gets the number of bytes that were judged since its last call.
 
     Raises:
-        ValueError: ``data`` is no file, an output can't be written or is another's file, or a line has over 64 MiB.
+        ValueError: ``data`` is not a file, two arguments name one file, an output cannot be written, or a line has more
+            than 64 MiB.
     """
     if workers < 1:
         raise ValueError(f"workers must be >= 1, got {workers}")
@@ -113,12 +114,12 @@ def _chunks(file: BinaryIO, name: str) -> Iterator[list[bytes]]:
 
 
 def _judge(chunks: Iterator[list[bytes]], checks: LineChecks, workers: int) -> Generator[Judged, None, None]:
-    """Chunks in their order, with a verdict per line: None if it is blank."""
+    """Yield chunks in order, with a verdict per line, which is None for a blank line."""
     if workers == 1:
         for chunk in chunks:
             yield chunk, _verdicts(chunk, checks)
         return
-    context = multiprocessing.get_context("forkserver")  # one import for all workers, and none of our threads
+    context = multiprocessing.get_context("forkserver")  # imports once for all workers, and inherits no threads
     context.set_forkserver_preload([__name__])
     pool = ProcessPoolExecutor(workers, context, _start_worker, (checks,))
     waiting = deque[tuple[list[bytes], Future[list[Verdict | None]]]]()
@@ -131,12 +132,12 @@ def _judge(chunks: Iterator[list[bytes]], checks: LineChecks, workers: int) -> G
         for chunk, future in waiting:
             yield chunk, future.result()
     except BrokenProcessPool:
-        raise ChildProcessError("a worker was killed, perhaps for want of memory; try fewer --workers") from None
+        raise ChildProcessError("a worker was killed, perhaps because memory ran out; try fewer --workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-_checks: LineChecks  # a worker's own, so that its cache of images lives as long as it does
+_checks: LineChecks  # one per worker, so that its cache of images lives as long as the worker
 
 
 def _start_worker(checks: LineChecks) -> None:
@@ -159,7 +160,7 @@ def _verdicts(chunk: list[bytes], checks: LineChecks | None = None) -> list[Verd
 
 
 def _first(verdict: Verdict, firsts: dict[int, int], number: int) -> Verdict:
-    """The verdict itself, or that its id has been kept before."""
+    """Return the verdict, or a defect if its id has been kept before."""
     digest = int.from_bytes(blake2b(verdict.id.encode(), digest_size=16).digest())
     first = firsts.setdefault(digest, number)
     if first == number:

@@ -1,7 +1,7 @@
-"""What the stages are worth: four-stage conversations with a stage left out, in another order, or without any.
+"""Make variants of four-stage conversations: with a stage left out, in another order, or without any stage.
 
-``python -m llava_cot.data.variants IN.jsonl OUT.jsonl --variant NAME`` writes the variant of a data set, over the same
-images. Models that were trained on the variants of one data set, from one base, differ by what a stage does.
+``python -m llava_cot.data.variants IN.jsonl OUT.jsonl --variant NAME`` writes a variant of a data set over the same
+images. Train models on the variants of one data set, from one base, to see what a stage is worth.
 """
 
 import argparse
@@ -23,7 +23,7 @@ Variant = Callable[[Mapping[str, Any]], list[Row]]
 
 
 def in_order(row: Mapping[str, Any], order: Sequence[str], *, tags: bool = True) -> list[Row]:
-    """The stages of ``order`` alone, in this order, a paragraph each, with their tags or without."""
+    """Keep only the stages of ``order``, in this order, one paragraph each, with or without their tags."""
 
     def block(stage: str, text: str) -> str:
         open_tag, close_tag = LLAVA_COT.tag_pair(stage)
@@ -33,10 +33,10 @@ def in_order(row: Mapping[str, Any], order: Sequence[str], *, tags: bool = True)
 
 
 def shuffled(row: Mapping[str, Any]) -> list[Row]:
-    """SUMMARY, CAPTION and REASONING in an order drawn from the row's id, then the CONCLUSION.
+    """Shuffle SUMMARY, CAPTION and REASONING by the row's id; the CONCLUSION stays last.
 
-    It asks whether it matters what a stage can build on, so the conclusion stays last: ahead of its reasons it would be
-    a direct answer, which ``conclusion first`` and ``direct`` are for.
+    The variant tests whether it matters which stages a stage can build on. A conclusion before its reasons would be a
+    direct answer; ``conclusion first`` and ``direct`` test that.
     """
     order = list(STAGES[:-1])
     random.Random(parse_conversation(row).id).shuffle(order)
@@ -44,25 +44,24 @@ def shuffled(row: Mapping[str, Any]) -> list[Row]:
 
 
 def direct(row: Mapping[str, Any]) -> list[Row]:
-    """The text of the CONCLUSION."""
+    """Keep only the text of the CONCLUSION."""
     return in_order(row, [Stage.CONCLUSION], tags=False)
 
 
 def direct_with_caption(row: Mapping[str, Any]) -> list[Row]:
-    """Direct answers, and for an image a second row, ``ID-caption``, whose answer is the first turn's CAPTION.
+    """Keep direct answers, and add a row ``ID-caption`` for the image whose answer is the first turn's CAPTION.
 
-    What captions teach about images is learnt here too, but the answers cannot build on them.
+    The model learns from the captions too, but its answers cannot build on them.
     """
     caption = _stages(row)[0]["CAPTION"]
     return [*direct(row), *([_task(row, "caption", DESCRIBE, caption)] if parse_conversation(row).images else [])]
 
 
 def apart(row: Mapping[str, Any]) -> list[Row]:
-    """Every stage of the first turn as a task of its own, as far as it is one for a model that knows no stages.
+    """Make every stage of the first turn a task of its own, for a model that knows no stages.
 
-    Direct answers; and in rows of their own an image's description, and without the image what a question asks for and
-    the reasoning from a description that is given. A model learns to see and to speak, and nowhere to do one after the
-    other.
+    The rows are a direct answer, a description of the image, and two without the image: what the question asks for, and
+    the reasoning from a given description. So a model learns each skill, but never one after the other.
     """
     question, texts = parse_conversation(row).turns[0].question, _stages(row)[0]
     blind = {name: value for name, value in row.items() if name != "image"}
@@ -83,14 +82,15 @@ VARIANTS: dict[str, Variant] = {
     "direct with caption": direct_with_caption,
     "apart": apart,
 }
-"""From a conversation whose every answer has the four stages to the rows that take its place."""
+"""Functions from a conversation with the four stages in every answer to the rows that replace it."""
 
 
 def convert(source: Path | str, target: Path | str, variant: str) -> int:
-    """Write the variant of a jsonl; returns how many rows it has.
+    """Write the variant of a jsonl file, and return how many rows it has.
 
     Raises:
-        ValueError: an unknown variant, or a line that is no conversation in four stages; ``target`` is left alone.
+        ValueError: an unknown variant, or a line that is not a conversation in four stages. ``target`` is unchanged
+            then.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {list(VARIANTS)}, got {variant!r}")
@@ -108,7 +108,7 @@ def convert(source: Path | str, target: Path | str, variant: str) -> int:
 
 
 def _stages(row: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The text of the four stages, for each turn."""
+    """Return the texts of the four stages of each turn."""
     found = []
     for index, turn in enumerate(parse_conversation(row).turns):
         if problem := LLAVA_COT.violation(turn.answer):
@@ -120,12 +120,12 @@ def _stages(row: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _answered(row: Mapping[str, Any], answers: Sequence[str]) -> Row:
-    """``row`` with these answers; fields that are not the conversation's stay."""
+    """Return ``row`` with these answers. Other fields stay."""
     return {**row, "conversations": _turns([turn.question for turn in parse_conversation(row).turns], answers)}
 
 
 def _task(row: Mapping[str, Any], name: str, question: str, answer: str) -> Row:
-    """A row of its own beside ``row``."""
+    """Return an additional row beside ``row``."""
     return {**row, "id": f"{parse_conversation(row).id}-{name}", "conversations": _turns([question], [answer])}
 
 

@@ -1,4 +1,4 @@
-"""The shapes world as files, in LLaVA-CoT-100k's layout: ``python -m llava_cot.data.world OUT --seeds A:B``."""
+"""Write the shapes world to files in LLaVA-CoT-100k's layout: ``python -m llava_cot.data.world OUT --seeds A:B``."""
 
 import argparse
 from collections.abc import Iterator
@@ -15,21 +15,22 @@ from llava_cot.data.jsonl import write_jsonl
 from llava_cot.data.variants import VARIANTS
 from llava_cot.stages import render
 
-PER_FOLDER = 1000  # images in one folder
+PER_FOLDER = 1000  # images per folder
 
 
 def write_world(out: Path | str, seeds: range, variant: str = "full", processes: int = 1) -> int:
-    """Write ``out/train.jsonl`` and its images ``out/images/THOUSANDS/SEED.png``; returns how many rows there are.
+    """Write ``out/train.jsonl`` and its images ``out/images/THOUSANDS/SEED.png``, and return the number of rows.
 
-    The same seeds make the same files. The jsonl appears when all its images are there.
+    The same seeds make the same files. The jsonl appears when all its images are written.
 
     Args:
-        seeds: of ``shapes.sample``, all below ``shapes.TEST_SEEDS``.
+        seeds: seeds of ``shapes.sample``, all below ``shapes.TEST_SEEDS``.
         variant: one of ``llava_cot.data.variants.VARIANTS``.
-        processes: that draw the images.
+        processes: the number of processes that draw the images.
 
     Raises:
-        ValueError: no seeds, one below 0 or of the test range, an unknown variant, or processes < 1.
+        ValueError: there are no seeds, a seed is negative or in the test range, the variant is unknown, or processes <
+            1.
     """
     if not seeds or seeds.step != 1 or seeds.start < 0:
         raise ValueError(f"seeds must be A:B with 0 <= A < B, got {seeds.start}:{seeds.stop}")
@@ -56,7 +57,7 @@ def write_world(out: Path | str, seeds: range, variant: str = "full", processes:
 
 
 def world_row(seed: int) -> dict[str, Any]:
-    """The row of ``shapes.sample(seed)``; its image is not written."""
+    """Return the row of ``shapes.sample(seed)`` without writing its image."""
     return _row(seed, shapes.sample(seed))
 
 
@@ -83,7 +84,7 @@ def _seeds(text: str) -> range:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="folder for train.jsonl and images/")
-    parser.add_argument("--seeds", type=_seeds, required=True, metavar="A:B", help="of the samples, B not included")
+    parser.add_argument("--seeds", type=_seeds, required=True, metavar="A:B", help="seeds of the samples, without B")
     parser.add_argument("--variant", default="full", choices=VARIANTS)
     parser.add_argument("--processes", type=int, default=1)
     args = parser.parse_args()

@@ -1,8 +1,8 @@
 """What training asks about Mllama: packed rows of several images, frozen parts, floating-point operations.
 
-In transformers the tokens before a sample's image do not see it alone: the cross attention lets them see every tile,
-and only the MLP behind it is masked. A sample without an image skips the cross-attention layers altogether. Where
-samples share a row, the model can tell neither. ``cross_rows`` says it to the layers, one entry a token.
+In transformers the cross attention lets the tokens before a sample's image see every tile, and only the MLP after it is
+masked. A sample without an image skips the cross-attention layers. If samples share a row, the model cannot know
+either. ``cross_rows`` tells the layers, with one entry per token.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -27,9 +27,10 @@ class Image:
 
 
 class MllamaTraining(Training):
-    """A token before its sequence's images, which transformers lets see all tiles, sees those of its own sequence.
+    """Packs rows so that a token sees only the images of its own sequence.
 
-    A sequence without an image passes the cross-attention layers untouched.
+    In transformers a token before the images of its sequence sees all tiles of the row; here it sees those of its own
+    sequence. A sequence without an image passes through the cross-attention layers unchanged.
     """
 
     def __init__(self, config: MllamaConfig) -> None:
@@ -48,9 +49,9 @@ class MllamaTraining(Training):
     def prepare(self, model: PreTrainedModel) -> None:
         """Make the cross-attention layers obey ``cross_rows``, a keyword argument of ``model.model(...)``.
 
-        ``cross_rows`` is float [batch, tokens, 2] of zeros and ones, as ``pack`` makes it: what the layer's attention
-        and what its MLP add to the token is multiplied by them. A call without it is as before. Nothing is kept between
-        the hooks, so a layer may be wrapped, sharded, or computed twice.
+        ``cross_rows`` is float [batch, tokens, 2] of zeros and ones, as ``pack`` makes it. The outputs of the layer's
+        attention and of its MLP are multiplied by them before they are added to the token. A call without
+        ``cross_rows`` works as before. The hooks keep no state, so a layer may be wrapped, sharded, or computed twice.
         """
         for index in self.config.text_config.cross_attention_layers:
             layer = model.model.language_model.layers[index]
@@ -67,7 +68,7 @@ class MllamaTraining(Training):
     ) -> dict[str, Tensor]:
         layouts = [_lay_out(row) for row in rows]
         slots, max_tiles = max(1, *map(len, layouts)), processor.image_processor.max_image_tiles
-        # uint8, since transformers repeats it for every image token in its own type.
+        # uint8, because transformers repeats it for every image token in its own dtype.
         cross_mask = torch.zeros(len(rows), tokens, slots, max_tiles, dtype=torch.uint8)
         cross_rows = torch.zeros(len(rows), tokens, 2)
         for index, (row, places) in enumerate(zip(rows, layouts)):
@@ -106,10 +107,11 @@ class MllamaTraining(Training):
         freeze: Collection[str] = (),
         adapters_only: bool = False,
     ) -> float:
-        """An image has ``max_num_tiles`` tiles whatever its size, since Mllama computes them all.
+        """Count two FLOPs for each multiply-add. Mllama computes every image with ``max_num_tiles`` tiles.
 
-        With h hidden size, f FFN size, q and k the widths of all query and of all key heads, T tokens, S supervised
-        tokens, I images of K = max_num_tiles * (patches + 1) keys (a vision token each), forward takes, halved:
+        Let h be the hidden size, f the FFN size, q and k the widths of all query and of all key heads, T the tokens, S
+        the supervised tokens, and I the images of K = max_num_tiles * (patches + 1) keys, one per vision token. The
+        forward takes the following, times two:
 
             self-attention layer    T (2 h q + 2 h k + 3 h f) + 2 q num_pairs
             cross-attention layer   T (2 h q + 3 h f) + I K (2 h k) + 2 q num_cross_pairs
@@ -118,8 +120,8 @@ class MllamaTraining(Training):
             vision layer            I (N (4 v v + 2 v g) + 2 v N N), v and g its sizes, N = K with each tile padded to 8
             patch embedding         I max_num_tiles patches (channels patch_size^2) v
 
-        Backward takes as much for the gradients of inputs, and as much for those of weights, of what has them;
-        attention's is twice its forward.
+        The backward takes as much again for the gradients of inputs and as much for those of weights, where there are
+        any. The backward of attention takes twice its forward.
         """
         text, vision = self.config.text_config, self.config.vision_config
         patches = (vision.image_size // vision.patch_size) ** 2
@@ -130,7 +132,7 @@ class MllamaTraining(Training):
         num_cross_pairs = (num_tokens * keys if num_images else 0) if num_cross_pairs is None else num_cross_pairs
 
         def passes(part: str, *, below: bool) -> int:
-            """How often its weights are multiplied with. ``below``: what is below it is trained, so inputs count."""
+            """Return how often the weights are multiplied. ``below`` says whether earlier parts are trained."""
             return 1 + (below or adapters_only) + (part not in freeze and not adapters_only)
 
         hidden, head_dim = text.hidden_size, text.hidden_size // text.num_attention_heads
@@ -165,12 +167,12 @@ def _mask_mlp(layer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]
     if rows is None:
         return None
     hidden = args[0] if args else kwargs["hidden_states"]
-    mask = rows[:, None, :, 1:].to(hidden.dtype)  # [batch, 1, tokens, 1], as transformers has it
+    mask = rows[:, None, :, 1:].to(hidden.dtype)  # [batch, 1, tokens, 1], as in transformers
     return args, {**kwargs, "full_text_row_masked_out_mask": mask}
 
 
 def _mask_attention(attention: nn.Module, args: tuple, kwargs: dict, output: tuple[Tensor, ...]) -> tuple | None:
-    rows = kwargs.get("cross_rows")  # the layer hands its keyword arguments on
+    rows = kwargs.get("cross_rows")  # the layer passes its keyword arguments on
     if rows is None:
         return None
     return output[0] * rows[..., :1].to(output[0].dtype), *output[1:]
@@ -184,7 +186,7 @@ def _look(
     mask: Tensor,
     rows: Tensor,
 ) -> None:
-    """Fill in what the tokens of one example see: ``mask`` [tokens, images, tiles], ``rows`` [tokens, 2].
+    """Fill in what the tokens of one example see: ``mask`` [tokens, images, tiles] and ``rows`` [tokens, 2].
 
     ``spans`` are the first token that sees an image and the first one after it that doesn't, -1 for none.
     """
@@ -207,7 +209,7 @@ def _look(
 def _place(
     layouts: Sequence[Mapping[Any, int]], images: Mapping[str, Image], slots: int, max_tiles: int, size: Any
 ) -> dict[str, Tensor]:
-    """The vision inputs; where there is no image, zeros of aspect ratio id 0, as the processor pads."""
+    """Return the vision inputs. Missing images are zeros with aspect ratio id 0, as the processor pads."""
     pixels = torch.zeros(len(layouts), slots, max_tiles, 3, size["height"], size["width"])
     ids = torch.zeros(len(layouts), slots, dtype=torch.int64)
     mask = torch.zeros(len(layouts), slots, max_tiles, dtype=torch.int64)
@@ -224,12 +226,12 @@ def _place(
 
 
 def _numbered(paths: Sequence[str]) -> list[tuple[str, int]]:
-    """Each path and how many times it came before: an example that shows an image twice attends to two."""
+    """Pair each path with how often it came before, since an example that shows an image twice attends to two."""
     return [(path, paths[:at].count(path)) for at, path in enumerate(paths)]
 
 
 def _lay_out(row: Sequence[Example]) -> dict[Any, int]:
-    """The places of a row's images; a file that several of its examples show has one."""
+    """Return the slots of a row's images. A file that several of its examples show has one slot."""
     places: dict[Any, int] = {}
     for example in row:
         for key in _numbered(example.images):

@@ -76,20 +76,21 @@ class Training(Protocol):
         freeze: Collection[str] = (),
         adapters_only: bool = False,
     ) -> float:
-        """FLOPs that forward and backward of a batch need, two for each multiply-add.
+        """Return the FLOPs of the forward and backward of a batch, counting two for each multiply-add.
 
-        Left out, as usual: norms, softmax, rotary and gates, recomputation under activation checkpoints, padding, and
-        the half that a causal mask spares (Chowdhery et al., 2022, appendix B).
+        As usual, some things are not counted: norms, softmax, rotary and gates, recomputation under activation
+        checkpoints, padding, and the half that a causal mask saves (Chowdhery et al., 2022, appendix B).
 
         Args:
-            num_tokens: text tokens without padding.
-            num_images: images, each of the largest size.
-            num_supervised: tokens the head is run for, by default all.
-            num_pairs: the sum of the examples' squared lengths, by default as if they had one image each and like
+            num_tokens: the number of text tokens without padding.
+            num_images: the number of images, each of the largest size.
+            num_supervised: the number of tokens that the head runs on; by default all.
+            num_pairs: the sum of the squared lengths of the examples. The default assumes one image each and equal
                 lengths.
-            num_cross_pairs: pairs of a token and an image key it may see in a cross-attention layer; by default every
-                token sees one image, if any.
-            freeze: parts without gradients.
-            adapters_only: only adapters are trained: their FLOPs are left out, all other weights have no gradient.
+            num_cross_pairs: the pairs of a token and an image key that it sees in a cross-attention layer. By default
+                every token sees one image, if there is one.
+            freeze: the parts without gradients.
+            adapters_only: whether only adapters are trained. Their FLOPs are not counted, and no other weight has a
+                gradient.
         """
         ...

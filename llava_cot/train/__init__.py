@@ -1,1 +1,1 @@
-"""From data to a trained model: the trainer and its parts."""
+"""Training: the trainer and its parts."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: written beside the training, whole or not there, good for a bit-exact resume."""
+"""Checkpoints of a training run: written while training continues, complete or absent, with a bit-exact resume."""
 
 import pickle
 import random
@@ -30,40 +30,45 @@ class Checkpoints:
     """The checkpoints ``folder/step-N`` of one run, each a folder of ``torch.distributed.checkpoint``.
 
     A checkpoint holds parameters and buffers, optimizer, scheduler, the random states of every rank (Python, numpy,
-    torch on CPU and CUDA) and ``extra``. It is written as ``.step-N.part`` and renamed once every rank has written, so
-    that whatever ``step-N`` a kill leaves is whole; what is left of others goes at the next start. The folder must be
-    one that all ranks see, and one you trust, as loading unpickles. All ranks call every method, in the same order, and
+    torch on CPU and CUDA) and ``extra``. It is written as ``.step-N.part`` and renamed when every rank has written. So
+    every ``step-N`` is complete after a crash, and leftovers are removed at the next start. All ranks must see the
+    folder. You must trust it, because loading unpickles. All ranks call every method in the same order, and call
     ``wait`` before they leave the process group.
 
     Args:
-        folder: made if it is not there.
-        keep: how many of the newest checkpoints stay.
-        asynchronous: write on a thread. Either way from a copy in host memory, made before ``save`` returns: as large
-            as this rank's parameters and optimizer state, and with CUDA pinned and kept for the next save.
+        folder: the folder of the checkpoints, which is created if it does not exist.
+        keep: the number of newest checkpoints to keep.
+        asynchronous: whether to write on a thread. In both cases the source is a copy in host memory, which is made
+            before ``save`` returns. It is as large as this rank's parameters and optimizer state. With CUDA it is
+            pinned and kept for the next save.
+
+    Raises:
+        ValueError: ``keep`` is below 1.
     """
 
     def __init__(self, folder: Path, *, keep: int = 2, asynchronous: bool = True) -> None:
         if keep < 1:
             raise ValueError(f"keep must be >= 1, got {keep}")
         self._folder, self._keep, self._asynchronous = Path(folder), keep, asynchronous
-        self._group = dist.new_group(backend="gloo")  # its own, as the thread must not share the training's
+        self._group = dist.new_group(backend="gloo")  # a group of its own: the thread must not share the training's
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._pending: Future[None] | None = None
         self._on_rank_0(self._clean)
 
     def save(self, step: int, module: nn.Module, optimizer: Optimizer, scheduler: Any, extra: dict) -> None:
-        """Save as ``step-N``, in place of one that is there; what was changed after the call is not in it.
+        """Save as ``step-N`` and replace an earlier one. Changes after the call are not in it.
 
         Args:
-            scheduler: anything with ``state_dict``.
-            extra: any small picklable state; that of rank 0 is kept.
+            scheduler: any object with ``state_dict``.
+            extra: any small picklable state. That of rank 0 is kept.
 
         Raises:
-            OSError: the previous save has failed since.
+            OSError: the previous save has failed in the meantime.
         """
         self.wait()
         state: dict[str, Any] = {"model": get_model_state_dict(module), f"rng-{dist.get_rank()}": _pack(_rng_state())}
-        # Asked for its state before its first step, torch makes one by a step with zero gradients, which counts.
+        # If torch is asked for the state before the first step, it makes one by a step with zero gradients, which
+        # counts.
         if optimizer.state:
             state["optimizer"] = get_optimizer_state_dict(module, optimizer)
         if dist.get_rank() == 0:
@@ -73,23 +78,23 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Return when the pending save, if there is one, is in its place, and raise its error."""
+        """Wait until the pending save, if any, is in its place, and raise its error."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def latest(self) -> int | None:
-        """The newest step there is a checkpoint of, the same on all ranks."""
+        """Return the newest step that has a checkpoint, the same on all ranks, or None."""
         return max(self._on_rank_0(self._steps), default=None)
 
     def load(self, step: int, module: nn.Module, optimizer: Optimizer, scheduler: Any) -> dict:
-        """Load ``step-N`` into the three, and return ``extra``.
+        """Load ``step-N`` into module, optimizer and scheduler, and return ``extra``.
 
-        On another number of ranks full tensors are the same, but the random states stay what they are.
+        On a different number of ranks the full tensors are the same, but the random states are not restored.
 
         Raises:
-            ValueError: there is no checkpoint of this step, or it is one of another model or optimizer; with moments in
-                8 bits also on a number of ranks where a shard cuts one of their blocks.
+            ValueError: there is no checkpoint of this step, or it is of another model or optimizer. With moments in 8
+                bits also if a shard, on this number of ranks, cuts one of their blocks.
         """
         self.wait()
         steps = self._on_rank_0(self._steps)
@@ -105,7 +110,7 @@ class Checkpoints:
         with_state = {path[2] for path in paths if path[:2] == ("optimizer", "state")}
         if with_state:
             state["optimizer"] = get_optimizer_state_dict(module, optimizer)
-            # Parameters that had never had a gradient have none.
+            # Parameters that never had a gradient have no state.
             wanted = state["optimizer"]["state"]
             state["optimizer"]["state"] = {name: wanted[name] for name in wanted if name in with_state}
         try:
@@ -155,7 +160,7 @@ class Checkpoints:
         return sorted(int(match[1]) for match in found if match)
 
     def _on_rank_0(self, function: Callable[[], Any]) -> Any:
-        """What the function returns on rank 0, on all ranks, or its error."""
+        """Run the function on rank 0. All ranks get its result or its error."""
         outcome: list[Any] = [None, None]
         if dist.get_rank() == 0:
             try:
@@ -170,7 +175,7 @@ class Checkpoints:
 
 @torch.no_grad()
 def _copy_to_host(state: dict[str, Any]) -> dict[str, Any]:
-    """A deep copy with tensors in pinned host memory where they were on a GPU."""
+    """Make a deep copy. Tensors of a GPU go to pinned host memory."""
     copied = _copy(state)
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
@@ -184,7 +189,7 @@ def _copy(value: Any) -> Any:
         return type(value)(map(_copy, value))
     if not isinstance(value, torch.Tensor):
         return value
-    # A DTensor, or a moment in 8 bits (torchao's), perhaps one in the other: torch's own stagers cannot do that.
+    # A tensor may be a DTensor or an 8-bit moment of torchao, or both nested. torch's own stagers cannot copy that.
     if is_traceable_wrapper_subclass(value):
         names, context = value.__tensor_flatten__()
         parts = {name: _copy(getattr(value, name)) for name in names}
@@ -194,13 +199,13 @@ def _copy(value: Any) -> Any:
 
 
 def _first_failure(error: CheckpointException) -> str:
-    # A BaseException that holds every rank's error and stack: too much for a message, too high for an `except`.
+    # It is a BaseException with the error and stack of every rank: too much for a message, too general for `except`.
     rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
     return f"rank {rank}: {cause}"
 
 
 def _pack(value: Any) -> torch.Tensor:
-    # As a tensor, since of all else torch.distributed.checkpoint keeps only what rank 0 has.
+    # This must be a tensor: of other objects torch.distributed.checkpoint keeps only those of rank 0.
     return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
 
 

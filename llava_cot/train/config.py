@@ -1,4 +1,4 @@
-"""The settings of a training run: a YAML file, and ``key=value`` from the command line on top of it."""
+"""The settings of a training run: a YAML file, and ``key=value`` overrides from the command line."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,10 @@ class Settings(BaseModel):
 
 
 class Optimizer(Settings):
-    """``adamw``; for one big GPU ``adamw8bit`` (torchao, 8-bit moments) or ``adamw_stochastic`` (all in bfloat16)."""
+    """The optimizer.
+
+    ``adamw8bit`` (torchao, 8-bit moments) and ``adamw_stochastic`` (all in bfloat16) are for one big GPU.
+    """
 
     name: Literal["adamw", "adamw8bit", "adamw_stochastic"] = "adamw"
     lr: float = Field(default=1e-5, gt=0)
@@ -31,26 +34,30 @@ class Optimizer(Settings):
 
 
 class Schedule(Settings):
-    """Warm-up to the peak, then ``cosine`` down to ``min_ratio`` of it, ``constant``, or times ``gamma`` each epoch."""
+    """The learning rate: a warm-up to the peak, and then one of three forms.
+
+    ``cosine`` goes down to ``min_ratio`` of the peak, ``constant`` stays, and ``step`` multiplies by ``gamma`` each
+    epoch.
+    """
 
     name: Literal["cosine", "constant", "step"] = "cosine"
     warmup_steps: int = Field(default=0, ge=0)
     min_ratio: float = Field(default=0.0, ge=0, le=1)
     gamma: float = Field(default=0.85, gt=0, le=1)
-    total_steps: int | None = Field(default=None, ge=1)  # of the cosine; by default those of the run
+    total_steps: int | None = Field(default=None, ge=1)  # length of the cosine; by default that of the run
 
 
 class Precision(Settings):
-    """What the weights and the optimizer's state are kept in, what is computed in, what gradients are summed in."""
+    """Dtypes: of weights and optimizer state (``params``), of products (``compute``), of gradient sums (``reduce``)."""
 
     params: DType = "float32"
     compute: DType = "bfloat16"
     reduce: DType = "float32"
-    allow_lost_updates: bool = False  # of bfloat16 weights at a small learning rate
+    allow_lost_updates: bool = False  # permit bfloat16 weights at a small learning rate
 
 
 class Lora(Settings):
-    """Low-rank adapters (peft) on these linear layers; all else is frozen."""
+    """Low-rank adapters (peft) on the linear layers ``targets``. Everything else is frozen."""
 
     r: int = Field(default=16, ge=1)
     alpha: int = Field(default=32, ge=1)
@@ -59,38 +66,38 @@ class Lora(Settings):
 
 
 class Sharding(Settings):
-    """Every parameter is split over ``world_size / replicas`` ranks, and ``replicas`` such groups hold it (HSDP)."""
+    """Sharding (HSDP): ``replicas`` groups hold every parameter, split over ``world_size / replicas`` ranks each."""
 
     replicas: int = Field(default=1, ge=1)
     reshard_after_forward: bool = True
 
 
 class Dpo(Settings):
-    """Rafailov et al., 2023 (arXiv:2305.18290), on the pairs of ``llava-cot export --format preferences``."""
+    """DPO (Rafailov et al., 2023, arXiv:2305.18290) on the pairs of ``llava-cot export --format preferences``."""
 
     beta: float = Field(default=0.1, gt=0)
-    sft_weight: float = Field(default=0.0, ge=0)  # of the chosen one's likelihood, added to the loss
+    sft_weight: float = Field(default=0.0, ge=0)  # weight of the chosen one's negative log-likelihood in the loss
 
 
 class TrainConfig(Settings):
-    """Everything that decides a run. Paths are relative to where the command runs."""
+    """All settings of a run. Paths are relative to the working directory of the command."""
 
     model: str  # folder or hub name in transformers' format
     output: Path
     data: Path
     images: Path = Path()
     eval_data: Path | None = None
-    eval_images: Path | None = None  # by default ``images``
-    eval_fraction: float = Field(default=0.0, ge=0, lt=1)  # of ``data``, held out; only without eval_data
+    eval_images: Path | None = None  # default: ``images``
+    eval_fraction: float = Field(default=0.0, ge=0, lt=1)  # share of ``data`` to hold out; only without eval_data
     objective: Literal["sft", "dpo", "reward"] = "sft"
     bos: Bos = "one"
     seed: int = Field(default=0, ge=0)
 
     epochs: int = Field(default=3, ge=1)
-    max_steps: int | None = Field(default=None, ge=1)  # stop there; the schedule's length is that of the epochs
-    batch_size: int = Field(default=32, ge=1)  # examples of a step, over all ranks and micro-batches
-    rows_per_batch: int = Field(default=4, ge=1)  # of one micro-batch on one rank
-    max_row_tokens: int | None = Field(default=None, ge=1)  # pack examples in rows of so many; None: one example a row
+    max_steps: int | None = Field(default=None, ge=1)  # stop here; the schedule keeps the length of the epochs
+    batch_size: int = Field(default=32, ge=1)  # examples per step, over all ranks and micro-batches
+    rows_per_batch: int = Field(default=4, ge=1)  # rows of a micro-batch on one rank
+    max_row_tokens: int | None = Field(default=None, ge=1)  # pack examples into rows of at most this; None: no packing
 
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
@@ -99,12 +106,12 @@ class TrainConfig(Settings):
     lora: Lora | None = None
     sharding: Sharding = Sharding()
     activation_checkpointing: bool = True
-    stage_weights: dict[str, float] = {}  # of a token's loss, by the stage it is in; 1 where nothing is said
+    stage_weights: dict[str, float] = {}  # weights of the loss of a token by its stage; default 1
     dpo: Dpo = Dpo()
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: Literal["sdpa", "eager"] = "sdpa"
-    threads: int | None = Field(default=None, ge=1)  # of torch on the CPU, per rank
+    threads: int | None = Field(default=None, ge=1)  # threads of torch on the CPU, per rank
     workers: int = Field(default=2, ge=0)  # processes that read images, per rank
     log_every: int = Field(default=10, ge=1)  # steps
     eval_every: int | None = Field(default=None, ge=1)
@@ -112,7 +119,7 @@ class TrainConfig(Settings):
     keep_checkpoints: int = Field(default=2, ge=1)
     asynchronous_checkpoints: bool = True
     export_dtype: DType = "bfloat16"
-    wandb: str | None = None  # its project
+    wandb: str | None = None  # the project
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
@@ -134,19 +141,19 @@ class TrainConfig(Settings):
         if self.eval_data is not None and self.eval_fraction:
             raise ValueError(f"eval_fraction must be 0 with eval_data, got {self.eval_fraction}")
         if self.lora is not None and self.objective == "reward":
-            raise ValueError("lora must not be given with objective=reward, whose head is trained from nothing")
+            raise ValueError("lora must not be given with objective=reward, whose head is trained from scratch")
         return self
 
     def with_images(self, evaluation: bool) -> tuple[Path | None, Path]:
-        """The data file and its image folder."""
+        """Return the data file and its image folder."""
         return (self.eval_data, self.eval_images or self.images) if evaluation else (self.data, self.images)
 
 
 def load_config(path: Path | str, overrides: list[str] | None = None) -> TrainConfig:
-    """Read a YAML file; ``overrides`` are ``key=value`` or ``part.key=value``, the values in YAML.
+    """Read a YAML file. ``overrides`` are ``key=value`` or ``part.key=value``, with values in YAML.
 
     Raises:
-        ValueError: naming every setting that is unknown or out of range.
+        ValueError: a setting is unknown or out of range; the message names all of them.
     """
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The process group of a run, from torchrun's variables or of one process alone."""
+"""The process group of a run, from the variables of torchrun or with a single process."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 @contextmanager
 def process_group(device: str) -> Iterator[torch.device]:
-    """Join the group for the block; gives this rank's device. ``device`` is auto, cpu or cuda."""
+    """Join the group for the block, and yield the device of this rank. ``device`` is auto, cpu or cuda."""
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     place: dict[str, Any] = {}
     if "RANK" not in os.environ:
@@ -30,7 +30,7 @@ def process_group(device: str) -> Iterator[torch.device]:
 
 @contextmanager
 def rank_0_first() -> Iterator[None]:
-    """Rank 0 runs the block before the others do, which then find in the cache what it has made."""
+    """Let rank 0 run the block before the others, which then find its results in the cache."""
     if dist.get_rank() != 0:
         dist.barrier()
     yield

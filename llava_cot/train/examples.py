@@ -1,4 +1,4 @@
-"""The examples of a run: encoded once, cached on disk, read as they are needed."""
+"""The examples of a run. They are encoded once, cached on disk, and read when they are needed."""
 
 import hashlib
 import json
@@ -27,12 +27,12 @@ Rows = list[list[int]]
 def load_examples(
     config: TrainConfig, objective: Objective, processor: ProcessorMixin, *, evaluation: bool = False
 ) -> datasets.Dataset:
-    """The rows of the run's data as encoded examples, memory-mapped; encoded anew only when something changed.
+    """Return the rows of the run's data as encoded, memory-mapped examples. They are encoded again only after a change.
 
-    Columns: ``examples``, those of a row, which stay together; ``length``, their tokens.
+    The column ``examples`` has the examples of a row, which stay together. ``length`` is their number of tokens.
 
     Raises:
-        ValueError: a row that the objective can't take, by its place; ``llava-cot validate`` finds all of them at once.
+        ValueError: the objective cannot use a row, which the message names. ``llava-cot validate`` finds all such rows.
     """
     path, images = config.with_images(evaluation)
     assert path is not None
@@ -65,16 +65,16 @@ def _read(path: Path) -> datasets.Dataset:
 
 
 def split(rows: datasets.Dataset, fraction: float) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """(training, held out): a random share, always the same one."""
+    """Split off a random share, always the same one, and return (training, held out)."""
     order = np.random.Generator(np.random.PCG64(0)).permutation(len(rows))
     held_out = max(1, round(len(rows) * fraction)) if fraction else 0
     return rows.select(np.sort(order[held_out:])), rows.select(np.sort(order[:held_out]))
 
 
 class Loader:
-    """The micro-batches of this rank, from any step on; other processes read the images ahead of time.
+    """The micro-batches of this rank, from any step on. Other processes read the images in advance.
 
-    ``values`` float32 [rows, examples of a row] takes the place of the examples' own.
+    ``values``, float32 [rows, examples of a row], replaces the values of the examples.
     """
 
     def __init__(
@@ -91,8 +91,8 @@ class Loader:
         self._options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory}
 
     def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
-        """For each step from ``start`` to ``stop`` its micro-batches."""
-        # One queue for all: a step's first micro-batch is read while the last step computes.
+        """Yield the micro-batches of each step from ``start`` to ``stop``."""
+        # One queue serves all steps, so the first micro-batch of a step is read while the previous step computes.
         sampler = _MicroBatches(self._plan, start, stop)
         batches = iter(
             DataLoader(self._rows, batch_size=None, sampler=sampler, worker_init_fn=_ignore_stop, **self._options)
@@ -102,12 +102,12 @@ class Loader:
 
 
 def _ignore_stop(worker: int) -> None:
-    # torchrun and Slurm send SIGTERM to every process, and the step that it asks to be the last needs its batches.
+    # torchrun and Slurm send SIGTERM to every process, but the last step still needs its batches.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class _MicroBatches:
-    """A sampler whose indices are the rows of a micro-batch."""
+    """A sampler that yields the rows of a micro-batch as its indices."""
 
     def __init__(self, plan: BatchPlan, start: int, stop: int) -> None:
         self._plan, self._steps = plan, range(start, stop)

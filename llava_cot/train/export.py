@@ -1,4 +1,4 @@
-"""From a sharded model to a folder that transformers reads."""
+"""Export a sharded model to a folder that transformers reads."""
 
 import json
 import platform
@@ -18,7 +18,7 @@ from llava_cot.train.model import build_model
 
 
 def export(root: nn.Module, config: TrainConfig, processor: ProcessorMixin, folder: Path) -> None:
-    """Write weights, configuration, processor and how they came to be; adapters are merged. All ranks must call it."""
+    """Write weights, configuration, processor and training settings. Adapters are merged. All ranks must call it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state: dict[str, Any] = get_model_state_dict(root, options=options)
     if dist.get_rank() == 0:
@@ -30,7 +30,7 @@ def export(root: nn.Module, config: TrainConfig, processor: ProcessorMixin, fold
         weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
         model.config.dtype = dtype
         if config.objective == "reward" and getattr(model.config, "policy_sha256", None) is None:
-            model.config.policy_sha256 = checkpoint_sha256(config.model)  # what verify_policy asks for
+            model.config.policy_sha256 = checkpoint_sha256(config.model)  # verify_policy compares it
         model.config.use_cache = model.config.get_text_config().use_cache = True
         model.save_pretrained(folder, state_dict=weights)
         processor.save_pretrained(folder)
@@ -53,7 +53,7 @@ def merge_adapters(weights: dict[str, torch.Tensor], scale: float) -> dict[str, 
 
 
 def provenance(config: TrainConfig) -> dict:
-    """The settings and the versions behind a checkpoint."""
+    """Return the settings and the versions that produced the model."""
     packages = {name: _version(name) for name in ("llava-cot", "torch", "transformers")}
     return {
         "config": config.model_dump(mode="json"),

@@ -1,10 +1,10 @@
-"""The floating-point operations that a GPU could do, for model FLOPs utilisation (MFU)."""
+"""Look up the peak FLOP/s of a GPU, for the model FLOPs utilisation (MFU)."""
 
 import re
 
 import torch
 
-# Dense bfloat16 FLOP/s by the vendors' data sheets; the first pattern found in the device's name counts.
+# Dense bfloat16 FLOP/s from the vendors' data sheets. The first pattern that matches the name of the device counts.
 PEAK_FLOPS = {
     r"\b(GB|B)(200|300)\b": 2250e12,
     r"\b(H100|H200|H800) NVL\b": 835e12,
@@ -26,7 +26,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: torch.device | str) -> float | None:
-    """Dense bfloat16 FLOP/s of a known NVIDIA GPU, None for anything else."""
+    """Return the dense bfloat16 FLOP/s of a known NVIDIA GPU, or None for any other device."""
     if torch.device(device).type != "cuda" or not torch.cuda.is_available():
         return None
     return _peak_of(torch.cuda.get_device_name(device))

@@ -1,4 +1,4 @@
-"""What a run learns of its data, in colours: ``llava-cot train CONFIG --inspect N``."""
+"""Show in colours what a run learns from its data: ``llava-cot train CONFIG --inspect N``."""
 
 import json
 from itertools import islice
@@ -13,7 +13,7 @@ from llava_cot.train.objectives import objective_of
 
 
 def print_examples(config: TrainConfig, count: int) -> None:
-    """Print the examples of the first ``count`` rows of the run's data, as they will be trained on."""
+    """Print the examples of the first ``count`` rows of the run's data as they are trained on."""
     processor, objective, console = AutoProcessor.from_pretrained(config.model), objective_of(config), Console()
     with config.data.open(encoding="utf-8") as file:
         for line in islice(file, count):

@@ -1,7 +1,7 @@
-"""What a training step holds on one GPU: the step itself is run on tensors that have shapes and no data.
+"""Predict what a training step holds on one GPU, by running the step on tensors that have shapes but no data.
 
-The run's own modules (checkpoints, FSDP2 units, loss head) work on fake tensors under a process group that only counts
-its ranks, and torch's FSDP memory tracker adds up what is alive. So nothing here knows how a layer computes, and
+The run's own modules (checkpoints, FSDP2 units, loss head) work on fake tensors, under a process group whose ranks do
+not exist. torch's FSDP memory tracker adds up what is alive. So nothing here depends on how a layer computes, and
 nothing is allocated. Only the optimizer is counted by hand.
 """
 
@@ -25,7 +25,7 @@ from llava_cot.train.model import build_model
 from llava_cot.train.sharding import build_mesh, checkpoint_activations, shard
 from llava_cot.train.stochastic_adamw import CHUNK
 
-CATEGORIES = {  # ours to the tracker's
+CATEGORIES = {  # our categories, and those of the tracker in each
     "parameters": ("Sharded Param", "Buffer"),
     "gradients": ("Sharded Grad",),
     "optimizer": ("OptState",),
@@ -33,15 +33,15 @@ CATEGORIES = {  # ours to the tracker's
     "activations": ("Activation", "Inputs"),
     "backward": ("Temp", "Unsharded Grad", "Reduce Scatter"),
 }
-BLOCK = 256  # of torchao's 8-bit states, which share a float32 scale
+BLOCK = 256  # elements of torchao's 8-bit states that share a float32 scale
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU at three moments of a step, by category; each has all of ``CATEGORIES``."""
+    """Bytes on one GPU at three moments of a step, by category. Each moment has all of ``CATEGORIES``."""
 
-    forward: dict[str, int]  # when the forward pass has ended
-    peak: dict[str, int]  # at the highest point of forward and backward
+    forward: dict[str, int]  # at the end of the forward pass
+    peak: dict[str, int]  # at the peak of forward and backward
     update: dict[str, int]  # while the optimizer steps
 
     @property
@@ -50,20 +50,20 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Bytes at the highest of them."""
+        """The bytes at the highest of the three moments."""
         return sum(self.highest.values())
 
 
 def simulate_step(
     config: TrainConfig, *, ranks: int, rows: int, row_tokens: int, images_per_row: int, accumulates: bool
 ) -> Memory:
-    """The memory of a step of ``rows`` rows on each of ``ranks`` ranks, every token of them supervised.
+    """Return the memory of a step with ``rows`` rows on each of ``ranks`` ranks. Every token is supervised.
 
-    ``accumulates``: gradients of an earlier micro-batch are there already.
+    ``accumulates`` says whether gradients of an earlier micro-batch already exist.
 
     Raises:
         ValueError: ``sharding.replicas`` does not divide ``ranks``.
-        RuntimeError: a process group is there already.
+        RuntimeError: a process group already exists.
     """
     with fake_ranks(ranks):
         root = _LossOf(build_model(config, empty=True))
@@ -94,7 +94,7 @@ def _run(root: "_LossOf", config: TrainConfig, rows: int, row_tokens: int, image
 
 
 def step_inputs(settings: PreTrainedConfig, *, rows: int, row_tokens: int, images_per_row: int) -> dict[str, Tensor]:
-    """Keyword arguments of the model in the form of the ``Collator``'s: two sequences a row, the largest images."""
+    """Return inputs of the model as the ``Collator`` makes them, with two sequences per row and the largest images."""
     positions = torch.arange(row_tokens).remainder(max(1, row_tokens // 2)).repeat(rows, 1)
     return {
         "input_ids": torch.zeros(rows, row_tokens, dtype=torch.int64),
@@ -104,7 +104,7 @@ def step_inputs(settings: PreTrainedConfig, *, rows: int, row_tokens: int, image
 
 
 def optimizer_bytes(parameters: list[nn.Parameter], settings: Optimizer) -> int:
-    """Two moments of each trained parameter's shard, and what goes with them."""
+    """Return the bytes of the two moments of each trained parameter's shard, with scales and step counters."""
     total = 0
     for local in map(_local, parameters):
         in_8_bits = settings.name == "adamw8bit" and local.numel() >= 4096 and local.numel() % BLOCK == 0
@@ -114,13 +114,13 @@ def optimizer_bytes(parameters: list[nn.Parameter], settings: Optimizer) -> int:
 
 
 def update_bytes(parameters: list[nn.Parameter], settings: Optimizer) -> int:
-    """What an update makes for the time it takes: one parameter's float32 copies; torch's fused AdamW makes none."""
+    """Return the temporary bytes of an update: float32 copies of one parameter. torch's fused AdamW makes none."""
     if settings.name == "adamw":
         return 0
     largest = max(_local(parameter).numel() for parameter in parameters)
     if settings.name == "adamw_stochastic":
         largest = min(largest, CHUNK)
-    # Gradient, moments, denominator, weight, and random bits or what is made of them.
+    # Gradient, two moments, denominator, weight, and random bits or their result.
     return 6 * 4 * largest
 
 
@@ -129,7 +129,7 @@ def _local(parameter: nn.Parameter) -> Tensor:
 
 
 def by_category(tracker: FSDPMemTracker, moment: str) -> dict[str, int]:
-    """What a tracker counted, on all devices: at the ``peak`` or ``current``."""
+    """Return what a tracker counted on all devices, at the ``peak`` or ``current`` moment."""
     found: dict[str, int] = {}
     for snapshot in tracker.get_tracker_snapshot(moment).values():
         for kind, count in snapshot.items():
@@ -139,7 +139,7 @@ def by_category(tracker: FSDPMemTracker, moment: str) -> dict[str, int]:
 
 
 class _LossOf(nn.Module):
-    """A model and its loss head, whose call gives a scalar: as ``Step``, without asking which tokens count."""
+    """A model with its loss head. A call returns a scalar, as ``Step`` does, and all tokens are supervised."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -149,11 +149,11 @@ class _LossOf(nn.Module):
         hidden = self.model.model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
         if hasattr(self.model, "lm_head"):
             return self.model.lm_head(hidden, inputs["input_ids"].flatten()).sum()
-        return self.model.head(hidden[-1:]).float().sum()  # a reward model's, read at the end of an example
+        return self.model.head(hidden[-1:]).float().sum()  # a reward model is read at the end of an example
 
 
 class _ZeroValues(TorchDispatchMode):
-    """Lets code that looks at a value see 0, which fake tensors do not have: checks of targets pass."""
+    """Makes every value that code reads 0, since fake tensors have no values. So checks of targets pass."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -163,7 +163,7 @@ class _ZeroValues(TorchDispatchMode):
 
 @contextmanager
 def fake_ranks(count: int) -> Iterator[None]:
-    """A process group of ``count`` ranks in this process, whose collectives do nothing."""
+    """Make a process group of ``count`` ranks in this process. Its collectives do nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():

@@ -1,4 +1,4 @@
-"""The record of a training run: one line of JSON a step, TensorBoard, and Weights & Biases if asked for."""
+"""Record a training run: one line of JSON per step, TensorBoard, and optionally Weights & Biases."""
 
 import importlib
 import json
@@ -12,19 +12,19 @@ from llava_cot.atomic import replacing
 
 
 class Metrics:
-    """Writes ``folder/metrics.jsonl``, ``folder/tensorboard`` and, by option, a run of wandb.
+    """Writes ``folder/metrics.jsonl``, ``folder/tensorboard`` and optionally a run of wandb.
 
-    A context manager. Only rank 0 writes; on the others every call does nothing.
+    This is a context manager. Only rank 0 writes. On other ranks every call does nothing.
 
     Args:
-        folder: of the run; made if it is not there.
-        rank: of this process.
-        resume_from: the step of the checkpoint that training goes on from: what was logged after it is cut, 0 for all.
-        wandb: keywords for ``wandb.init``, e.g. ``{"project": "llava-cot"}``; a run that goes on is the same one there.
-        config: what the run was asked for, shown by wandb.
+        folder: the folder of the run, which is created if it does not exist.
+        rank: the rank of this process.
+        resume_from: the step of the checkpoint that training resumes from. Later records are removed; 0 removes all.
+        wandb: keywords for ``wandb.init``, e.g. ``{"project": "llava-cot"}``. A resumed run stays the same run there.
+        config: the settings of the run, which wandb shows.
 
     Raises:
-        ValueError: ``wandb`` is given and not installed.
+        ValueError: ``wandb`` is given but not installed.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Metrics:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._wandb = None if wandb is None else _start_wandb(folder, {"config": dict(config or {}), **wandb})
-        from torch.utils.tensorboard import SummaryWriter  # here, as it takes a second to import
+        from torch.utils.tensorboard import SummaryWriter  # imported here because it takes a second
 
         path = folder / "metrics.jsonl"
         kept = [values for values in read_metrics(folder) if values["step"] <= resume_from]
@@ -52,18 +52,18 @@ class Metrics:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_from + 1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Record the values of a step; those named "loss/..." are one group of charts. Not finite is null in JSON."""
+        """Record the values of a step. Names with a slash group charts. A value that is not finite is null in JSON."""
         if not self._is_on:
             return
         self._file.write(_line({"step": step, **values}))
-        self._file.flush()  # so that a kill can tear the last line only
+        self._file.flush()  # so that a crash can damage only the last line
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(dict(values), step=step)
 
     def close(self) -> None:
-        """Write out what TensorBoard and wandb still hold."""
+        """Write out what TensorBoard and wandb still buffer."""
         if not self._is_on:
             return
         self._file.close()
@@ -79,7 +79,7 @@ class Metrics:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of ``folder/metrics.jsonl`` in their order, ``step`` among the values; a torn last one is left out."""
+    """Return the lines of ``folder/metrics.jsonl`` with their ``step``. An incomplete last line is skipped."""
     path = Path(folder) / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]

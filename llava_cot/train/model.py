@@ -1,4 +1,4 @@
-"""The model of a run: which class, what of it is trained, where its attention's masks come from."""
+"""Build the model of a run: its class, its trained parts, and the masks of its attention."""
 
 import re
 from collections.abc import Iterable
@@ -14,9 +14,9 @@ from llava_cot.train.loss_head import LossHead
 
 
 def build_model(config: TrainConfig, *, empty: bool) -> PreTrainedModel:
-    """The model to train, on the CPU with its weights, or ``empty`` on the meta device, which costs nothing.
+    """Build the model to train on the CPU with its weights, or, with ``empty``, on the meta device without memory.
 
-    It takes packed rows, its LM head returns log-probs, and what is frozen is.
+    The model takes packed rows, its LM head returns log-probs, and its frozen parts need no gradient.
 
     Raises:
         ValueError: ``config.model`` is of a family that can't be trained, or nothing is left to train.
@@ -32,7 +32,7 @@ def build_model(config: TrainConfig, *, empty: bool) -> PreTrainedModel:
             model = build(settings, **options)
     else:
         load = RewardModel.from_pretrained if is_reward else AutoModelForImageTextToText.from_pretrained
-        torch.manual_seed(config.seed)  # of what is not in the checkpoint: adapters, a reward model's head
+        torch.manual_seed(config.seed)  # for what is not in the checkpoint: adapters, the head of a reward model
         model = load(config.model, **options)
     if is_reward and not empty:
         _start_reward_head(model, settings)
@@ -50,7 +50,7 @@ def build_model(config: TrainConfig, *, empty: bool) -> PreTrainedModel:
 
 
 def freeze(model: PreTrainedModel, parts: Iterable[Part]) -> None:
-    """Take ``requires_grad`` from these parts of a model; every parameter belongs to one."""
+    """Set ``requires_grad`` to false in these parts of a model. Every parameter belongs to one part."""
     every = training_of(model.config).parts
     patterns = [re.compile(every[part]) for part in parts]
     for name, parameter in model.named_parameters():
@@ -59,7 +59,7 @@ def freeze(model: PreTrainedModel, parts: Iterable[Part]) -> None:
 
 
 def _start_reward_head(model: RewardModel, settings: PreTrainedConfig) -> None:
-    """A reward model that was not one before gives 0 to everything at first."""
+    """Zero the head of a reward model that starts from a policy, so that every score is 0 at first."""
     if RewardModel.__name__ not in (settings.architectures or ()):
         nn.init.zeros_(model.head.weight)
         nn.init.zeros_(model.head.bias)

@@ -11,7 +11,7 @@ from llava_cot.train.stochastic_adamw import StochasticAdamW
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], settings: Optimizer) -> torch.optim.Optimizer:
-    """AdamW over what is trained.
+    """Build AdamW over the trained parameters.
 
     Raises:
         ValueError: ``adamw8bit`` without torchao.

@@ -1,4 +1,4 @@
-"""Whether a run fits: ``llava-cot train --plan CONFIG --gpus 8x80GB``."""
+"""Plan whether a run fits in memory: ``llava-cot train --plan CONFIG --gpus 8x80GB``."""
 
 import re
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from llava_cot.train.config import TrainConfig
 from llava_cot.train.memory import Memory, simulate_step
 from llava_cot.train.model import build_model
 
-ROW_TOKENS = 2048  # of a row that holds one example, where nothing else is said
-TOKENS_PER_IMAGE = 1024  # of a packed row, likewise
-LOGITS = 12  # bytes of a token and a vocabulary entry: log-softmax, its gradient and that of the logits, in float32
-SPARE = 0.1  # of a GPU, for what no allocator counts: CUDA's context, NCCL's buffers, fragments
+ROW_TOKENS = 2048  # tokens of a row with one example, unless stated otherwise
+TOKENS_PER_IMAGE = 1024  # tokens per image of a packed row, likewise
+LOGITS = 12  # bytes per token and vocabulary entry: log-softmax, its gradient and that of the logits, in float32
+SPARE = 0.1  # share of a GPU for what no allocator counts: CUDA's context, NCCL's buffers, fragmentation
 GB = 10**9
 LABELS = {
     "parameters": "parameters (shard)",
@@ -29,22 +29,22 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """A run's memory per GPU, and what it was computed for. Bytes, tokens and counts."""
+    """The memory of a run per GPU, and the sizes that it was computed for."""
 
     gpus: int
     gpu_bytes: int
-    rows: int  # of a micro-batch
+    rows: int  # rows of a micro-batch
     row_tokens: int
     images_per_row: int
     accumulates: bool
-    steps_per_epoch: int | None  # None: the data is not there
-    parameters: dict[str, tuple[int, int]]  # part: (all, those trained)
+    steps_per_epoch: int | None  # None if the data does not exist
+    parameters: dict[str, tuple[int, int]]  # by part: (all, trained ones)
     memory: Memory
-    logits_bytes: int  # what a loss on plain logits would hold when backward begins
+    logits_bytes: int  # bytes that a loss on plain logits would hold as the backward begins
 
     @property
     def verdict(self) -> str:
-        """``fits``, ``tight`` (into what is spared for CUDA and NCCL) or ``does not fit``."""
+        """``fits``, ``tight`` (uses memory that is kept for CUDA and NCCL) or ``does not fit``."""
         share = self.memory.total / self.gpu_bytes
         return "fits" if share <= 1 - SPARE else "tight" if share <= 1 else "does not fit"
 
@@ -52,14 +52,14 @@ class Plan:
 def make_plan(
     config: TrainConfig, gpus: str, *, row_tokens: int | None = None, images_per_row: int | None = None
 ) -> Plan:
-    """Plan a run on ``gpus``, e.g. ``8x80GB``: simulate a step, on no more memory than a table needs.
+    """Plan a run on ``gpus``, e.g. ``8x80GB``, by simulating a step without allocating its memory.
 
     Args:
-        row_tokens: of each row, all supervised; by default ``max_row_tokens``, or 2048.
-        images_per_row: each of all tiles; by default one, or one for each 1024 tokens of a packed row.
+        row_tokens: tokens of each row, all supervised; by default ``max_row_tokens``, or 2048.
+        images_per_row: images of each row, with all tiles; by default one, or one per 1024 tokens of a packed row.
 
     Raises:
-        ValueError: an argument is out of range, or ``config.model`` is not there.
+        ValueError: an argument is out of range, or ``config.model`` cannot be found.
     """
     count, gpu_bytes = parse_gpus(gpus)
     row_tokens = row_tokens if row_tokens is not None else config.max_row_tokens or ROW_TOKENS
@@ -78,7 +78,7 @@ def make_plan(
             f"model must be a folder or a hub name that can be reached, got {config.model!r} ({reason}); "
             "to plan, a folder with a config.json will do"
         ) from None
-    examples = -(-config.batch_size // count)  # of a rank and step
+    examples = -(-config.batch_size // count)  # per rank and step
     rows = min(config.rows_per_batch, examples)
     accumulates = examples > rows
     memory = simulate_step(
@@ -100,7 +100,11 @@ def make_plan(
 
 
 def parse_gpus(gpus: str) -> tuple[int, int]:
-    """``8x80GB`` as (8, 80 * 10**9)."""
+    """Parse ``8x80GB`` as (8, 80 * 10**9).
+
+    Raises:
+        ValueError: ``gpus`` has another form.
+    """
     found = re.fullmatch(r"(\d+)\s*x\s*(\d+(?:\.\d+)?)\s*GB", gpus.strip(), re.IGNORECASE)
     if found is None or int(found[1]) < 1 or float(found[2]) <= 0:
         raise ValueError(f"gpus must be COUNTxSIZEGB, e.g. 8x80GB, got {gpus!r}")
@@ -108,14 +112,14 @@ def parse_gpus(gpus: str) -> tuple[int, int]:
 
 
 def print_plan(plan: Plan, console: Console | None = None) -> None:
-    """The plan as two tables and a verdict."""
+    """Print the plan as two tables and a verdict."""
     console = console or Console()
     parts = Table("part", "parameters", "trained", title="Parameters, in millions")
     totals = tuple(sum(counts) for counts in zip(*plan.parameters.values()))
     for name, counts in (plan.parameters | {"all": totals}).items():
         parts.add_row(name, *(f"{count / 1e6:,.1f}" for count in counts))
     console.print(parts)
-    memory = Table("", "forward's end", "highest point", "update", title="Memory of a GPU, in GB (10^9 bytes)")
+    memory = Table("", "end of forward", "peak", "update", title="Memory of a GPU, in GB (10^9 bytes)")
     moments = (plan.memory.forward, plan.memory.peak, plan.memory.update)
     for name in LABELS:
         memory.add_row(LABELS[name], *(f"{moment[name] / GB:.2f}" for moment in moments))
@@ -126,7 +130,7 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
 
 
 def _lines(plan: Plan) -> list[str]:
-    again = ", on top of the gradients of others before it" if plan.accumulates else ""
+    again = ", while gradients of earlier micro-batches are held" if plan.accumulates else ""
     lines = [
         f"A micro-batch on each of {plan.gpus} GPUs: rows={plan.rows} of {plan.row_tokens} tokens, all of them "
         f"supervised, images_per_row={plan.images_per_row}{again}."
@@ -140,13 +144,13 @@ def _lines(plan: Plan) -> list[str]:
         lines.append(f"Steps an epoch: {plan.steps_per_epoch:,}.")
     lines.append(
         f"{plan.verdict}: {plan.memory.total / GB:.1f} GB of {plan.gpu_bytes / GB:g} GB, of which {SPARE:.0%} are kept "
-        "for CUDA, NCCL and fragments."
+        "for CUDA, NCCL and fragmentation."
     )
     return lines
 
 
 def count_parameters(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """For each part of the model its parameters, and those of them that are trained."""
+    """Return, for each part of the model, the number of its parameters and of its trained ones."""
     parts = training_of(model.config).parts
     labels = {"vision": "vision", "projector": "projector", "cross": "cross-attention layers"}
     patterns = {

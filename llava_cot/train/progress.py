@@ -1,4 +1,4 @@
-"""What a training run shows while it runs."""
+"""Show the progress of a training run."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from rich import progress as bars
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-# How values are shown, in this order; then, on a second line, those with a slash, such as "loss/CAPTION".
+# The formats of values, in this order. Values with a slash, such as "loss/CAPTION", follow on a second line.
 FORMATS = {
     "loss": "loss {:.4f}",
     "lr": "lr {:.2e}",
@@ -20,15 +20,15 @@ FORMATS = {
 
 
 class Progress:
-    """A bar with the step, the time left and the newest values on standard error, of rank 0 alone.
+    """A bar with the step, the time left and the newest values on standard error. Only rank 0 shows it.
 
-    Where standard error is no terminal, a plain line every ``every`` steps and at the last one.
+    If standard error is not a terminal, it prints a plain line every ``every`` steps and at the last one.
 
     Args:
         total: the last step of the run.
-        start: the step it goes on from.
-        every: steps between plain lines.
-        console: where to, by default standard error.
+        start: the step that the run resumes from.
+        every: the number of steps between plain lines.
+        console: the console to print to; by default standard error.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Progress:
         self._task = self._bar.add_task("", total=total, completed=start)
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
-        """Show that ``step`` is done. Values, named as in ``FORMATS`` or with a slash, stay until replaced."""
+        """Show that ``step`` is done. Values have names of ``FORMATS`` or with a slash, and stay until replaced."""
         if not self._on:
             return
         self._values.update(values)

@@ -1,4 +1,4 @@
-"""What the untrained model says of each example, computed once: a run's reference, kept on disk."""
+"""Compute the reference of a run once: the values of each example by the untrained model, kept on disk."""
 
 import hashlib
 import json
@@ -20,10 +20,10 @@ from llava_cot.train.objectives.objective import Step
 def reference_values(
     rows: datasets.Dataset, root: Step, plan: BatchPlan, loader: Loader, device: torch.device, config: TrainConfig
 ) -> np.ndarray:
-    """What ``root`` says by ``reference`` of the examples of each of ``rows``: float32 [rows, examples of a row].
+    """Return the reference values of the examples of ``rows`` by ``root``: float32 [rows, examples of a row].
 
-    Call it before ``root`` has changed. It reads what an earlier call wrote for the same rows into ``config.output``.
-    All ranks must call it; every row has as many examples.
+    Call it before ``root`` has changed. If an earlier call wrote values for the same rows to ``config.output``, they
+    are read instead. All ranks must call it. Every row must have the same number of examples.
     """
     settings = [rows._fingerprint, config.model, checkpoint_sha256(config.model), config.precision.compute]
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
@@ -40,7 +40,7 @@ def reference_values(
 
 @torch.no_grad()
 def _compute(num_rows: int, root: Step, plan: BatchPlan, loader: Loader, device: torch.device) -> list[list[float]]:
-    """For each row its examples' values, the same on all ranks."""
+    """Compute the values of the examples of each row, the same on all ranks."""
     own: dict[int, list[float]] = {}
     root.eval()
     for step, batches in enumerate(loader.steps(0, plan.steps_per_epoch)):
@@ -49,7 +49,7 @@ def _compute(num_rows: int, root: Step, plan: BatchPlan, loader: Loader, device:
             found = root(batch.to(device, non_blocking=True), root.objective.reference)
             own |= zip(places, found.view(len(places) or 1, -1).tolist())
     root.train()
-    for module in root.modules():  # what a forward pass has gathered, the backward pass would free
+    for module in root.modules():  # only a backward pass would free what a forward pass gathers
         if isinstance(module, FSDPModule):
             module.reshard()
     parts: list[dict[int, list[float]]] = [{}] * dist.get_world_size()

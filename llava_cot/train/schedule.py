@@ -7,7 +7,7 @@ from llava_cot.train.config import Schedule
 
 
 def learning_rate(schedule: Schedule, total_steps: int, steps_per_epoch: int) -> Callable[[int], float]:
-    """The share of the peak at each step from 0 on; the first steps of a warm-up of n are 1/n, 2/n, ..."""
+    """Return the share of the peak as a function of the step. A warm-up of n steps begins with 1/n, 2/n, ..."""
     total = schedule.total_steps or total_steps
 
     def share(step: int) -> float:

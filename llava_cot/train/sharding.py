@@ -1,4 +1,4 @@
-"""Activation checkpoints and FSDP2 around a model: a unit for each layer, the embedding, the head, and the root."""
+"""Wrap a model in activation checkpoints and FSDP2: a unit for each layer, the embedding, the head and the root."""
 
 import torch
 import torch.distributed as dist
@@ -12,7 +12,7 @@ from llava_cot.train.config import Precision, Sharding
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Keep each layer's input alone and compute the rest again, the vision layers too, which transformers leaves."""
+    """Keep only the input of each layer and recompute the rest. Vision layers are included, unlike in transformers."""
     layers = _layer_classes(model)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -26,7 +26,7 @@ def _layer_classes(root: nn.Module) -> set[str]:
 
 
 def build_mesh(device: torch.device, replicas: int) -> DeviceMesh:
-    """Ranks as [shard], or as [replicate, shard]."""
+    """Arrange the ranks as [shard], or as [replicate, shard]."""
     world_size = dist.get_world_size()
     if world_size % replicas:
         raise ValueError(f"sharding.replicas must divide world_size={world_size}, got {replicas}")
@@ -39,12 +39,12 @@ def build_mesh(device: torch.device, replicas: int) -> DeviceMesh:
 def shard(root: nn.Module, mesh: DeviceMesh, precision: Precision, sharding: Sharding) -> None:
     """Make ``root``, on the meta device, an FSDP2 module.
 
-    ``root`` must be what is called: FSDP2 takes the first module whose forward runs for its root.
+    ``root`` must be the module that is called: FSDP2 takes the first module whose forward runs as its root.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=getattr(torch, precision.compute), reduce_dtype=getattr(torch, precision.reduce)
     )
-    # With one rank a shard is the whole, and freeing it would only cost copies.
+    # With one rank a shard is the whole parameter, and freeing it would only cost copies.
     reshard = sharding.reshard_after_forward and dist.get_world_size() > sharding.replicas
     layers, heads = _layer_classes(root), ("lm_head", "head", "embed_tokens")
     units = [
@@ -58,10 +58,10 @@ def shard(root: nn.Module, mesh: DeviceMesh, precision: Precision, sharding: Sha
 
 
 def fill(root: nn.Module, device: torch.device, whole: nn.Module | None) -> None:
-    """Give a sharded ``root`` on the meta device its weights and buffers: those of ``whole``, which rank 0 has."""
+    """Fill a sharded ``root`` on the meta device with the weights and buffers of ``whole``, which rank 0 has."""
     buffers = {} if whole is None else dict(whole.named_buffers())
     root.to_empty(device=device)
-    for name, buffer in root.named_buffers():  # those that no state dict holds too: the rotary frequencies
+    for name, buffer in root.named_buffers():  # including those in no state dict: the rotary frequencies
         if whole is not None:
             buffer.copy_(buffers[name.replace("_checkpoint_wrapped_module.", "")])
         dist.broadcast(buffer, src=0)

@@ -1,4 +1,4 @@
-"""AdamW all in bfloat16, rounded at random so that small updates are not lost."""
+"""AdamW in bfloat16 with random rounding, so that small updates are not lost."""
 
 from collections.abc import Callable, Iterable
 from typing import overload
@@ -7,20 +7,20 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-CHUNK = 1 << 24  # elements updated at a time: the float32 copies of an 11B model's embedding would take 12 GB
+CHUNK = 1 << 24  # elements updated at a time; float32 copies of the whole embedding of an 11B model would take 12 GB
 
 
 class StochasticAdamW(torch.optim.Optimizer):
-    """AdamW whose bfloat16 weights and moments are rounded up or down at random, and are right on average.
+    """AdamW that rounds bfloat16 weights and moments up or down at random, so that they are right on average.
 
-    An update of 1e-5 is below half a step of most bfloat16 weights, and rounding to the nearest would drop it every
-    time. Takes 6 bytes a parameter where AdamW on float32 takes 12, gradients not counted. The random numbers are
-    torch's own, so a run that restores them repeats itself.
+    An update of 1e-5 is below half a step of most bfloat16 weights, so rounding to nearest would drop it every time.
+    This optimizer takes 6 bytes a parameter, and AdamW on float32 takes 12, not counting gradients. The random numbers
+    come from torch's generator, so a run that restores its state repeats exactly.
 
     Source: Zamirai et al., "Revisiting BFloat16 Training", 2020 (arXiv:2010.06192), stochastic rounding.
 
     Raises:
-        ValueError: a parameter that is not bfloat16.
+        ValueError: a parameter is not bfloat16.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class StochasticAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step on the parameters that have a gradient."""
+        """Update the parameters that have a gradient."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             for param in group["params"]:
@@ -76,11 +76,11 @@ class StochasticAdamW(torch.optim.Optimizer):
 def round_stochastically_(target: torch.Tensor, value: torch.Tensor) -> None:
     """Set bfloat16 ``target`` to one of the two neighbours of float32 ``value``, whose mean is ``value``.
 
-    ``value`` must be finite; it is overwritten.
+    ``value`` must be finite. It is overwritten.
     """
     bits = value.view(torch.int32)
     bits += torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device)
-    bits &= -(1 << 16)  # what is left is exact in bfloat16
+    bits &= -(1 << 16)  # the remaining bits are exact in bfloat16
     target.copy_(value)
 
 

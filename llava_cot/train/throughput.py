@@ -1,4 +1,4 @@
-"""How fast a run is and what it holds: tokens a second, padding, share of the device's peak, memory."""
+"""Measure the speed and memory of a run: tokens a second, padding, share of the device's peak, memory."""
 
 import resource
 import time
@@ -13,14 +13,14 @@ from llava_cot.train.flops import peak_flops
 
 
 class Throughput:
-    """Measures from one step's end to the next one's."""
+    """Measures from the end of one step to the end of the next."""
 
     def __init__(self, config: TrainConfig, training: Training, device: torch.device) -> None:
         self._config, self._training, self._device = config, training, device
         self.skip()
 
     def after(self, batches: list[Batch]) -> dict[str, float]:
-        """The values of a step with these micro-batches of this rank, over all ranks."""
+        """Return the values of a step over all ranks, given the micro-batches of this rank."""
         seconds = time.monotonic() - self._began
         padding = sum(batch.num_padding for batch in batches)
         places = sum(batch.targets.numel() for batch in batches)
@@ -36,11 +36,11 @@ class Throughput:
         return values | {"seconds": seconds, "memory_gib": self._memory()}
 
     def skip(self) -> None:
-        """Leave out the time since the last step."""
+        """Exclude the time since the last step."""
         self._began = time.monotonic()
 
     def _flops(self, batch: Batch) -> float:
-        """Of what is learnt from: padding, dummy images and what is computed again are not counted."""
+        """Return the useful FLOPs: without padding, dummy images and recomputation."""
         inputs, config = batch.inputs, self._config
         return self._training.flops(
             num_tokens=batch.targets.numel() - batch.num_padding,

@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluation, checkpoints, and a folder for transformers at the end."""
+"""The training loop: steps, evaluation, checkpoints, and an export for transformers at the end."""
 
 import signal
 import sys
@@ -39,12 +39,12 @@ STOPPED = 128 + signal.SIGTERM  # the exit status of a run that was asked to sto
 def train(config: TrainConfig) -> None:
     """Train as ``config`` says, from the newest checkpoint in ``config.output`` if there is one.
 
-    Run by one process, or by each of torchrun's. The trained model is in ``config.output / "model"``.
+    One process runs it, or each process of torchrun. The trained model is in ``config.output / "model"``.
 
     Raises:
-        ValueError: a setting that does not fit the model, the data or the checkpoint.
-        FloatingPointError: a gradient that is not finite; the newest checkpoint is from before it.
-        SystemExit: SIGTERM ended it, after a checkpoint; the same command goes on from there.
+        ValueError: a setting does not fit the model, the data or the checkpoint.
+        FloatingPointError: a gradient is not finite. The newest checkpoint is from before that step.
+        SystemExit: SIGTERM ended the run after a checkpoint. Run the same command to resume.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -53,7 +53,7 @@ def train(config: TrainConfig) -> None:
 
 
 class Trainer:
-    """One run: what it is made of, and its loop."""
+    """One run, with its parts and its loop."""
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         self.config, self.device = config, device
@@ -105,7 +105,7 @@ class Trainer:
         return root
 
     def run(self) -> None:
-        """All steps from the newest checkpoint on, then the export."""
+        """Run all steps from the newest checkpoint on, and then export the model."""
         start = self.checkpoints.latest() or 0
         extra = self.checkpoints.load(start, self.root, self.optimizer, self.scheduler) if start else self.identity
         if differs := [name for name, value in self.identity.items() if extra[name] != value]:
@@ -117,7 +117,7 @@ class Trainer:
         try:
             self._loop(start)
         finally:
-            self.checkpoints.wait()  # a save that nobody waits for is lost with the process group
+            self.checkpoints.wait()  # without a wait, a pending save is lost with the process group
         export(self.root, self.config, self.processor, self.config.output / "model")
 
     def _loop(self, start: int) -> None:
@@ -142,16 +142,19 @@ class Trainer:
                     raise SystemExit(STOPPED)
 
     def _step(self, batches: list[Batch], stop: bool) -> tuple[dict[str, float], bool]:
-        """One optimizer step on the micro-batches of all ranks; its values, and whether any rank was asked to stop."""
+        """Run one optimizer step on the micro-batches of all ranks.
+
+        Returns the values of the step, and whether any rank was asked to stop.
+        """
         weight = sum(self.objective.weight(batch) for batch in batches)
-        # float64 on the host: the sum is exact, and so the same for any number of ranks.
+        # float64 on the host makes the sum exact, so it is the same for any number of ranks.
         shared = torch.tensor([weight, float(stop)], dtype=torch.float64)
         dist.all_reduce(shared)
         weight, stops = shared.tolist()
-        scale = dist.get_world_size() / (weight or 1.0)  # FSDP2 takes the mean over ranks, of what is a sum
+        scale = dist.get_world_size() / (weight or 1.0)  # FSDP2 averages over ranks, but this is a sum
         sums = torch.zeros(len(self.objective.names) + 1, 2, dtype=torch.float64)
         for index, batch in enumerate(batches):
-            self.root.set_requires_all_reduce(index == len(batches) - 1)  # of HSDP, once a step
+            self.root.set_requires_all_reduce(index == len(batches) - 1)  # HSDP reduces once a step
             total, parts = self.root(batch.to(self.device, non_blocking=True))
             (total * scale).backward()
             sums += self._add(total, parts)
@@ -169,7 +172,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The losses on what is held out, named eval/..."""
+        """Return the losses on held-out data, with names eval/..."""
         assert self.held_out is not None
         plan, loader = self.held_out
         self.root.eval()
@@ -184,7 +187,7 @@ class Trainer:
 
     @staticmethod
     def _add(total: torch.Tensor, parts: torch.Tensor) -> torch.Tensor:
-        """[1 + names, 2] on the host: the loss and its weight's place, then each part."""
+        """Stack the sums as [1 + names, 2] on the host: the loss and a zero, then each part and its count."""
         whole = torch.stack([total.detach().float(), torch.zeros_like(total).float()])
         return torch.cat([whole[None], parts.float()]).double().cpu()
 
@@ -208,7 +211,7 @@ def is_due(step: int, every: int | None) -> bool:
 
 @contextmanager
 def stop_requested() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets for the time of the block."""
+    """Yield an event that SIGTERM sets during the block."""
     event = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: event.set())
     try:

@@ -119,7 +119,7 @@ def test_each_fault_ends_in_one_record(serve, make, monkeypatch):
         "[always 418]": ("error", "HTTP 418: .*scripted 418"),
         "[always 400]": ("error", "HTTP 400: .*scripted 400"),
         "[always reset]": ("error", "no connection: .*, 3 tries"),
-        "[always malformed]": ("error", "the reply is no chat completion: .*, 3 tries"),
+        "[always malformed]": ("error", "the reply is not a chat completion: .*, 3 tries"),
         "[always refusal]": ("refusal", "I can't help with that."),
         "[always no tags]": ("violation", "first comes SUMMARY, got the end"),
         "[always outside]": ("violation", "there is text outside the four sections"),

@@ -138,7 +138,7 @@ def test_the_table_names_its_assumptions(folder):
     print_plan(make_plan(config_of(folder), "4x80GB", row_tokens=64, images_per_row=3), console)
     text = console.export_text()
     assert "4 GPUs: rows=4 of 64 tokens, all of them supervised, images_per_row=3" in text
-    for word in ("self-attention layers", "optimizer (shard)", "highest point", "fits"):
+    for word in ("self-attention layers", "optimizer (shard)", "end of forward", "fits"):
         assert word in text
 
 

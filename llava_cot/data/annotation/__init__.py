@@ -1,4 +1,4 @@
-"""How do question-answer pairs become rows that reason in stages: asked of a model, judged, journalled."""
+"""Annotation: a model turns question-answer pairs into rows that reason in stages; they are judged and journalled."""
 
 from llava_cot.data.annotation.run import Outcome, Settings, annotate_file, estimate_file
 

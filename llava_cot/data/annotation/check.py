@@ -1,4 +1,4 @@
-"""Whether a reply is an annotation at all, before anyone judges what it says."""
+"""Check that a reply is an annotation at all, before its content is judged."""
 
 import re
 
@@ -13,7 +13,7 @@ _LEAK = re.compile(
 
 
 def violation(text: str) -> str | None:
-    """Why ``text`` is no four sections, in words; None if it is."""
+    """Say why ``text`` is not four valid sections, or return None if it is."""
     if (found := LLAVA_COT.violation(text)) is not None:
         return found
     if text_outside(text):
@@ -29,10 +29,10 @@ def violation(text: str) -> str | None:
 
 
 def sections_of(text: str) -> dict[str, str]:
-    """The stripped sections of a text without a violation."""
+    """Return the stripped sections of a text without a violation."""
     return {stage: found.text for stage, found in LLAVA_COT.parse(text).items()}
 
 
 def tidy(text: str) -> str:
-    """A text without a violation, with the spacing of LLaVA-CoT-100k."""
+    """Return a text without a violation in the spacing of LLaVA-CoT-100k."""
     return render(sections_of(text))

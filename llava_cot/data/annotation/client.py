@@ -1,4 +1,4 @@
-"""One chat request: paced, timed, tried again where that can help, and accounted for."""
+"""Send one chat request: pace it, time it out, retry it if that can help, and account for it."""
 
 import asyncio
 import json
@@ -14,15 +14,15 @@ from llava_cot.data.annotation.pace import Pace
 from llava_cot.data.annotation.prompts import Message
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0  # seconds
-RETRIED = (408, 409, 425, 429)  # and all from 500 on
+RETRIED = (408, 409, 425, 429)  # and everything from 500 on
 
 
 class EndpointError(ValueError):
-    """Nothing can be asked of this endpoint: the run stops."""
+    """The endpoint accepts no request, so the run stops."""
 
 
 class RequestFailed(Exception):
-    """This request came to nothing, after all its tries."""
+    """The request failed after all its tries."""
 
 
 class RequestRefused(RequestFailed):
@@ -37,25 +37,25 @@ class _TryAgain(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model wrote; ``refusal`` is its own text, or why its words were withheld, and "" where it answered."""
+    """The reply of the model. ``refusal`` is the text of a refusal or why the reply was withheld, and "" otherwise."""
 
     text: str
     refusal: str
-    is_cut: bool  # at the limit of tokens
-    model: str  # as the endpoint names it
+    is_cut: bool  # whether it was cut at the limit of tokens
+    model: str  # the name that the endpoint gives
 
 
 class ChatClient:
     """Chats with any server of OpenAI's chat completions protocol.
 
     Args:
-        timeout: seconds of one try, from sending to the last byte.
-        max_retries: tries after the first one of a request.
-        options: what every request carries, e.g. model and max_completion_tokens.
-        image_tokens: what an image counts for until the server has said what the prompt was.
+        timeout: the limit of one try in seconds, from sending to the last byte.
+        max_retries: the most tries after the first one of a request.
+        options: options of every request, e.g. model and max_completion_tokens.
+        image_tokens: the estimated tokens of an image, until the server reports the size of the prompt.
 
     Raises:
-        ValueError: no openai package, or no OPENAI_API_KEY.
+        ValueError: the openai package or OPENAI_API_KEY is missing.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class ChatClient:
         key = os.environ.get("OPENAI_API_KEY")
         if not key:
             raise ValueError("OPENAI_API_KEY must be set (to anything, for a server without keys), got none")
-        # Retries are ours: the client's own know neither the pace nor that the run is stopping.
+        # Retries are done here, because the client's own know neither the pace nor that the run is stopping.
         self._client = openai.AsyncOpenAI(api_key=key, base_url=base_url, max_retries=0, timeout=timeout)
         self._timeout, self._max_retries, self._image_tokens = timeout, max_retries, image_tokens
         self._options, self._requests, self._tokens = options, Pace(rpm), Pace(tpm)
@@ -87,7 +87,8 @@ class ChatClient:
     async def ask(
         self, messages: list[Message], usage: Usage, expected: int = ANNOTATION_TOKENS, **options: object
     ) -> Reply:
-        """The reply; what it took is added to ``usage``. ``expected`` is about how many tokens it has.
+        """Return the reply and add its cost to ``usage``. ``expected`` is the approximate length of the reply in
+        tokens.
 
         Raises:
             RequestRefused: 400 or 422.
@@ -103,7 +104,7 @@ class ChatClient:
                 back_off = min(LONGEST_WAIT, FIRST_WAIT * 2**failures)
                 if error.wait is not None:
                     self._requests.hold(error.wait)
-                # The jitter spreads out those that failed together, and is never before the time that the server named.
+                # The jitter spreads requests that failed together. It never goes below the time that the server named.
                 await asyncio.sleep(max(error.wait or 0, back_off / 2) + random.uniform(0, back_off / 2))
         raise AssertionError("the last try returns or raises")
 
@@ -115,7 +116,7 @@ class ChatClient:
         await self._requests.wait()
         usage.requests += 1
         try:
-            async with asyncio.timeout(self._timeout):  # the client's own is for each read, not for the whole
+            async with asyncio.timeout(self._timeout):  # the client's own limit is per read, not for the whole
                 create: Any = self._client.chat.completions.with_raw_response.create
                 response = await create(messages=messages, **{**self._options, **options})
             reply, spent = _read(response.content, prompt)
@@ -128,12 +129,12 @@ class ChatClient:
         usage.add(spent)
         self._tokens.correct(spent.prompt_tokens + spent.completion_tokens - prompt - expected)
         if reply is None:
-            raise _TryAgain(f"the reply is no chat completion: {response.content[:200]!r}")
+            raise _TryAgain(f"the reply is not a chat completion: {response.content[:200]!r}")
         return reply
 
 
 def _failure(error: Any) -> Exception:
-    """What an HTTP status other than 2xx means for the request."""
+    """Return the error that an HTTP status other than 2xx means for the request."""
     why = f"HTTP {error.status_code}: {error.message}"
     if error.status_code in (401, 403, 404) or error.code == "insufficient_quota":
         return EndpointError(f"the endpoint refuses the key, the model or the account: {why}")
@@ -145,7 +146,7 @@ def _failure(error: Any) -> Exception:
 
 
 def _retry_after(header: str | None) -> float | None:
-    """Seconds, of a header that has them or a date; None for any other."""
+    """Return the seconds of a header that has seconds or a date, and None for any other."""
     if header is None:
         return None
     try:
@@ -159,7 +160,7 @@ def _retry_after(header: str | None) -> float | None:
 
 
 def _read(body: bytes, prompt: int) -> tuple[Reply | None, Usage]:
-    """The reply, None if there is none in it, and its usage: an estimate where the server tells none."""
+    """Return the reply, or None if there is none, and its usage, which is an estimate if the server reports none."""
     try:
         data = json.loads(body)
     except (ValueError, RecursionError):

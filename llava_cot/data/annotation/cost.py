@@ -1,4 +1,4 @@
-"""Tokens and what they cost: of one record, of a run, and of one that is still to come."""
+"""Count tokens and their cost, for one record, for a run, and for a run that is still to come."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -13,9 +13,9 @@ VERDICT_TOKENS = 40
 
 @dataclass
 class Usage:
-    """What was asked and what came back."""
+    """Requests and tokens so far."""
 
-    requests: int = 0  # sent, those that failed too
+    requests: int = 0  # all that were sent, including failed ones
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
@@ -41,22 +41,22 @@ class Prices:
                 raise ValueError(f"{name} must be >= 0, got {price}")
 
     def cost(self, usage: Usage) -> float:
-        """USD."""
+        """Return the cost in USD."""
         return (usage.prompt_tokens * self.prompt + usage.completion_tokens * self.completion) / 1e6
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is still to be done; ``usage`` has the expected tokens and the most requests without a retry."""
+    """The remaining work. ``usage`` has the expected tokens and the most requests without retries."""
 
     records: int
     turns: int
     usage: Usage
-    measured: int  # records that the figures are taken from; 0: from lengths of texts
+    measured: int  # records that the figures come from; 0 if they come from the lengths of texts
     cost: float | None  # USD; None without prices
 
     def __str__(self) -> str:
-        source = f"as the {self.measured} records there took" if self.measured else "by the lengths of the texts"
+        source = f"from the {self.measured} records so far" if self.measured else "from the lengths of the texts"
         cost = "" if self.cost is None else f", {dollars(self.cost)}"
         usage = self.usage
         return (
@@ -70,7 +70,7 @@ def dollars(cost: float) -> str:
 
 
 def prompt_tokens(messages: list[Message], image_tokens: int) -> int:
-    """About how many tokens a chat has; ``image_tokens`` is what an image counts for."""
+    """Estimate the tokens of a chat. An image counts ``image_tokens``."""
     count = 0
     for message in messages:
         content: Any = message["content"]

@@ -1,4 +1,4 @@
-"""What a run would do and cost, before it is started."""
+"""Estimate what a run would do and cost before it starts."""
 
 from collections.abc import Iterable
 
@@ -19,7 +19,7 @@ from llava_cot.data.annotation.questions import Question
 
 
 def estimate_run(questions: Iterable[Question], past: Past, image_tokens: int, prices: Prices | None) -> Estimate:
-    """What these questions take: as the records of ``past`` did if it has any, else by the lengths of the texts."""
+    """Estimate what these questions take, from the records of ``past`` if there are any, else from text lengths."""
     records = turns = 0
     usage = Usage()
     for question in questions:
@@ -35,12 +35,12 @@ def estimate_run(questions: Iterable[Question], past: Past, image_tokens: int, p
 
 
 def _guess(question: Question, image_tokens: int) -> Usage:
-    """What a conversation takes if each turn is written once and judged by a model."""
+    """Estimate a conversation in which each turn is written once and judged by a model."""
     usage, written = Usage(), list[str]()
     images = [SentImage("", "")] * len(question.conversation.images)
     for turn in question.conversation.turns:
         judged = text_tokens(judge_messages(turn.question, turn.answer, turn.answer)[0]["content"])
         asked = prompt_tokens(annotation_messages(question, images, written), image_tokens)
         usage.add(Usage(2, asked + judged, ANNOTATION_TOKENS + VERDICT_TOKENS))
-        written.append(" " * (CHARACTERS_PER_TOKEN * ANNOTATION_TOKENS))  # as long as a reply will be
+        written.append(" " * (CHARACTERS_PER_TOKEN * ANNOTATION_TOKENS))  # about as long as a reply
     return usage

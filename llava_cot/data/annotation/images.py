@@ -1,4 +1,4 @@
-"""Image files as an endpoint takes them: data URLs of the bytes as they are, or of a PNG."""
+"""Turn image files into data URLs for an endpoint, with their original bytes or as PNG."""
 
 import base64
 import io
@@ -8,22 +8,22 @@ from pathlib import Path
 
 from PIL import Image
 
-SENT_AS_THEY_ARE = ("JPEG", "PNG", "WEBP")  # what every endpoint reads
+SENT_AS_THEY_ARE = ("JPEG", "PNG", "WEBP")  # every endpoint reads these
 
 
 @dataclass(frozen=True)
 class SentImage:
-    """A data URL, and the hash of the file's bytes."""
+    """A data URL and the hash of the bytes of its file."""
 
     url: str
     sha256: str
 
 
 def read_image(path: Path) -> SentImage:
-    """Decode the whole image to know that it can be, then keep its bytes; other formats become PNG.
+    """Read an image. It is decoded completely as a check. Its bytes are kept, except that other formats become PNG.
 
     Raises:
-        ValueError: there is no such image, or it breaks off.
+        ValueError: the image does not exist or cannot be decoded.
     """
     try:
         data = path.read_bytes()

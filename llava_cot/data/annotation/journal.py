@@ -1,4 +1,4 @@
-"""An append-only jsonl: each record is one write and one fsync, so that a kill costs the last line at most."""
+"""An append-only jsonl file. Each record is one write and one fsync, so a crash loses at most the last line."""
 
 import fcntl
 import json
@@ -10,19 +10,19 @@ from typing import Any
 from llava_cot.atomic import replacing
 
 Record = Mapping[str, Any]
-_HEAD = b'{"id": '  # how every record begins
+_HEAD = b'{"id": '  # every record begins with this
 
 
 def dump(record: Record) -> str:
-    """One line; the id comes first."""
+    """Return the record as one line that begins with the id."""
     return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole records of the file, if there is one; a torn last line is passed over.
+    """Yield the complete records of the file, if it exists. An incomplete last line is skipped.
 
     Raises:
-        ValueError: a line that no journal has, so that another file is not taken for one.
+        ValueError: a line is not a journal's. So another file is not taken for a journal.
     """
     if not path.exists():
         return
@@ -40,10 +40,10 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class Journal:
-    """The file to append to, held by one process at a time; made if it is not there.
+    """A file to append to, which only one process at a time may hold. It is created if it does not exist.
 
     Raises:
-        ValueError: another process is writing to it, or it is no journal.
+        ValueError: another process is writing to it, or it is not a journal.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,14 +51,14 @@ class Journal:
         self._file = self._open()
         try:
             for _ in read_journal(path):
-                pass  # a file that is something else raises here, before it is cut
+                pass  # a file that is not a journal raises here, before it is cut
             self._cut_torn_line()
         except BaseException:
             self.close()
             raise
 
     def append(self, record: Record) -> None:
-        """Returns when the record is on the disk; if it can't be written the file is as it was."""
+        """Append a record and return when it is on disk. If it cannot be written, the file is unchanged."""
         size = os.fstat(self._file).st_size
         data = dump(record).encode()
         try:
@@ -70,7 +70,7 @@ class Journal:
             raise
 
     def keep(self, records: Iterable[Record]) -> None:
-        """Put these in the place of all that is there, at once."""
+        """Replace all records by these, atomically."""
         with replacing(self.path) as file:
             for record in records:
                 file.write(dump(record))

@@ -1,4 +1,4 @@
-"""Does a conclusion say what the standard answer says: by spelling, else by a model's clear "valid"."""
+"""Judge whether a conclusion agrees with the standard answer, by spelling or else by a model's clear "valid"."""
 
 import json
 import re
@@ -19,7 +19,7 @@ STRUCTURED = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an answer is valid, who says so, and why."""
+    """The verdict on an answer: whether it is valid, who decided it, and why."""
 
     is_valid: bool
     by: Literal["match", "model"]
@@ -30,14 +30,14 @@ class Verdict:
 
 
 class Judge:
-    """Asks for structured output until the endpoint refuses it, then for the same JSON as text."""
+    """Asks for structured output until the endpoint refuses it, and then for the same JSON as text."""
 
     def __init__(self, client: ChatClient) -> None:
         self._client = client
         self._is_structured = True
 
     async def judge(self, question: str, reference: str, answer: str, usage: Usage) -> Verdict:
-        """Raises what ``ChatClient.ask`` does."""
+        """Judge ``answer`` against ``reference``. It raises what ``ChatClient.ask`` raises."""
         if normalise(answer) == normalise(reference):
             return Verdict(True, "match", "")
         messages = judge_messages(question, reference, answer)
@@ -47,12 +47,12 @@ class Judge:
             except RequestRefused:
                 pass
         reply = await self._client.ask(messages, usage, VERDICT_TOKENS)
-        self._is_structured = False  # only now is it known that the format was what was refused
+        self._is_structured = False  # only now it is certain that the format was refused
         return read_verdict(reply)
 
 
 def read_verdict(reply: Reply) -> Verdict:
-    """Valid is a whole JSON object whose verdict is "valid", in a code fence or not; all else is not."""
+    """Read a verdict. Only a complete JSON object whose verdict is "valid" is valid; a code fence may surround it."""
     if reply.refusal:
         return Verdict(False, "model", f"the judge refused: {reply.refusal}")
     if reply.is_cut:
@@ -63,7 +63,7 @@ def read_verdict(reply: Reply) -> Verdict:
     except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict) or data.get("verdict") not in ("valid", "invalid"):
-        return Verdict(False, "model", f"the judge's reply is no verdict: {reply.text[:200]!r}")
+        return Verdict(False, "model", f"the judge's reply is not a verdict: {reply.text[:200]!r}")
     return Verdict(data["verdict"] == "valid", "model", str(data.get("reason") or ""))
 
 

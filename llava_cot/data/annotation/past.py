@@ -1,4 +1,4 @@
-"""What earlier runs have left: who is done, who is asked again, and what was spent."""
+"""Read what earlier runs did: which ids are done, which are asked again, and what was spent."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,14 +14,14 @@ class Past:
 
     done: set[str] = field(default_factory=set)
     usage: Usage = field(default_factory=Usage)
-    again: dict[str, Usage] = field(default_factory=dict)  # rejects that are asked once more, and what they took
-    records: int = 0  # accepted
-    turns: int = 0  # of those
+    again: dict[str, Usage] = field(default_factory=dict)  # rejects that are asked again, with their usage
+    records: int = 0  # accepted ones
+    turns: int = 0  # turns of the accepted records
     accepted_usage: Usage = field(default_factory=Usage)
 
 
 def read_past(out: Path, rejects: Path, retry_rejects: bool) -> Past:
-    """Of both files; what was rejected is done too, unless it is to be asked again."""
+    """Read both files. A rejected id is done too, unless it is to be asked again."""
     past = Past()
     for record in read_journal(out):
         usage = Usage(**record["provenance"]["usage"])
@@ -33,7 +33,7 @@ def read_past(out: Path, rejects: Path, retry_rejects: bool) -> Past:
     for name, record in _fresh(out, rejects).items():
         usage = Usage(**record["provenance"]["usage"])
         past.usage.add(usage)
-        # A missing image is seen here, without the endpoint: it may be there by now.
+        # A missing image costs no request, and the image may exist by now.
         if retry_rejects or record["kind"] == "image":
             past.again[name] = usage
         else:
@@ -42,7 +42,7 @@ def read_past(out: Path, rejects: Path, retry_rejects: bool) -> Past:
 
 
 def _fresh(out: Path, rejects: Path) -> dict[str, dict[str, Any]]:
-    """The last record of each id among the rejects, without those that were accepted later."""
+    """Return the last record of each id among the rejects, without ids that were accepted later."""
     found = {str(record["id"]): record for record in read_journal(rejects)}
     if found:
         for record in read_journal(out):
@@ -51,7 +51,7 @@ def _fresh(out: Path, rejects: Path) -> dict[str, dict[str, Any]]:
 
 
 def drop_stale(out: Path, rejected: Journal) -> None:
-    """Leave one record an id among the rejects, the last, and none of those that were accepted later."""
+    """Keep only the last record of each id among the rejects, and none of an id that was accepted later."""
     fresh = _fresh(out, rejected.path)
     if len(fresh) < sum(1 for _ in read_journal(rejected.path)):
         rejected.keep(fresh.values())

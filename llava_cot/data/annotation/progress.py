@@ -1,4 +1,4 @@
-"""How far a run is, on stderr: records, tokens, cost and requests a second."""
+"""Show the progress of a run on stderr: records, tokens, cost and requests a second."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -13,11 +13,11 @@ from llava_cot.data.annotation.run import Outcome
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[Outcome], None]]:
-    """What is to be called with the outcome so far; the bar stands until the block ends."""
+    """Yield a function that shows the outcome so far. The bar is shown until the block ends."""
     columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
     started = time.monotonic()
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", visible=False)  # an error before the first request stands alone
+        task = bar.add_task("", visible=False)  # an error before the first request is shown without a bar
 
         def show(outcome: Outcome) -> None:
             seconds = max(time.monotonic() - started, 1e-9)
@@ -32,7 +32,7 @@ def progress_bar() -> Iterator[Callable[[Outcome], None]]:
 
 
 def summary(outcome: Outcome) -> str:
-    """The run in a line or two."""
+    """Summarise the run in one or two lines."""
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(outcome.rejected.items()))
     cost = "" if outcome.cost is None else f", {dollars(outcome.cost)}"
     usage = outcome.usage
@@ -42,5 +42,5 @@ def summary(outcome: Outcome) -> str:
     )
     if outcome.stopped:
         left = outcome.total - outcome.done
-        text += f"\nstopped by {outcome.stopped}; {left} left: the same command goes on from here"
+        text += f"\nstopped by {outcome.stopped}; {left} left: run the same command to continue"
     return text

@@ -1,4 +1,4 @@
-"""What the model is told: how to write the four sections, and how to judge a conclusion."""
+"""The prompts: how to write the four sections, and how to judge a conclusion."""
 
 import json
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from llava_cot.data.annotation.images import SentImage
 from llava_cot.data.annotation.questions import Question
 
 Message = dict[str, Any]
-PROMPT_VERSION = "1"  # goes into every content key: count it up with each change of the texts below
+PROMPT_VERSION = "1"  # part of every content key: increase it with each change of the texts below
 
 ANNOTATE = """\
 Write a worked answer to the question at the end, for a student who looks at the same image. It has four sections, \
@@ -48,9 +48,9 @@ VERDICT_SCHEMA = {
 
 
 def annotation_messages(question: Question, images: Sequence[SentImage], written: Sequence[str]) -> list[Message]:
-    """The chat that asks for the turn after those ``written``: these are its history, the images stand first.
+    """Return the chat that asks for the turn after those ``written``, which are its history. Images come first.
 
-    All is said in user turns, since some vision models' templates refuse a system message beside an image.
+    There are only user turns, because the templates of some vision models refuse a system message beside an image.
     """
     messages: list[Message] = []
     for turn, text in zip(question.conversation.turns, written):
@@ -67,6 +67,6 @@ def annotation_messages(question: Question, images: Sequence[SentImage], written
 
 
 def judge_messages(question: str, reference: str, answer: str) -> list[Message]:
-    """The chat that asks whether ``answer`` says what ``reference`` says; text only."""
+    """Return the chat that asks whether ``answer`` says the same as ``reference``. It has text only."""
     data = json.dumps({"question": question, "reference": reference, "answer": answer}, ensure_ascii=False)
     return [{"role": "user", "content": JUDGE.format(data=data)}]

@@ -1,4 +1,4 @@
-"""What is asked: rows of any VQA jsonl as conversations whose answers are the standard ones."""
+"""Read the rows of any VQA jsonl as conversations with standard answers."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -8,16 +8,16 @@ from typing import Any
 
 from llava_cot.data.conversations import Conversation, Turn, parse_conversation
 
-PLACEHOLDER = "<image>"  # of other data sets' questions; here images stand before the first question
+PLACEHOLDER = "<image>"  # in questions of other data sets; here images come before the first question
 
 
 @dataclass(frozen=True)
 class Question:
-    """A conversation to annotate: each turn's answer is the standard answer."""
+    """A conversation to annotate. The answer of each turn is the standard answer."""
 
-    row: Mapping[str, Any]  # as it was read; its id and image are written as they stand
+    row: Mapping[str, Any]  # the row as it was read; id and image are written unchanged
     conversation: Conversation
-    hints: str  # what helps to answer the first turn; may be empty
+    hints: str  # hints for the first turn; may be empty
 
     @property
     def id(self) -> str:
@@ -25,10 +25,11 @@ class Question:
 
 
 def read_questions(path: Path | str) -> Iterator[Question]:
-    """``{"id", "image", "question", "answer"}`` (``hints`` where there are some) or LLaVA-CoT-100k's rows, one a line.
+    """Read lines with ``{"id", "image", "question", "answer"}`` and optional ``hints``, or rows of LLaVA-CoT-100k.
 
     Raises:
-        ValueError: naming file, line and field: not JSON, a field missing or malformed, an id that was there before.
+        ValueError: a line is not JSON, a field is missing or malformed, or an id occurs twice. The message names the
+            file, the line and the field.
     """
     seen: dict[str, int] = {}
     with open(path, "rb") as file:

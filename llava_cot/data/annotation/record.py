@@ -1,4 +1,4 @@
-"""One conversation from its question to its record, accepted or rejected."""
+"""Take one conversation from its question to its record, accepted or rejected."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ Kind = Literal["refusal", "violation", "judge", "error", "image"]
 
 
 class Rejected(Exception):
-    """No annotation, and why; ``reply`` is what the model wrote last."""
+    """The annotation failed, with the reason. ``reply`` is the last text of the model."""
 
     def __init__(self, kind: Kind, reason: str, reply: str = "") -> None:
         super().__init__(reason)
@@ -30,10 +30,10 @@ class Rejected(Exception):
 
 @dataclass
 class Progress:
-    """What became of a question so far; ``usage`` counts all that was asked for it."""
+    """The state of a question. ``usage`` counts all requests for it."""
 
     usage: Usage
-    written: list[str] = field(default_factory=list)  # one text a turn
+    written: list[str] = field(default_factory=list)  # one text per turn
     verdicts: list[Verdict] = field(default_factory=list)
     attempts: list[int] = field(default_factory=list)
     key: str = ""
@@ -41,12 +41,12 @@ class Progress:
 
 
 class Annotator:
-    """Asks for each turn, with those before as history, until it passes the check and the judge.
+    """Asks for each turn, with the earlier ones as history, until it passes the check and the judge.
 
     Args:
-        folder: what image paths are relative to.
-        options: what requests carry; the model and all that shapes its replies is in the content key.
-        attempts: texts asked for a turn before the conversation is rejected.
+        folder: the folder that image paths are relative to.
+        options: options of the requests. The model and everything that shapes its replies is in the content key.
+        attempts: the most texts that are requested for a turn before the conversation is rejected.
     """
 
     def __init__(self, client: ChatClient, folder: Path, options: Mapping[str, Any], attempts: int) -> None:
@@ -54,7 +54,11 @@ class Annotator:
         self._folder, self._options, self._attempts = folder, dict(options), attempts
 
     async def annotate(self, question: Question, usage: Usage) -> tuple[bool, dict[str, Any]]:
-        """Whether it is accepted, and its record. Raises ``EndpointError`` and nothing else that an endpoint does."""
+        """Return whether the question is accepted, and its record.
+
+        Raises:
+            EndpointError: the endpoint accepts no request. Other errors of the endpoint become rejects.
+        """
         progress = Progress(usage)
         try:
             await self._write(question, progress)
@@ -97,7 +101,7 @@ class Annotator:
         turn = question.conversation.turns[len(progress.written)]
         messages = annotation_messages(question, images, progress.written)
         seed = self._options.get("seed")
-        # The same seed would write the same text again.
+        # The same seed would give the same text again.
         again = {} if seed is None else {"seed": seed + progress.attempts[-1] - 1}
         reply = await self._client.ask(messages, progress.usage, **again)
         progress.model = reply.model
@@ -114,7 +118,7 @@ class Annotator:
 
     async def _images(self, question: Question) -> list[SentImage]:
         try:
-            # Decoding in threads, so that the replies that come meanwhile are not kept waiting.
+            # Images are decoded in threads, so that replies that arrive meanwhile need not wait.
             return [await asyncio.to_thread(read_image, self._folder / path) for path in question.conversation.images]
         except ValueError as error:
             raise Rejected("image", str(error)) from None
@@ -132,7 +136,7 @@ class Annotator:
 
 
 def content_key(question: Question, images: list[SentImage], options: Mapping[str, Any]) -> str:
-    """SHA-256 of all that shapes the reply: image bytes, turns, hints, prompt version, model and sampling."""
+    """Hash all that shapes the reply by SHA-256: image bytes, turns, hints, prompt version, model and sampling."""
     turns = [(turn.question, turn.answer) for turn in question.conversation.turns]
     parts = [[image.sha256 for image in images], turns, question.hints, PROMPT_VERSION, dict(options)]
     return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

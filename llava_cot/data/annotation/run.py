@@ -1,4 +1,4 @@
-"""A run over a file of questions: resumed, bounded, stopped cleanly, and counted."""
+"""Run over a file of questions. A run can resume, has limits, stops cleanly and counts its cost."""
 
 import asyncio
 import math
@@ -19,29 +19,29 @@ from llava_cot.data.annotation.past import Past, drop_stale, read_past
 from llava_cot.data.annotation.questions import Question, read_questions
 from llava_cot.data.annotation.record import Annotator
 
-GRACE_SECONDS = 20.0  # for what is in flight when a signal comes
+GRACE_SECONDS = 20.0  # for requests in flight when a signal arrives
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to annotate; the command line's options."""
+    """The settings of annotation, which are the options of the command line."""
 
     model: str
     base_url: str | None = None
-    images: Path | None = None  # what image paths are relative to; by default the folder of the questions
-    concurrency: int = 8  # conversations at a time
+    images: Path | None = None  # the folder of image paths; by default that of the questions
+    concurrency: int = 8  # conversations in flight
     rpm: float | None = None  # requests a minute
     tpm: float | None = None  # tokens a minute
-    timeout: float = 120.0  # seconds, of one request
+    timeout: float = 120.0  # seconds per request
     max_retries: int = 8
-    attempts: int = 2  # texts asked for a turn
-    max_tokens: int = 2048  # of one reply
-    temperature: float | None = None  # None: the endpoint's own
+    attempts: int = 2  # the most texts requested per turn
+    max_tokens: int = 2048  # per reply
+    temperature: float | None = None  # None: the default of the endpoint
     seed: int | None = None
-    image_tokens: int = 1000  # what an image counts for in estimates
+    image_tokens: int = 1000  # the estimated tokens of an image
     prices: Prices | None = None
-    max_cost: float | None = None  # USD, of all runs into one file
-    limit: int | None = None  # records of this run
+    max_cost: float | None = None  # USD, for all runs into one file
+    limit: int | None = None  # the most records of this run
     retry_rejects: bool = False
 
     def __post_init__(self) -> None:
@@ -59,7 +59,7 @@ class Settings:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What every request carries."""
+        """The options of every request."""
         given = {"model": self.model, "max_completion_tokens": self.max_tokens}
         sampling = {"temperature": self.temperature, "seed": self.seed}
         return given | {name: value for name, value in sampling.items() if value is not None}
@@ -67,15 +67,15 @@ class Settings:
 
 @dataclass
 class Outcome:
-    """What a run has done so far; ``usage`` is that of this run."""
+    """The outcome of a run so far. ``usage`` is that of this run."""
 
-    total: int  # that it was to do
+    total: int  # records to do
     accepted: int = 0
     rejected: Counter[str] = field(default_factory=Counter)  # by kind
     usage: Usage = field(default_factory=Usage)
-    cost: float | None = None  # USD, of this run
-    stopped: str = ""  # why before the end
-    signal: int | None = None  # that stopped it
+    cost: float | None = None  # USD of this run
+    stopped: str = ""  # the reason for an early stop
+    signal: int | None = None  # the signal that stopped it
 
     @property
     def done(self) -> int:
@@ -91,15 +91,16 @@ def annotate_file(
     show: Callable[[Outcome], None] = lambda outcome: None,
     **options: Any,
 ) -> Outcome:
-    """Annotate what ``out`` and ``rejects`` do not have yet; both are appended to, one record an id over all runs.
+    """Annotate the questions that ``out`` and ``rejects`` do not have yet, and append to both files.
 
-    SIGINT and SIGTERM let what is in flight end, for 20 s at most; a second one does not wait.
+    Annotation resumes after a crash; each id is written exactly once. After SIGINT or SIGTERM, requests in flight have
+    20 s to finish. A second signal stops at once.
 
     Args:
-        questions: see ``read_questions``; all is read and checked before anything is asked.
-        rejects: ``OUT.rejects.jsonl`` by default.
-        settings: or its fields by name.
-        show: called after each record.
+        questions: see ``read_questions``. The whole file is read and checked before any request is sent.
+        rejects: the file of rejects; by default ``OUT.rejects.jsonl``.
+        settings: the settings, which may also be given by name as ``options``.
+        show: a function that is called after each record.
 
     Raises:
         ValueError: bad input or settings, a file of another kind or in use by another run, or an endpoint that refuses
@@ -122,7 +123,7 @@ def annotate_file(
     try:
         rejected = Journal(rejects)
         try:
-            drop_stale(out, rejected)  # a run that asked rejects again may have been killed
+            drop_stale(out, rejected)  # an earlier run that asked rejects again may have crashed
             past = read_past(out, rejects, settings.retry_rejects)
             try:
                 return asyncio.run(_Run(settings, questions, accepted, rejected, past, client, show).run())
@@ -142,9 +143,9 @@ def estimate_file(
     settings: Settings | None = None,
     **options: Any,
 ) -> Estimate:
-    """What ``annotate_file`` would still do and cost; asks nothing and writes nothing.
+    """Estimate what ``annotate_file`` would still do and cost. It sends no request and writes nothing.
 
-    Where ``out`` has records the figures are their means, else they come from the lengths of the texts.
+    If ``out`` has records the figures are their means. Otherwise they come from the lengths of the texts.
     """
     settings = settings or Settings(**options)
     questions, out, rejects = _paths(questions, out, rejects)
@@ -155,7 +156,7 @@ def estimate_file(
 
 
 class _Run:
-    """Workers that share one iterator of questions; all in one thread."""
+    """Workers that share one iterator of questions, all in one thread."""
 
     def __init__(
         self,
@@ -182,7 +183,7 @@ class _Run:
         self._show(self._outcome)
         workers = [asyncio.create_task(self._work()) for _ in range(self._settings.concurrency)]
         loop = asyncio.get_running_loop()
-        is_main = threading.current_thread() is threading.main_thread()  # only that gets signals
+        is_main = threading.current_thread() is threading.main_thread()  # only that thread gets signals
         signals = (signal.SIGINT, signal.SIGTERM) if is_main else ()
         for number in signals:
             loop.add_signal_handler(number, self._on_signal, number, workers)
@@ -217,11 +218,11 @@ class _Run:
             self._show(self._outcome)
 
     def _next(self) -> Question | None:
-        """The next question; None if there is none, or the money for it is not there."""
+        """Return the next question, or None if there is none or if it would exceed ``max_cost``."""
         most, outcome, prices = self._settings.max_cost, self._outcome, self._settings.prices
         if most is not None and prices is not None:
             each = self._cost_of_record if not outcome.done else (outcome.cost or 0.0) / outcome.done
-            # Those in flight will cost what others did, so that the limit holds for the run's end.
+            # Count requests in flight at the average cost, so that the limit holds at the end of the run.
             if prices.cost(self._past.usage) + (outcome.cost or 0.0) + (self._in_flight + 1) * each > most:
                 outcome.stopped = f"max_cost={most:g} is reached: a record costs about {each:.2g}"
                 return None
@@ -258,5 +259,5 @@ def _paths(questions: Path | str, out: Path | str, rejects: Path | str | None) -
 
 
 def to_do(questions: Path, past: Past, limit: int | None) -> Iterator[Question]:
-    """The first ``limit`` questions that are not done."""
+    """Return the first ``limit`` questions that are not done."""
     return islice((question for question in read_questions(questions) if question.id not in past.done), limit)

@@ -1,4 +1,4 @@
-"""What a run minimises, one file each."""
+"""The objectives of training, one per file."""
 
 from llava_cot.train.config import TrainConfig
 from llava_cot.train.objectives.dpo import Dpo

@@ -18,7 +18,7 @@ from llava_cot.train.objectives.rows import image_files
 
 
 def completion_logprobs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    """The log-prob of what is learnt of each example, float32 [examples], in nats."""
+    """Return the log-prob of the learnt tokens of each example, float32 [examples], in nats."""
     hidden = model.model(**batch.inputs, use_cache=False).last_hidden_state
     logprobs = model.lm_head(hidden.flatten(0, 1), batch.targets.flatten())
     places, known = _known(batch)
@@ -26,16 +26,16 @@ def completion_logprobs(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
 
 def _known(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The example of each token that is learnt, and where those tokens are of all: int64 [num_tokens] each."""
+    """Return the example of each learnt token, and the index of the token: int64 [num_tokens] each."""
     known = (batch.targets.flatten() >= 0).nonzero().squeeze(1)
     return torch.bucketize(known, batch.ends), known
 
 
 class Dpo:
-    """``-log sigmoid(chosen - rejected)``, where the reward of each is ``beta * log(p / p_reference)``.
+    """The DPO loss ``-log sigmoid(chosen - rejected)``, where each reward is ``beta * log(p / p_reference)``.
 
-    The reference is the model before training. ``sft_weight`` times the chosen one's negative log-likelihood per token
-    is added (Pang et al., 2024, arXiv:2404.19733).
+    The reference is the model before training. The loss also has ``sft_weight`` times the negative log-likelihood per
+    token of the chosen one (Pang et al., 2024, arXiv:2404.19733).
     """
 
     names = ("preference/accuracy", "preference/margin", "preference/chosen", "preference/rejected")
@@ -45,9 +45,9 @@ class Dpo:
         self._settings = settings
 
     def encode(self, row: Mapping[str, Any], processor: ProcessorMixin, images: Path, bos: Bos) -> list[Example]:
-        """``row`` is one of ``llava-cot export --format preferences``, which is text: the chosen, then the rejected.
+        """Return the chosen and the rejected example of a text row of ``llava-cot export --format preferences``.
 
-        Prompt and completion are tokenized apart, since that is where the model stopped reading and began to draw.
+        Prompt and completion are tokenized apart, because the model stopped reading and began to draw between them.
         """
         for name in ("prompt", "chosen", "rejected"):
             if not isinstance(row.get(name), str) or not row[name]:

@@ -1,4 +1,4 @@
-"""What the trainer asks of an objective."""
+"""The interface of an objective."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,43 +18,43 @@ Reference = Callable[[PreTrainedModel, Batch], torch.Tensor]
 
 @dataclass(frozen=True)
 class Losses:
-    """Of one micro-batch: sums, so that they add up over micro-batches and ranks, whatever each holds."""
+    """The losses of one micro-batch, as sums that add up over micro-batches and ranks."""
 
     total: torch.Tensor  # float32 scalar, the sum of weighted losses; carries the gradient
-    parts: torch.Tensor  # float32 [len(names), 2]: for each name the sum of its values, and how many there were
+    parts: torch.Tensor  # float32 [len(names), 2]: for each name the sum and the number of its values
 
 
 class Objective(Protocol):
     @property
     def names(self) -> tuple[str, ...]:
-        """Of what is reported beside the loss, each with a slash."""
+        """The names of values that are reported beside the loss, each with a slash."""
         ...
 
     @property
     def reference(self) -> Reference | None:
-        """What the model before training says of each example, float32 [examples], which becomes the example's value.
+        """The function that gives the value of each example by the model before training, float32 [examples].
 
-        None: it is not asked.
+        None means that no reference is needed.
         """
         ...
 
     def encode(self, row: Mapping[str, Any], processor: ProcessorMixin, images: Path, bos: Bos) -> list[Example]:
-        """The examples of a row of the data, whose images are in this folder; they stay in one micro-batch.
+        """Return the examples of a row of the data, whose images are in this folder. They stay in one micro-batch.
 
         Raises:
-            ValueError: the row does not have what this objective learns from.
+            ValueError: the row lacks what this objective learns from.
         """
         ...
 
     def weight(self, batch: Batch) -> float:
-        """What this micro-batch adds to the number that the step's sum of losses is divided by."""
+        """Return the weight of this micro-batch. The sum of losses of a step is divided by the sum of weights."""
         ...
 
     def __call__(self, model: PreTrainedModel, batch: Batch) -> Losses: ...
 
 
 class Step(nn.Module):
-    """The module whose call is a forward pass and its losses, or its reference: the root that FSDP2 sees."""
+    """The root module that FSDP2 sees. A call is a forward pass that returns losses, or values of the reference."""
 
     def __init__(self, model: PreTrainedModel, objective: Objective) -> None:
         super().__init__()
@@ -64,4 +64,4 @@ class Step(nn.Module):
         if reference is not None:
             return reference(self.model, batch)
         losses = self.objective(self.model, batch)
-        return losses.total, losses.parts  # a tuple, since FSDP2 looks for tensors in what is returned
+        return losses.total, losses.parts  # a tuple, because FSDP2 searches the result for tensors

@@ -1,4 +1,4 @@
-"""How good an answer is so far, at the end of each of its stages."""
+"""Learn how good an answer is so far, at the end of each of its stages."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,19 +18,21 @@ from llava_cot.train.objectives.rows import image_files
 
 
 class Reward:
-    """Binary cross-entropy of a ``RewardModel``'s score, a logit, against the step's value, at each stage's end.
+    """Binary cross-entropy of the score of a ``RewardModel`` at the end of each stage.
 
-    Each end is an example of its own, the text up to there, as ``RewardModelScorer`` reads it. One pass over the whole
-    answer could score all ends, but not as they are scored in a search: there the text ends with the tag, while in the
-    middle of an answer the tag's last token may hold the line breaks behind it. The examples of an answer share its
-    image, which is read once.
+    The score is a logit, and its target is the value of the step.
+
+    Each end is an example of its own: the text up to there, as ``RewardModelScorer`` reads it. One pass over the whole
+    answer could score all ends, but not as a search scores them. In a search the text ends with the tag. Inside an
+    answer, the last token of the tag may include the line breaks after it. The examples of an answer share its image,
+    which is read once.
     """
 
     names = (*(f"accuracy/{stage}" for stage in STAGES), "accuracy/outside")
     reference = None
 
     def encode(self, row: Mapping[str, Any], processor: ProcessorMixin, images: Path, bos: Bos) -> list[Example]:
-        """``row`` is one of ``llava-cot export --format steps``: an example a stage, with its value."""
+        """Return one example per stage, with its value, of a row of ``llava-cot export --format steps``."""
         completions, stages, values = _steps(row)
         if bos != "one":
             raise ValueError(f"bos must be 'one', which is what RewardModelScorer reads, got {bos!r}")
@@ -55,7 +57,7 @@ class Reward:
         scores = model.head(hidden.flatten(0, 1)[batch.ends]).float().squeeze(-1)
         values = torch.tensor(batch.values, device=scores.device)
         loss = binary_cross_entropy_with_logits(scores, values, reduction="sum")
-        says_more = values != 0.5  # which no score can be right about
+        says_more = values != 0.5  # at 0.5 no score is right
         right = ((scores > 0) == (values > 0.5))[says_more]
         places = batch.stages.flatten()[batch.ends - 1][says_more] % len(self.names)
         parts = torch.zeros(len(self.names), 2, device=scores.device)
@@ -85,5 +87,5 @@ def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _known(part: Mapping[str, Any]) -> dict[str, Any]:
-    # Read as a table, every part of a message has the keys of all, with nulls.
+    # In a table, every part of a message has the keys of all parts, filled with nulls.
     return {key: value for key, value in part.items() if value is not None}

@@ -1,4 +1,4 @@
-"""What is read of every row that ``llava-cot export`` wrote."""
+"""Read the columns that all rows of ``llava-cot export`` have."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def image_files(row: Mapping[str, Any], folder: Path) -> list[str]:
-    """The files of the row's images."""
+    """Return the files of the row's images."""
     images = row.get("images")
     if not isinstance(images, list) or not all(isinstance(image, str) for image in images):
         raise ValueError(f"images must be a list of paths, got {str(images)[:80]!r}")

@@ -1,4 +1,4 @@
-"""Next-token loss on the answers, by stage."""
+"""The next-token loss on the answers, by stage."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,17 +17,17 @@ from llava_cot.train.objectives.objective import Losses
 
 
 class Sft:
-    """The negative log-likelihood of the supervised tokens, each weighted by the stage it is in."""
+    """The negative log-likelihood of the supervised tokens, each weighted by its stage."""
 
     reference = None
 
     def __init__(self, stage_weights: Mapping[str, float]) -> None:
         self.names = (*(f"loss/{stage}" for stage in STAGES), "loss/outside")
-        # The last one is that of stage -1.
+        # The last entry is for stage -1.
         self._weights = torch.tensor([stage_weights.get(stage, 1.0) for stage in STAGES] + [1.0])
 
     def encode(self, row: Mapping[str, Any], processor: ProcessorMixin, images: Path, bos: Bos) -> list[Example]:
-        """``row`` is one of LLaVA-CoT-100k's."""
+        """Return the example of a row in LLaVA-CoT-100k's layout."""
         return [encode(parse_conversation(row), processor, bos=bos, image_folder=images)]
 
     def weight(self, batch: Batch) -> float:
