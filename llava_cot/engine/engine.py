@@ -1,5 +1,6 @@
 """Continuous batching of searches over one paged KV pool: an engine to which work can be added at any time."""
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -92,6 +93,7 @@ class Engine:
     def collect(self) -> None:
         """Give back what closed sessions hold; a step that runs now does so when it ends."""
         with self._turn:
+            self._forget_stale_leader()
             if self._leader is None:
                 was_cut_short, self._is_cut_short = self._is_cut_short, True
                 self.schedule.collect()
@@ -124,8 +126,10 @@ class Engine:
         outer: int | None = None  # this thread too, where a program runs another search inside a step
         try:
             with self._turn:
+                self._forget_stale_leader()
                 while self._leader not in (None, me) and not is_done():
-                    self._turn.wait()
+                    self._turn.wait(1.0)
+                    self._forget_stale_leader()
                 if is_done():
                     return
                 outer, self._leader = self._leader, me
@@ -143,6 +147,19 @@ class Engine:
                     if outer is None and any(job.is_over for job in self.schedule.jobs):
                         self.schedule.collect()  # what another thread closed after the step had looked
                 self._turn.notify_all()
+
+    def _forget_stale_leader(self) -> None:
+        """An interrupt may have hit the leader on its way out, before it had put down the lead."""
+        if self._leader is None:
+            return
+        # This thread leads only inside of a step; another one is in ``_lead`` for as long as it does.
+        mine = self._leader == threading.get_ident()
+        code = (Engine._step_once if mine else Engine._lead).__code__
+        frame = sys._current_frames().get(self._leader)
+        while frame is not None and frame.f_code is not code:
+            frame = frame.f_back
+        if frame is None:
+            self._leader = None
 
     def _step_once(self, is_nested: bool) -> None:
         schedule = self.schedule

@@ -383,6 +383,21 @@ def test_an_interrupt_ends_the_streams_that_shared_the_pass(tiny, monkeypatch):
     assert_nothing_held(tiny.engine)
 
 
+def test_a_lead_that_an_interrupt_left_behind(tiny):
+    """In this thread and in one that waits for it."""
+    tiny.engine._leader = threading.get_ident()
+    found = []
+    waiter = threading.Thread(
+        target=lambda: found.append(tiny.answer(SAMPLES[0].image, SAMPLES[0].question, "greedy", max_new_tokens=5))
+    )
+    waiter.start()
+    waiter.join()
+    tiny.engine._leader = threading.get_ident()
+    again = tiny.answer(SAMPLES[0].image, SAMPLES[0].question, "greedy", max_new_tokens=5)
+    assert found[0].tokens == again.tokens and tiny.engine._leader is None
+    assert_nothing_held(tiny.engine)
+
+
 # --- asyncio ---
 
 
