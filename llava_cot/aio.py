@@ -31,10 +31,7 @@ class AsyncGenerator:
         self, image: ImageLike, question: str, search: SearchLike = "swires", *, seed: int = 0, **settings: Any
     ) -> Answer:
         """See ``SwiresGenerator.answer``."""
-        plan = self._generator.plan(search, **settings)
-        run = await asyncio.to_thread(self._generator.submit, image, question, plan, seed=seed)
-        await self.engine.run(run)
-        return self._generator.answer_of(run)
+        return (await self.answer_batch([image], [question], search, seed=seed, **settings))[0]
 
     async def answer_batch(
         self,
@@ -46,14 +43,10 @@ class AsyncGenerator:
         **settings: Any,
     ) -> list[Answer]:
         """See ``SwiresGenerator.answer_batch``. The first error is raised once all searches have ended."""
-        if len(images) != len(questions):
-            raise ValueError(f"questions must have one entry per image={len(images)}, got {len(questions)}")
-        asked = [self.answer(image, text, search, seed=seed, **settings) for image, text in zip(images, questions)]
-        answers = await asyncio.gather(*asked, return_exceptions=True)
-        for answer in answers:
-            if isinstance(answer, BaseException):
-                raise answer
-        return answers  # type: ignore[return-value]
+        plan = self._generator.plan(search, **settings)
+        runs = await asyncio.to_thread(self._generator.submit_all, images, questions, plan, seed=seed)
+        await asyncio.gather(*map(self.engine.run, runs))
+        return [self._generator.answer_of(run) for run in runs]
 
     async def stream(
         self, image: ImageLike, question: str, search: SearchLike = "swires", *, seed: int = 0, **settings: Any

@@ -22,7 +22,7 @@ class Finish(StrEnum):
 
 
 class Feature(StrEnum):
-    """What a back end can do beyond returning text. A policy or scorer that needs one that is missing raises."""
+    """What a back end can do beyond returning text."""
 
     SEEDS = "seeds"  # equal seeds draw equal tokens
     TOKEN_IDS = "token_ids"
@@ -48,8 +48,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, ok, bound in (
-            ("temperature", 0 <= self.temperature < float("inf"), ">= 0 and finite"),
-            ("top_k", 0 <= self.top_k < 2**63, "in [0, 2**63)"),
+            ("temperature", self.temperature >= 0, ">= 0"),
+            ("temperature", self.temperature < float("inf"), "finite"),
+            ("top_k", self.top_k >= 0, ">= 0"),
+            ("top_k", self.top_k < 2**63, "< 2**63"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
         ):
@@ -70,9 +72,6 @@ class Usage:
     scorer_calls: int = 0  # candidates given to a scorer
     steps: int = 0  # forward passes this search took part in
     seconds: float = 0.0  # from its prefill to its end, without the time that it was paused
-
-    def __add__(self, other: "Usage") -> "Usage":
-        return Usage(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
 
 
 @dataclass(frozen=True)

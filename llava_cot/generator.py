@@ -172,13 +172,9 @@ class SwiresGenerator:
         A search that fails does not touch the others. The first error is raised once all have ended; with
         ``return_exceptions`` each stands where its answer would.
         """
-        if len(images) != len(questions):
-            raise ValueError(f"questions must have one entry per image={len(images)}, got {len(questions)}")
         plan = self.plan(search, **settings)
-        runs: list[SearchRun] = []
+        runs = self.submit_all(images, questions, plan, seed=seed)
         try:
-            for image, question in zip(images, questions):
-                runs.append(self.submit(image, question, plan, seed=seed))
             self.wait(runs)
             if return_exceptions:
                 return [self.error_of(run) or self.answer_of(run) for run in runs]
@@ -244,6 +240,21 @@ class SwiresGenerator:
         with self._processing:
             inputs = build_inputs(self.processor, opened, question, self.bos)
         return self._start(inputs, plan, seed, on_event, question, opened)
+
+    def submit_all(
+        self, images: Sequence[ImageLike], questions: Sequence[str], plan: Plan, *, seed: int = 0
+    ) -> list[SearchRun]:
+        """``submit`` for each question. Raises ``ValueError`` unless there is one for each image."""
+        if len(images) != len(questions):
+            raise ValueError(f"questions must have one entry per image={len(images)}, got {len(questions)}")
+        runs: list[SearchRun] = []
+        try:
+            for image, question in zip(images, questions):
+                runs.append(self.submit(image, question, plan, seed=seed))
+        except BaseException:
+            _cancel(runs)
+            raise
+        return runs
 
     def wait(self, runs: Sequence[SearchRun]) -> None:
         """Step the engine until all ``runs`` have ended."""

@@ -1,6 +1,5 @@
 """Continuous batching of searches over one paged KV pool: an engine to which work can be added at any time."""
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from llava_cot.engine.model import Prompt
 from llava_cot.engine.runner import ModelRunner
 from llava_cot.engine.schedule import Schedule
 from llava_cot.engine.session import Extension, Job, Pending, Session
-from llava_cot.engine.threads import at_most, threads_for
+from llava_cot.engine.threads import threads_for
 from llava_cot_kernels.page_pool import OutOfPages
 from llava_cot_kernels.stage_tags import StageTags
 
@@ -61,7 +60,9 @@ class Engine:
         self.window = Window(self.view, self.runner.recorder, self.tags, self.eos_token_ids, steps_per_look)
         self.schedule = Schedule(self.runner, decode)
         self.num_threads = config.num_threads or threads_for(model, self.view.device)
-        self._turn = threading.Condition()
+        # Held as itself: an interrupt inside of ``Condition.__enter__``, which is Python, would leave it locked.
+        self._mutex = threading.RLock()
+        self._turn = threading.Condition(self._mutex)
         self._leader: int | None = None  # the thread that steps
         self._is_cut_short = False  # whether a step has begun and not ended
 
@@ -92,12 +93,15 @@ class Engine:
 
     def collect(self) -> None:
         """Give back what closed sessions hold; a step that runs now does so when it ends."""
-        with self._turn:
-            self._forget_stale_leader()
+        with self._mutex:
             if self._leader is None:
-                was_cut_short, self._is_cut_short = self._is_cut_short, True
-                self.schedule.collect()
-                self._is_cut_short = was_cut_short
+                self._collect()
+
+    def _collect(self) -> None:
+        """Collect between two steps; if an interrupt cuts this short, the next step sees to it."""
+        was_cut_short, self._is_cut_short = self._is_cut_short, True
+        self.schedule.collect()
+        self._is_cut_short = was_cut_short
 
     def step(self) -> bool:
         """Do one step; returns whether there is more to do.
@@ -116,50 +120,42 @@ class Engine:
         """
         while not is_done():
             self._lead(is_done)
-            with self._turn:
+            with self._mutex:
                 if self._leader is None and not self.has_work and not is_done():
                     raise RuntimeError("the sessions that are waited for have asked for nothing")
 
     def _lead(self, is_done: Callable[[], bool]) -> None:
         """Wait for this thread's turn and step, unless ``is_done`` comes first."""
         me = threading.get_ident()
-        outer: int | None = None  # this thread too, where a program runs another search inside a step
+        is_nested = self._leader == me  # a program runs another search inside a step
+        threads = torch.get_num_threads()
         try:
-            with self._turn:
-                self._forget_stale_leader()
-                while self._leader not in (None, me) and not is_done():
-                    self._turn.wait(1.0)
-                    self._forget_stale_leader()
-                if is_done():
-                    return
-                outer, self._leader = self._leader, me
-            with at_most(self.num_threads):
-                self._step_once(is_nested=outer is not None)
-        except BaseException as error:
-            if self._leader == me:
-                self.schedule.fail_all(error)
-                self._is_cut_short = False
-            raise
-        finally:
-            with self._turn:
+            try:
+                with self._mutex:
+                    while self._leader not in (None, me) and not is_done():
+                        self._turn.wait(1.0)
+                    if is_done():
+                        return
+                    self._leader = me
+                torch.set_num_threads(min(threads, self.num_threads or threads))
+                self._step_once(is_nested)
+            except BaseException as error:
                 if self._leader == me:
-                    self._leader = outer
-                    if outer is None and any(job.is_over for job in self.schedule.jobs):
-                        self.schedule.collect()  # what another thread closed after the step had looked
-                self._turn.notify_all()
-
-    def _forget_stale_leader(self) -> None:
-        """An interrupt may have hit the leader on its way out, before it had put down the lead."""
-        if self._leader is None:
-            return
-        # This thread leads only inside of a step; another one is in ``_lead`` for as long as it does.
-        mine = self._leader == threading.get_ident()
-        code = (Engine._step_once if mine else Engine._lead).__code__
-        frame = sys._current_frames().get(self._leader)
-        while frame is not None and frame.f_code is not code:
-            frame = frame.f_back
-        if frame is None:
-            self._leader = None
+                    self.schedule.fail_all(error)
+                    self._is_cut_short = False
+                raise
+            finally:
+                if not is_nested:
+                    with self._mutex:
+                        if self._leader == me:
+                            self._collect()  # what another thread closed after the step had looked
+                            self._leader = None
+                            self._turn.notify_all()
+        finally:
+            # An interrupt may have hit the lines above. It can't hit these: Python looks for signals after a call.
+            if not is_nested and self._leader == me:
+                self._leader = None
+            torch.set_num_threads(threads)
 
     def _step_once(self, is_nested: bool) -> None:
         schedule = self.schedule

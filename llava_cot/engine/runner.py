@@ -101,11 +101,11 @@ class ModelRunner:
         return pixel_values > family.pixel_values_per_pass[self.view.device.type] or padded > TOKENS_PER_PASS
 
     def page_out(self, branches: Iterable[Branch]) -> None:
-        """Take back the pages of branches that are not computed next."""
+        """Take back the pages of branches that are not computed next, where they have any."""
         for branch in branches:
-            branch.computed = self.pool.length(branch.seq)
-            self.pool.free(branch.seq)
-            branch.seq = -1
+            if branch.seq >= 0:
+                branch.computed = self.pool.length(branch.seq)
+                self._free(branch)
 
     def restore(self, branches: Iterable[Branch]) -> int:
         """Recompute ``branches`` where they have been evicted, and the ancestors that they need; the root has pages.

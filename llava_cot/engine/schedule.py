@@ -109,7 +109,7 @@ class Schedule:
         if len(self.running) == 1 and job.rebuilt_at != job.usage.steps:
             # Branches that were restored one by one share less than they did; together they share all of it again.
             job.rebuilt_at = job.usage.steps
-            self.runner.page_out([branch for branch in job.branches[1:] if branch.seq >= 0])
+            self.runner.page_out(job.branches[1:])
         elif len(self.running) == 1:
             self._fail(job, self._too_small())
         else:
@@ -154,10 +154,7 @@ class Schedule:
     def _forget(self, job: Job, branch: Branch) -> None:
         branch.is_released, branch.next_logits = True, None
         job.branches.remove(branch)
-        if branch.seq >= 0:
-            branch.computed = self.pool.length(branch.seq)
-            self.pool.free(branch.seq)
-            branch.seq = -1
+        self.runner.page_out([branch])
 
     def _fitting(self) -> list[Job]:
         """The next jobs to prefill: as many as fit with a page for every growing branch, or one if nothing runs."""
@@ -211,7 +208,7 @@ class Schedule:
 
     def _take_all(self, job: Job) -> None:
         """Evict all branches of ``job`` and its image."""
-        self.runner.page_out([branch for branch in job.branches if branch.seq >= 0])
+        self.runner.page_out(job.branches)
         job.root.image = -1
         self._free_unowned()
 

@@ -1,8 +1,5 @@
 """How many threads a step runs on: one, where a step is too small to be worth the waiting of several."""
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import nn
 
@@ -18,17 +15,3 @@ def threads_for(model: nn.Module, device: torch.device) -> int | None:
         return None
     work = ROWS * max((weight.numel() for weight in model.parameters()), default=0)
     return 1 if work < MIN_WORK_PER_OPERATOR else None
-
-
-@contextlib.contextmanager
-def at_most(num_threads: int | None) -> Iterator[None]:
-    """Run torch's operators and the kernels of this thread on at most ``num_threads`` threads; None changes nothing."""
-    before = torch.get_num_threads()
-    if num_threads is None or num_threads >= before:
-        yield
-        return
-    torch.set_num_threads(num_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
