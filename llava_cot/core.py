@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any, Literal, Protocol, TypeVar
 
-Bos = Literal["one", "released"]  # how many BOS tokens a prompt begins with: the released weights were trained with two
+Bos = Literal["one", "released"]  # BOS tokens at the start of a prompt: the released weights were trained with two
 
 
 class Finish(StrEnum):
@@ -226,7 +226,7 @@ class Session(Protocol):
 
     @property
     def growing(self) -> list[tuple[int, ...]]:
-        """The tokens so far of each continuation that grows now."""
+        """The path of each continuation that grows now: all token ids from the end of the prompt to here."""
 
     def ask(self, requests: Sequence[Request], done: Callable[[Replies], None]) -> None:
         """Ask for ``requests``; ``done`` is called once with their replies, or with what went wrong.

@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from llava_cot import STAGES, BestOfNConfig, Finished, MajorityConfig, StageBeamConfig, SwiresConfig, SwiresGenerator
+from llava_cot import (
+    STAGES,
+    BestOfNConfig,
+    Budget,
+    Finished,
+    MajorityConfig,
+    StageBeamConfig,
+    SwiresConfig,
+    SwiresGenerator,
+)
 from llava_cot.core import SamplingParams
 from llava_cot.data import shapes
 from llava_cot.families import family_of
@@ -324,13 +333,21 @@ def test_a_policy_function(tiny):
     assert answer.tokens == best["tokens"] and len(best["tokens"]) <= 50
 
 
-@pytest.mark.parametrize("max_new_tokens", [30, 160])
-def test_a_greedy_stream(tiny, max_new_tokens):
-    expected = ask(tiny, search="greedy", max_new_tokens=max_new_tokens)
-    events = [*tiny.stream(SAMPLE.image, SAMPLE.question, "greedy", max_new_tokens=max_new_tokens)]
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_new_tokens": 30},
+        {"max_new_tokens": 160},
+        {"max_new_tokens": 160, "budget": Budget(generated_tokens=20, reserve=0.8)},
+    ],
+    ids=["cut", "whole", "finished from the reserve"],
+)
+def test_a_greedy_stream(tiny, settings):
+    expected = ask(tiny, search="greedy", **settings)
+    events = [*tiny.stream(SAMPLE.image, SAMPLE.question, "greedy", **settings)]
     deltas = [event.text for event in events if isinstance(event, TextDelta)]
     assert "".join(deltas) == expected.text and len(deltas) > 5
-    assert [event.text for event in events if isinstance(event, StageFinal)] == [expected.text]
+    assert "".join(event.text for event in events if isinstance(event, StageFinal)) == expected.text
     assert isinstance(events[-1], Finished) and events[-1].answer.tokens == expected.tokens
 
 

@@ -191,8 +191,8 @@ class Session:
 
     @property
     def growing(self) -> list[tuple[int, ...]]:
-        """The tokens of each continuation that grows now, int ids."""
-        return [tuple(slot.branch.tokens) for slot in self._job.slots]
+        """See ``llava_cot.core.Session.growing``."""
+        return [tuple(slot.branch.path()) for slot in self._job.slots]
 
     def tell(self, replies: Replies) -> None:
         """Pass ``replies`` on to whoever asked."""

@@ -1,4 +1,4 @@
-"""Which continuations to grow next: one policy a file, each a coroutine over a tree of stage candidates."""
+"""Search policies, one to a file. Each is a coroutine that decides which continuations to grow next."""
 
 from llava_cot.search.best_of_n import BestOfNConfig
 from llava_cot.search.budget import Budget

@@ -1,4 +1,4 @@
-"""Best-of-N: N whole answers, the best by score."""
+"""Best-of-N: draw N whole answers and return the one with the best score."""
 
 from dataclasses import dataclass
 

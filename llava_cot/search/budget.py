@@ -1,19 +1,19 @@
-"""What a search may cost at most."""
+"""Budgets: what a search may cost at most."""
 
 from dataclasses import dataclass, fields
 
 from llava_cot.core import Limit, Usage
 
-RESERVED = ("generated_tokens", "seconds")  # what finishing an answer takes
+RESERVED = ("generated_tokens", "seconds")  # finishing an answer spends these
 
 
 @dataclass(frozen=True)
 class Budget:
     """Limits of one search, in the units of ``Usage``; None is no limit.
 
-    A search stops where it is when it has spent all but ``reserve`` of its generated tokens or seconds, or all of
-    anything else. The reserve is for finishing greedily from the best prefix; the answer is cut where that is spent
-    too. No limit is exceeded by more than one step: a token of every growing candidate, or the prompt.
+    A search stops when it has spent all but ``reserve`` of its generated tokens or seconds, or all of anything else.
+    The reserve, a share in [0, 1), pays for finishing greedily from the best prefix. If it is spent too, the answer is
+    cut. No limit is exceeded by more than one step: one token of every growing candidate, or the prompt.
 
     Raises:
         ValueError: a limit that is not above 0, or a reserve outside [0, 1).
@@ -40,12 +40,12 @@ class Budget:
         return {name: value for name, value in values.items() if value is not None}
 
     def limit(self, *, finishing: bool = False) -> Limit:
-        """Where the search stops; while it is ``finishing``, only tokens and seconds count, and with their reserve."""
+        """The limit at which the search stops. While it is ``finishing``, only tokens and seconds count, in full."""
         if finishing:
             return Limit(**{name: value for name, value in self.limits().items() if name in RESERVED})
         shares = {name: 1 - self.reserve if name in RESERVED else 1.0 for name in self.limits()}
         return Limit(**{name: shares[name] * value for name, value in self.limits().items()})
 
     def spent(self, usage: Usage) -> str | None:
-        """The name of a limit that is reached, short of the reserve for finishing, or None."""
+        """The name of a limit that is reached, apart from the reserve for finishing, or None."""
         return self.limit().reached(usage)

@@ -31,7 +31,7 @@ class Drive:
             self._end()
 
     def _advance(self, reply: Any) -> None:
-        """Send ``reply`` to the program and ask for what it wants next, for as long as replies are there at once."""
+        """Send ``reply`` to the program and ask for what it wants next. Repeat while replies arrive at once."""
         while not self.done:
             if isinstance(reply, Exception):  # the session has ended
                 self.error = reply
@@ -75,8 +75,8 @@ class Drive:
             self._program.close()
         except Exception as error:
             if isinstance(error, ValueError) and "already executing" in str(error):
-                return  # it runs now, in another thread or further up in this one, and ends when it yields
-            self.error = self.error or error  # of its cleaning up
+                return  # it is running, in another thread or further up this one's stack; it ends when it yields
+            self.error = self.error or error  # raised while the program cleaned up
         finally:
             self.session.close()
         self.done = True

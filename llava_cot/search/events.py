@@ -1,11 +1,11 @@
-"""What a running search tells whoever watches it."""
+"""Events: what a running search reports to whoever streams it."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One scored candidate; ``text`` is what it added, tags included."""
+    """One scored candidate. ``text`` is what it added to its parent, tags included."""
 
     node: int
     parent: int
@@ -32,7 +32,7 @@ class Retrace:
     to: str
     round: int
     cutoff: float | None = field(default=None, compare=False)
-    score: float | None = field(default=None, compare=False)  # not above the cutoff; None: too few candidates closed
+    score: float | None = field(default=None, compare=False)  # None: too few candidates closed
 
 
 @dataclass(frozen=True)

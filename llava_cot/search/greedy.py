@@ -11,7 +11,7 @@ from llava_cot.search.tree import Node
 
 @dataclass(frozen=True)
 class GreedyConfig(Limits):
-    """It has the limits of every search and no settings of its own."""
+    """Greedy decoding has the limits of every search and no settings of its own."""
 
     samples: ClassVar[bool] = False
     streams_tokens: ClassVar[bool] = True

@@ -24,8 +24,8 @@ class MajorityConfig(Scored):
     """
 
     n: int = 8
-    weight: Literal["count", "confidence"] = "count"  # of a vote: 1, or exp(mean log-prob) of the answer's tokens
-    keep_fraction: float = 1.0  # of the voters, the best by score, whose votes count (DeepConf, arXiv 2508.15260)
+    weight: Literal["count", "confidence"] = "count"  # one vote counts 1, or exp(mean log-prob) of its answer
+    keep_fraction: float = 1.0  # share of the voters, the best by score, whose votes count (DeepConf, arXiv 2508.15260)
 
     def __post_init__(self) -> None:
         super().__post_init__()

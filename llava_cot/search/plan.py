@@ -1,4 +1,4 @@
-"""What ``search=`` may be, resolved: a name, a configuration object or a policy function becomes a plan."""
+"""Plans: ``search=`` may be a name, a configuration object or a policy function, and becomes a plan here."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -39,27 +39,27 @@ class Plan:
     """A resolved ``search=``: its name, its settings, and the policy bound to them."""
 
     name: str
-    config: Limits  # a policy function has limits only
+    config: Limits  # a policy function has no settings but the limits
     policy: Policy
 
     @property
     def scorer(self) -> str | None:
-        """The name of its scorer, if it has one: calibrations are looked up by it."""
+        """The name of the scorer, or None without one. Calibrations are looked up by it."""
         return name_of(self.config.scorer) if isinstance(self.config, Scored) else None
 
     def settings(self) -> dict[str, Any]:
-        """The settings as JSON has them; a scorer, which may hold a model, by its name."""
+        """The settings as JSON values. A scorer may hold a model, so its name stands for it."""
         plain = {key: dict(value) if isinstance(value, Mapping) else value for key, value in vars(self.config).items()}
-        plain.pop("grammar", None)  # the trace has it
+        plain.pop("grammar", None)  # the trace stores it
         plain["budget"] = self.config.budget and self.config.budget.limits()
         return {key: self.scorer if key == "scorer" else value for key, value in plain.items()}
 
 
 def make_plan(search: SearchLike, settings: Mapping[str, Any], grammar: Grammar) -> Plan:
-    """Resolve ``search`` with ``settings``, fields of its configuration, for a model that writes ``grammar``.
+    """Resolve ``search`` for a model that writes ``grammar``. ``settings`` are fields of the search's configuration.
 
     Raises:
-        ValueError: naming the argument that is wrong.
+        ValueError: an argument is wrong; the message names it.
     """
     if callable(search) and not isinstance(search, type):
         known = [field.name for field in fields(Limits)]

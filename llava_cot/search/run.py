@@ -1,4 +1,4 @@
-"""A search from its start to its end, which may be that of its budget: the best answer so far, or its best prefix."""
+"""Runs of a search. When the budget is spent, a run ends with the best answer so far, or finishes the best prefix."""
 
 from statistics import fmean
 
@@ -10,7 +10,7 @@ from llava_cot.search.tree import Node, candidate_seed, stages_of
 
 
 class SearchRun(Drive):
-    """A search that runs on a session; its ``result`` is the nodes that the policy returned, the best first."""
+    """A search that runs on a session. Its ``result`` is the list of nodes that the policy returned, the best first."""
 
     def __init__(self, search: Search, plan: Plan) -> None:
         self.search, self.plan = search, plan
@@ -18,7 +18,7 @@ class SearchRun(Drive):
 
 
 def run(search: Search, policy: Policy) -> Program[list[Node]]:
-    """Run ``policy`` to its end, or to that of its budget; the nodes it returned, the best first."""
+    """Run ``policy`` until it returns or its budget is spent. Returns the answers, the best first."""
     search.note("started", seed=search.seed)
     try:
         result = yield from policy(search)
@@ -31,10 +31,10 @@ def run(search: Search, policy: Policy) -> Program[list[Node]]:
 
 
 def finish(search: Search) -> Program[Node]:
-    """The best whole answer that there is, by score; with none, the best prefix, finished with what the reserve allows.
+    """Return the whole answer with the best score. Without one, finish the best prefix with what the reserve allows.
 
     The best prefix has the most closed stages (a candidate that was stopped in the middle of one counts half), then the
-    best score or, where it has none, mean log-prob.
+    best score, or the best mean log-prob where there is no score.
     """
     drawn = search.nodes[1:]
     answers = [node for node in drawn if node.closed and _is_answer(search, node)]

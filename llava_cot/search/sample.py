@@ -1,4 +1,4 @@
-"""Plain sampling: answers under seeds of their own. The settings that searches have in common are here too."""
+"""Plain sampling: each answer has a seed of its own. The settings that searches share are here too."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,7 +13,7 @@ from llava_cot.stages import LLAVA_COT, Grammar
 
 @dataclass(frozen=True)
 class Limits:
-    """What every search has; ``budget`` None is no limit.
+    """The settings that every search has. ``budget`` None is no limit.
 
     The class attributes are traits of the policy: whether it ``samples`` (transformers' ``do_sample``), and whether
     every token that it draws stands at once, so that a stream may show it.
@@ -44,8 +44,8 @@ class Limits:
 class Decoding(Limits):
     """The published decoding of LLaVA-CoT: temperature 0.6, top-p 0.9, 2,048 new tokens.
 
-    ``num_return_sequences`` is how many answers are returned, the best first. Answers of equal tokens count once, so
-    there are fewer where the search found fewer.
+    ``num_return_sequences`` is how many answers are returned, the best first. Answers with equal
+    tokens count once, so a search may return fewer.
     """
 
     temperature: float = 0.6
@@ -58,7 +58,7 @@ class Decoding(Limits):
         super().__post_init__()
         if self.num_return_sequences < 1:
             raise ValueError(f"num_return_sequences must be >= 1, got {self.num_return_sequences}")
-        self.params()  # raises what is wrong
+        self.params()  # raises if a value is wrong
 
     @property
     def num_answers(self) -> int:

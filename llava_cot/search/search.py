@@ -1,4 +1,4 @@
-"""What a policy works with: it grows the tree, scores nodes and tells what happened."""
+"""The object that a policy works with: it grows the tree, scores nodes and reports what happened."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 Scope = Literal["stage", "path"]
-NEXT = "next"  # a stage's name in ``expand``: whichever the grammar allows after the parent
-SENTENCE_ENDS = (". ", "? ", "! ", ".\n", "?\n", "!\n")  # the engine's tags after those of the grammar
+NEXT = "next"  # a value for ``stage`` in ``expand``: whichever stage the grammar allows after the parent
+SENTENCE_ENDS = (". ", "? ", "! ", ".\n", "?\n", "!\n")  # the engine's tags that follow those of the grammar
 
 
 class BudgetSpent(Exception):
-    """Raised where a policy asks for more than its budget has; its text is the name of the limit."""
+    """Raised when a policy asks for more than its budget allows. Its text is the name of the limit."""
 
 
 @dataclass(eq=False)
@@ -47,9 +47,9 @@ class Search:
     """
 
     session: Session
-    decode: Callable[[Sequence[int]], str]  # token ids to text, for what a policy puts together itself
+    decode: Callable[[Sequence[int]], str]  # token ids to text, for answers that a policy puts together itself
     seed: int = 0
-    max_new_tokens: int = 2048  # of any path, stages together
+    max_new_tokens: int = 2048  # of one path, over all of its stages
     calibration: Calibration | None = None
     on_event: Callable[[Event], None] = lambda event: None
     eos_token_ids: frozenset[int] = frozenset()
@@ -70,7 +70,7 @@ class Search:
 
     @property
     def usage(self) -> Usage:
-        """What it has cost so far."""
+        """What the search has cost so far."""
         return self.session.usage
 
     def can_grow(self, node: Node) -> bool:
@@ -92,13 +92,13 @@ class Search:
         max_stage_tokens: int | None = None,
         first_index: int = 0,
     ) -> Program[list[Node]]:
-        """Draw ``n`` candidates of ``stage`` from each parent, each until a stage tag closes, EOS or the limit.
+        """Draw ``n`` candidates of ``stage`` from each parent. Each ends with a closing stage tag, EOS or the limit.
 
         ``stage`` None draws whole answers, which tags do not end; ``NEXT`` is whichever stage the grammar allows after
         the parent. Returns the new nodes in (parent, index) order.
 
         Raises:
-            BudgetSpent: before it draws anything, or after a candidate was stopped; the drawn ones are in the tree.
+            BudgetSpent: the budget is spent. What was drawn until then is in the tree.
         """
         allowed = [self._allowed(parent, stage) for parent in parents]
         limits = [min(self.tokens_left(parent), max_stage_tokens or self.max_new_tokens) for parent in parents]
@@ -125,10 +125,10 @@ class Search:
     def expand_sentence(
         self, parents: Sequence[Node], n: int, *, params: SamplingParams, round: int
     ) -> Program[list[Node]]:
-        """Draw ``n`` pieces from each parent, each to the end of a sentence or of a stage, EOS or the limit.
+        """Draw ``n`` pieces from each parent. Each ends with a sentence or a stage, at EOS or at the limit.
 
-        Their stage is None, and one is closed unless it was cut. A token that goes on into the next sentence is not
-        part of a piece.
+        The stage of a piece is None. A piece is closed unless the limit cut it. A token that reaches into the next
+        sentence is not part of it.
         """
         stages = len(self.grammar.names)
         trims = frozenset(range(stages, stages + len(SENTENCE_ENDS)))
@@ -162,7 +162,7 @@ class Search:
         return node
 
     def forge(self, tokens: Sequence[int], logprobs: Sequence[float], finish: Finish) -> Continuation:
-        """A whole answer that the policy put together itself. Nothing can grow from it."""
+        """Make a whole answer that the policy put together itself. Nothing can grow from it."""
         text = self.decode(list(tokens))
         return Continuation(-1, self.session.root, tuple(tokens), text, tuple(logprobs), finish=finish)
 
@@ -173,26 +173,26 @@ class Search:
         return node
 
     def tokens_left(self, node: Node) -> int:
-        """How many tokens the path of ``node`` may still get."""
+        """How many more tokens the path of ``node`` may have."""
         return self.max_new_tokens - sum(len(ancestor.tokens) for ancestor in node.path())
 
     def spent(self) -> str | None:
-        """What of the budget is spent, short of the reserve for finishing."""
+        """The name of a limit of the budget that is reached, apart from the reserve for finishing, or None."""
         return self.budget.spent(self.usage) if self.budget else None
 
     def score(self, nodes: Sequence[Node], scorer: Scorer, scope: Scope = "stage") -> Program[None]:
         """Give every node the score of its own text, or of its whole path.
 
         One path of tokens has one score: equal candidates are scored once, except by a ``groupwise`` scorer, whose
-        scores hold within ``nodes`` alone. A score that is not finite and a scorer that raises mark the candidate,
-        which ranks with -inf then. A scorer that raises on several candidates is asked again for each alone.
+        scores hold within ``nodes`` alone. A candidate whose score is not finite, or for which the scorer raises,
+        ranks with -inf and keeps the error. A scorer that raises on several candidates is asked again for each alone.
 
         Raises:
             BudgetSpent: too few scorer calls are left for all of them.
             Exception: what the scorer raised, if it raised for every one of ``nodes``.
             ValueError: the scorer does not return one number per span.
         """
-        self._scorers[id(scorer)] = scorer  # alive, its id is no other's
+        self._scorers[id(scorer)] = scorer  # while it lives, no other object has its id
         keys = [(id(scorer), scope, node.path_tokens()) for node in nodes]
         first: dict[tuple, Node] = {}
         for key, node in zip(keys, nodes):
@@ -204,7 +204,7 @@ class Search:
         self.usage.scorer_calls += len(asked)
         spans = [self._span(first[key], scope) for key in asked]
         scores = (yield from self._evaluate(scorer, spans)) if spans else []
-        for key, span, score in reversed([*zip(asked, spans, scores)]):  # of equals the first one's counts
+        for key, span, score in reversed([*zip(asked, spans, scores)]):  # of equal paths, the first one's counts
             if isinstance(score, Exception):
                 self._scores[key] = -math.inf, repr(score), span.notes
             elif not math.isfinite(score):
@@ -223,7 +223,7 @@ class Search:
             raise raised[0]
 
     def best(self, nodes: Sequence[Node], n: int = 1) -> list[Node]:
-        """The ``n`` best that differ in their tokens, the best first; fewer where there are no more."""
+        """The best ``n`` nodes with different tokens, the best first. There may be fewer."""
         distinct = {node.path_tokens(): node for node in reversed(sorted(nodes, key=Node.rank))}
         return sorted(distinct.values(), key=Node.rank)[:n]
 
@@ -236,10 +236,10 @@ class Search:
         cutoff: float | None = None,
         pass_rank: int = 1,
     ) -> None:
-        """Note which of the just sampled ``nodes`` and of older ones the search goes on with.
+        """Note which of the just sampled ``nodes`` and of older ones the search continues from.
 
-        ``pool`` is what they were chosen from, by default ``nodes``; its ``pass_rank``-th best closed score was to be
-        above ``cutoff``.
+        ``pool`` is what they were chosen from, by default ``nodes``. The pool passes if the score of
+        its ``pass_rank``-th best closed candidate is above ``cutoff``.
         """
         for node in kept:
             node.kept = True
@@ -268,8 +268,9 @@ class Search:
         score: float | None = None,
         reason: str | None = None,
     ) -> None:
-        """Note that ``stage`` failed, ``score`` not being above ``cutoff`` unless ``reason`` says something else; round
-        ``round`` samples ``to`` again.
+        """Note that ``stage`` failed and that round ``round`` samples ``to`` again.
+
+        Without a ``reason``, ``score`` was not above ``cutoff``, or was None because too few candidates closed.
         """
         self.retraces.append(Retrace(stage, to, round, cutoff, score))
         reason = reason or ("too few candidates closed" if score is None else "not above the cutoff")
@@ -285,7 +286,7 @@ class Search:
         self.log.append({"event": event, "seconds": self.usage.seconds, **facts})
 
     def to_dict(self) -> dict[str, Any]:
-        """What the trace has of it."""
+        """The search as the trace stores it."""
         return {"nodes": [node.to_dict() for node in self.nodes[1:]], "events": self.log}
 
     def _draw(self, requests: Sequence[Request]) -> Program[list[list[Any]]]:
@@ -294,7 +295,7 @@ class Search:
         return (yield self._bounded(requests))
 
     def _bounded(self, requests: Sequence[Request]) -> list[Request]:
-        """These requests; those that draw stop once the budget is spent."""
+        """Give ``requests`` that draw tokens the limit at which the budget is spent."""
         if self.budget is None:
             return list(requests)
         limit = self.budget.limit()
@@ -312,7 +313,7 @@ class Search:
     def _stage_node(
         self, parent: Node, allowed: tuple[str, ...], round: int, index: int, continuation: Continuation
     ) -> Node:
-        """A candidate of one of the stages ``allowed``, or with none a whole answer."""
+        """Put a candidate of one of the stages ``allowed`` into the tree, or with none allowed a whole answer."""
         finish = continuation.finish
         if not allowed:
             return self.node(parent, None, round, index, continuation, finish is Finish.EOS)
@@ -340,7 +341,7 @@ class Search:
             return results
 
     def _guard(self, program: Program[Result]) -> Program[Result]:
-        """Run what a scorer asks of the engine within the budget."""
+        """Run the requests of a scorer within the budget."""
         reply: Any = None
         failure: Exception | None = None
         while True:
@@ -380,11 +381,11 @@ class Search:
 
 
 def _costs(request: Request, what: str) -> bool:
-    """Whether answering it would take more of what is spent. The last candidates may always be scored by the host."""
+    """Whether answering ``request`` adds to the limit ``what``. Scoring on the host is never refused."""
     return isinstance(request, Expand) or (isinstance(request, Extend) and what in ("prompt_tokens", "seconds"))
 
 
 def ranked_score(pool: Sequence[Node], rank: int) -> float | None:
-    """The ``rank``-th best score of the closed candidates; None if there are not so many."""
+    """The ``rank``-th best score of the closed candidates, or None if fewer have one."""
     scores = sorted((node.score for node in pool if node.closed and node.score is not None), reverse=True)
     return scores[rank - 1] if len(scores) >= rank else None

@@ -14,8 +14,8 @@ class SentenceBeamConfig(Scored):
     """``candidates`` sentences are drawn in all, spread over the beams (at least one each); the best ``keep`` go on.
 
     A sentence ends with a full stop, a question mark or an exclamation mark before white space, or with a closing tag.
-    A beam that has ended stays among those to choose from, and the search ends when all that are kept have. Beams are
-    compared by the score of all that leads to the sentence's end, or with ``scope="stage"`` of the sentence alone.
+    A beam that has ended stays in the pool, and the search ends when every kept beam has ended. Beams compare by the
+    score of the whole path, or with ``scope="stage"`` by that of the last sentence alone.
     """
 
     candidates: int = 4

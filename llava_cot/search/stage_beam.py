@@ -14,18 +14,18 @@ from llava_cot.search.tree import Node
 class StageBeamConfig(Staged):
     """Each stage is sampled ``candidates`` times in all, over its parents, and the best ``keep`` by score go on.
 
-    A number is that of every stage, SUMMARY too (4 and 2 by default); a mapping has one for each. Of the conclusions
-    the best is the answer.
+    One number holds for every stage, SUMMARY included; a mapping has a number for each. The answer ends with the best
+    CONCLUSION.
     """
 
     candidates: PerStage = 4
     keep: PerStage = 2
-    final_scope: Scope = "stage"  # the last pick is by the CONCLUSION's or by the whole text's score
+    final_scope: Scope = "stage"  # whether CONCLUSIONs compare by their own score or by that of the whole text
     max_stage_tokens: Mapping[str, int] = field(default_factory=dict)  # cut a stage that does not close by then
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.to_swires()  # raises what is wrong
+        self.to_swires()  # raises if a value is wrong
 
     def to_swires(self) -> SwiresConfig:
         return SwiresConfig(**{**vars(self), "retrace": {}})

@@ -1,4 +1,4 @@
-"""What a running search has to tell so far, for whoever streams it."""
+"""The events of a running search, in the order in which a stream yields them."""
 
 from collections.abc import Callable
 
@@ -8,9 +8,9 @@ from llava_cot.text import Detokeniser
 
 
 class EventStream:
-    """The events of ``run``, which appends to ``events``, and between them the text of a search without stages.
+    """Takes events from ``events``, to which ``run`` appends, and adds the new text where no token is ever taken back.
 
-    Of a search whose every token stands at once (a trait of its configuration) new text comes as ``TextDelta``.
+    New text comes as ``TextDelta``, only from searches whose configuration says that they stream tokens.
     """
 
     def __init__(self, run: SearchRun, events: list[Event], decode: Callable[[list[int]], str]) -> None:
@@ -19,7 +19,7 @@ class EventStream:
         self._num_shown = 0  # tokens
 
     def take(self) -> list[Event]:
-        """What has happened since the last call."""
+        """The events since the last call."""
         found: list[Event] = []
         if self._detokeniser is not None and (text := self._new_text(self._detokeniser)):
             found.append(TextDelta(text))

@@ -34,24 +34,24 @@ class SwiresConfig(Staged):
     candidates join the stage's pool. The pool passes when its ``pass_rank``-th best score is above the cutoff: then the
     best ``keep[stage]`` go on and the pool is emptied. Otherwise a new round starts from stage ``retrace[stage]``; a
     stage that is not in ``retrace`` always passes, and so does every stage in the last of ``max_rounds`` rounds. One
-    number for ``candidates`` or ``keep`` is that of every stage. The stages are those of ``grammar``, the generator's.
+    number for ``candidates`` or ``keep`` holds for every stage. The stages are those of the generator's ``grammar``.
 
     At most one of ``cutoff``, ``cutoff_z`` and ``cutoff_agreement`` takes the place of ``cutoff_quantile``. The last is
-    a pass rule of its own: so large a share of the pool must say the same, as ``normalise`` spells it.
+    a pass rule of its own: at least this share of the pool must have the same text after ``normalise``.
     """
 
     candidates: PerStage = 4
-    keep: PerStage = 1  # of a stage that ends the answer: num_return_sequences
-    retrace: Mapping[str, str] | None = None  # None: every stage to the one before it, the first to itself
+    keep: PerStage = 1  # a stage that ends the answer keeps num_return_sequences
+    retrace: Mapping[str, str] | None = None  # None: every stage retraces to the one before it, the first to itself
     pass_rank: int = 1
     max_rounds: int = 3
-    cutoff_quantile: float = 0.6  # of the calibrated scores of the stage
-    cutoff: float | None = None  # an absolute one instead
+    cutoff_quantile: float = 0.6  # quantile of the calibrated scores of the stage
+    cutoff: float | None = None  # an absolute score instead
     cutoff_z: float | None = None  # mean + z * std of the calibrated scores instead
     cutoff_agreement: float | None = None
     accumulate: Collection[str] | None = None  # stages whose pool outlives a retrace; None: all
-    accept_after: int | None = None  # draw so many of a stage first, and the others only if these do not pass
-    final_scope: Scope = "stage"  # the last pick is by the CONCLUSION's or by the whole text's score
+    accept_after: int | None = None  # draw this many of a stage first, and the rest only if these do not pass
+    final_scope: Scope = "stage"  # whether CONCLUSIONs compare by their own score or by that of the whole text
     max_stage_tokens: Mapping[str, int] = field(default_factory=dict)  # cut a stage that does not close by then
 
     def __post_init__(self) -> None:
@@ -130,7 +130,7 @@ class SwiresConfig(Staged):
 
 
 def swires(search: Search, config: SwiresConfig) -> Program[list[Node]]:
-    # By depth: what is sampled from, and what was sampled and has not passed. Answers may end at several depths.
+    # For each depth, the nodes to sample from, and the candidates that have not passed. Answers may end at any depth.
     parents: list[list[Node]] = [[search.root]]
     pools: list[list[Node]] = [[]]
     ended: list[Node] = []
@@ -141,7 +141,7 @@ def swires(search: Search, config: SwiresConfig) -> Program[list[Node]]:
         nodes = yield from _sample(search, config, parents[depth], pool, round)
         stage = min(pool, key=Node.rank).stage
         assert stage is not None and config.retrace is not None
-        # The last round has a cutoff too, for the trace alone.
+        # The last round has a cutoff too, but only the trace shows it.
         may_retrace = stage in config.retrace and config.max_rounds > 1
         cutoff = _cutoff(search, config, stage) if may_retrace else None
         keep = partial(search.keep, nodes, pool=pool, cutoff=cutoff, pass_rank=config.pass_rank)
@@ -156,7 +156,7 @@ def swires(search: Search, config: SwiresConfig) -> Program[list[Node]]:
             reason = None if config.cutoff_agreement is None else "too few candidates say the same"
             search.retrace(stage, target, round, cutoff=cutoff, score=score, reason=reason)
             continue
-        # Of candidates of one stage the best are the good ones anyway; those of several have no common scale.
+        # Scores of different stages have no common scale, so the good candidates of every stage come first.
         order = sorted(pool, key=lambda node: (not _is_good(search, config, node), node.rank()))
         keep_count = config.keep[stage]  # type: ignore[index]
         kept = order[:keep_count] if search.grammar.follows[stage] else search.best(pool, keep_count)
@@ -177,7 +177,8 @@ def swires(search: Search, config: SwiresConfig) -> Program[list[Node]]:
 def _sample(
     search: Search, config: SwiresConfig, parents: list[Node], pool: list[Node], round: int
 ) -> Program[list[Node]]:
-    """Sample and score what comes after ``parents`` into their pool: in two goes where the first may be enough."""
+    """Sample and score candidates after ``parents`` and add them to ``pool``. With ``accept_after``, the second part is
+    drawn only if the first does not pass."""
     stages = {name for parent in parents for name in search.grammar.allowed(stages_of(parent))}
     each = max(1, max(config.candidates[stage] for stage in stages) // len(parents))  # type: ignore[index]
     first = min(each, max(1, config.accept_after // len(parents))) if config.accept_after else each
@@ -217,7 +218,7 @@ def _passes(search: Search, config: SwiresConfig, pool: list[Node]) -> bool:
 
 
 def _is_good(search: Search, config: SwiresConfig, node: Node) -> bool:
-    """Whether it is closed and above the cutoff of its own stage, where there is one."""
+    """Whether ``node`` is closed and above the cutoff of its own stage, if that stage has one."""
     assert node.stage is not None and node.score is not None
     cutoff = _cutoff(search, config, node.stage)
     return node.closed and (cutoff is None or node.score > cutoff)

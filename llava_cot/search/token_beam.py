@@ -1,4 +1,4 @@
-"""Token beam search: the ``num_beams`` most likely continuations, token by token, as transformers has it."""
+"""Token beam search: the ``num_beams`` most likely continuations, token by token, as in transformers."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
@@ -11,7 +11,7 @@ from llava_cot.search.tree import Node
 
 @dataclass(frozen=True)
 class TokenBeamConfig(Limits):
-    """Names, defaults and meaning are transformers' (``GenerationConfig``); the answer is the best of the beams."""
+    """Names, defaults and meaning are those of transformers' ``GenerationConfig``. The answer is the best beam."""
 
     samples: ClassVar[bool] = False
 
@@ -37,7 +37,7 @@ class TokenBeamConfig(Limits):
 
 
 class _Beam(NamedTuple):
-    """A running beam: ``tokens`` are all of its own, and ``score`` is the sum of their log-probs in nats."""
+    """A running beam. ``tokens`` are all that it has drawn, and ``score`` is the sum of their log-probs in nats."""
 
     score: float
     last: Continuation  # its ``top`` has the tokens that may come next
@@ -46,7 +46,7 @@ class _Beam(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """A beam and a token behind it; ``score`` is the log-prob of both."""
+    """A beam and one more token. ``score`` is the log-prob of both in nats."""
 
     score: float
     beam: int
@@ -56,7 +56,7 @@ class _Step(NamedTuple):
 
 def token_beam(search: Search, config: TokenBeamConfig) -> Program[list[Node]]:
     eos, num_beams = search.eos_token_ids, config.num_beams
-    width = max(2, 1 + len(eos)) * num_beams  # enough to go on with num_beams, whoever ends
+    width = max(2, 1 + len(eos)) * num_beams  # enough that num_beams go on, whichever of them end
     ((root,),) = yield [Extend(search.root.id, top=width)]
     beams = [_Beam(0.0, root)]
     hypotheses: list[tuple[float, Continuation]] = []
@@ -69,7 +69,7 @@ def token_beam(search: Search, config: TokenBeamConfig) -> Program[list[Node]]:
         steps = sorted(steps, key=lambda step: (-step.score, step.beam, step.token))[:width]
         spent = search.spent()  # then the best beams so far are the answers
         is_last = length == config.max_new_tokens or spent is not None
-        for step in steps[:num_beams]:  # those behind only take the places of beams that end
+        for step in steps[:num_beams]:  # the others only take the places of beams that end
             if is_last or step.token in eos:
                 finish = Finish.EOS if step.token in eos else Finish.LENGTH
                 whole = search.forge(*_longer(beams[step.beam], step), finish)
@@ -94,7 +94,7 @@ def token_beam(search: Search, config: TokenBeamConfig) -> Program[list[Node]]:
 
 
 def _longer(beam: _Beam, step: _Step) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """The tokens and log-probs of a beam and one more."""
+    """The tokens and log-probs of a beam after one more step."""
     return (*beam.tokens, step.token), (*beam.logprobs, step.logprob)
 
 

@@ -15,7 +15,8 @@ def candidate_seed(seed: int, stage: str | None, round: int, parent: int, index:
 
 @dataclass(eq=False)
 class Node:
-    """A candidate: one stage (``stage`` None: a whole answer or a part of one) drawn from ``parent``, the root's None.
+    """A candidate that was drawn from ``parent``, which is None for the root. It is one stage, or with ``stage`` None a
+    whole answer or a part of one.
 
     ``closed``: it ended as it should, with its own closing tag, or with EOS for a whole answer. ``violation`` says how
     a stage's candidate left the grammar, ``error`` why it has no score of its own (it ranks with -inf then), and
@@ -38,7 +39,7 @@ class Node:
 
     @property
     def text(self) -> str:
-        """What it added, tags included."""
+        """The text that it added to its parent, tags included."""
         return self.continuation.text
 
     @property
@@ -47,7 +48,7 @@ class Node:
 
     @property
     def logprobs(self) -> tuple[float, ...]:
-        """Of its tokens under the model, in nats."""
+        """The log-probs of its tokens under the model, in nats."""
         return self.continuation.logprobs
 
     @property
@@ -55,7 +56,7 @@ class Node:
         return self.continuation.finish
 
     def path_tokens(self) -> tuple[int, ...]:
-        """Every token from the end of the prompt to here."""
+        """All token ids from the end of the prompt to here."""
         return tuple(token for node in self.path() for token in node.tokens)
 
     def path(self) -> list["Node"]:
@@ -63,13 +64,13 @@ class Node:
         return [*self.parent.path(), self] if self.parent else []
 
     def rank(self) -> tuple:
-        """Sorts the best first: closed ones, then by score; ties go to the lowest (round, parent, index)."""
+        """Sort key, the best first: closed nodes before others, then by score, then by (round, parent, index)."""
         if self.score is None or self.parent is None:
             raise ValueError(f"node {self.id} must have a score to be ranked: yield from search.score(nodes, scorer)")
         return (not self.closed, -self.score, self.round, self.parent.id, self.index)
 
     def to_dict(self) -> NodeData:
-        """What the trace has of it. The root is not in a trace."""
+        """The node as the trace stores it. The root is not in a trace."""
         if self.parent is None:
             raise ValueError("node must not be the root")
         continuation = self.continuation
