@@ -167,10 +167,10 @@ class Engine:
         try:
             schedule.admit()
             self._call()
-            if not self._window(schedule.running):
+            if not self._window(schedule.runnable):
                 self._decode()
         except Exception as error:  # such as torch.OutOfMemoryError
-            schedule.fail_all(error)
+            schedule.fail_pass(error)
         schedule.advance()
         self._is_cut_short = is_nested
 
@@ -178,8 +178,8 @@ class Engine:
         """Compute the last token of what grows or is expanded and all tokens of an extension, then draw one token for
         everything that grows.
         """
-        running = self.schedule.running
         while True:
+            running = self.schedule.runnable
             try:
                 self._prepare(running)
                 logits, sources = self._compute(running)
@@ -243,13 +243,14 @@ class Engine:
 
     def _call(self) -> None:
         calls = [
-            pending
-            for job in self.schedule.running
+            (job, pending)
+            for job in self.schedule.runnable
             for pending in job.pending
             if isinstance(pending.request, Call) and pending.answer is None
         ]
-        results = call_together([pending.request for pending in calls])  # type: ignore[misc]
-        for pending in calls:
+        requests = [pending.request for _, pending in calls]
+        results = self.schedule.call(lambda: call_together(requests), [job for job, _ in calls])  # type: ignore[arg-type]
+        for _, pending in calls:
             pending.answer = results[pending.request]  # type: ignore[index]
 
     def _prepare(self, running: list[Job]) -> None:

@@ -5,6 +5,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from llava_cot.core import Expand, Release
 from llava_cot.engine.branch import Branch
@@ -14,6 +15,8 @@ from llava_cot_kernels.page_pool import OutOfPages
 
 PROMPTS_PER_PREFILL = 16
 SHARED_PASS = "the forward pass that this search shared with others"
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +37,12 @@ class Schedule:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.inbox or self.waiting or any(job.has_work for job in self.running))
+        return bool(self.inbox or self.waiting or self.runnable)
+
+    @property
+    def runnable(self) -> list[Job]:
+        """The running jobs that take part in a step."""
+        return [job for job in self.running if job.is_runnable]
 
     def take_in(self) -> None:
         """Queue the jobs of the inbox. Those that run already, with all answered so far, just go on."""
@@ -55,10 +63,14 @@ class Schedule:
 
     def admit(self) -> None:
         """Prefill waiting jobs, several at once, while there is room."""
-        if self.waiting and self.running and not any(job.has_work for job in self.running):
+        self._admit_fitting()
+        if self.waiting and self.running and not self.runnable:
             for job in [*self.running]:  # their owners ask for nothing now, and may never do so again
                 self._preempt(job)
             self._is_crowded = False
+            self._admit_fitting()
+
+    def _admit_fitting(self) -> None:
         while not (self._is_crowded and self.running) and (jobs := self._fitting()):
             self._admit(jobs)
 
@@ -105,7 +117,7 @@ class Schedule:
         if idle := [branch for job in self.running for branch in job.idle()]:
             self.runner.page_out(idle)
             return
-        job = next((job for job in reversed(self.running) if not job.has_work), self.running[-1])
+        job = next((job for job in reversed(self.running) if not job.is_runnable), self.running[-1])
         if len(self.running) == 1 and job.rebuilt_at != job.usage.steps:
             # Branches that were restored one by one share less than they did; together they share all of it again.
             job.rebuilt_at = job.usage.steps
@@ -114,7 +126,7 @@ class Schedule:
             self._fail(job, self._too_small())
         else:
             self._preempt(job)
-            if job.has_work:
+            if job.is_runnable:
                 self.waiting.appendleft(job)
         self._is_crowded = True
 
@@ -123,6 +135,19 @@ class Schedule:
         self._take_all(job)
         job.was_paused = True
         self.running.remove(job)
+
+    def call(self, function: Callable[[], T], callers: list[Job]) -> T:
+        """Call ``function`` of the host for ``callers``, which take no part in steps that it does."""
+        for job in callers:
+            job.is_calling = True
+        try:
+            return function()
+        finally:
+            for job in callers:
+                job.is_calling = False
+                is_placed = job in self.running or job in self.waiting
+                if job in self.jobs and job.error is None and not is_placed:
+                    self.waiting.append(job)  # it was preempted meanwhile
 
     def release(self, job: Job, *, is_forked: bool = False) -> None:
         """Carry out the releases that ``job`` asks for: of branches that are to be expanded once those are forked."""
@@ -134,20 +159,27 @@ class Schedule:
                     if not branch.is_released and (is_forked or branch not in expanded):
                         self._forget(job, branch)
 
+    def fail_pass(self, error: Exception) -> None:
+        """End every job that took part in a forward pass that raised ``error``."""
+        self._fail_together(self.runnable, error, error)
+
     def fail_all(self, error: BaseException) -> None:
-        """End every job that has begun, since ``error`` has left it in an unknown state."""
-        is_of_pass = isinstance(error, Exception)
-        shown = error if isinstance(error, Exception) else RuntimeError(f"{SHARED_PASS} was interrupted: {error!r}")
-        for job in self.jobs:
-            if job in self.running or (job.is_started and not is_of_pass):
-                own = copy.copy(shown)  # each search notes its trace on its own
-                own.__cause__ = error
-                job.error, job.slots, job.pending = own, [], []
-                job.root.image = -1
-                for branch in job.branches:
-                    branch.seq = -1
-        self.running = []
-        self.waiting = deque(job for job in self.jobs if job.has_work and job.error is None)
+        """End every job that has begun, since the interrupt ``error`` has left them in an unknown state."""
+        shown = RuntimeError(f"{SHARED_PASS} was interrupted: {error!r}")
+        self._fail_together([job for job in self.jobs if job.is_started], shown, error)
+
+    def _fail_together(self, jobs: list[Job], shown: Exception, cause: BaseException) -> None:
+        for job in jobs:
+            own = copy.copy(shown)  # each search notes its trace on its own
+            own.__cause__ = cause
+            job.error, job.slots, job.pending = own, [], []
+            job.root.image = -1
+            for branch in job.branches:
+                branch.seq = -1
+        self.running = [job for job in self.running if job.error is None]
+        self.waiting = deque(
+            job for job in self.jobs if job.is_runnable and job.error is None and job not in self.running
+        )
         self._is_crowded = False
         self._free_unowned()
 

@@ -73,6 +73,7 @@ class Job:
     error: Exception | None = None
     is_over: bool = False
     is_started: bool = False
+    is_calling: bool = False  # a function of one of its ``Call``s runs now
     was_paused: bool = False
     rebuilt_at: int = -1  # the step at which all of its branches were evicted to be restored together
     owner: "weakref.ref[Session] | None" = None
@@ -95,6 +96,11 @@ class Job:
     @property
     def has_work(self) -> bool:
         return bool(self.slots or self.pending) or self.is_ready
+
+    @property
+    def is_runnable(self) -> bool:
+        """Whether a step has something to do for it. A step inside of its own ``Call`` has not."""
+        return self.has_work and not self.is_calling
 
     def resume(self, now: float) -> None:
         """Count its seconds from here on."""

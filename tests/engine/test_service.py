@@ -167,6 +167,64 @@ def test_a_program_may_run_another_search(tiny):
     assert_nothing_held(tiny.engine)
 
 
+@pytest.mark.parametrize("num_pages", [None, 20], ids=["roomy", "crowded"])
+def test_a_call_may_run_another_search(tiny, bare_generator, num_pages):
+    """Its own search waits, and may even be evicted for the other; the rest of the step goes on after it."""
+    generator = bare_generator(tiny.model, page_size=4, num_pages=num_pages)
+    inner, outer = SAMPLES[1], SAMPLES[2]
+    calls = 0
+
+    def judge(items):
+        nonlocal calls
+        calls += 1
+        return [len(generator.answer(inner.image, inner.question, "greedy", max_new_tokens=20).tokens) for _ in items]
+
+    def policy(search):
+        nodes = yield from search.expand([search.root], 2, None, params=SamplingParams())
+        ((a, b), more) = yield [
+            Call(judge, nodes),
+            Expand(nodes[0].continuation.id, (5,), SamplingParams(), 3, frozenset()),
+        ]
+        assert a == b == 20 and len(more[0].tokens) == 3
+        return nodes
+
+    found = generator.answer(outer.image, outer.question, policy, max_new_tokens=24)
+    assert calls == 1 and (found.usage.recomputed_tokens > 0) == (num_pages is not None)
+    assert found.tokens == tiny.answer(outer.image, outer.question, policy, max_new_tokens=24).tokens
+    assert_nothing_held(generator.engine)
+
+
+@pytest.mark.parametrize("where", ["policy", "call"])
+def test_a_nested_search_that_fails_does_not_end_the_outer(tiny, monkeypatch, where):
+    failed, decode = [], tiny.engine.runner.decode
+
+    def inner(items=()):
+        monkeypatch.setattr(tiny.engine.runner, "decode", out_of_memory)
+        try:
+            tiny.answer(SAMPLES[0].image, SAMPLES[0].question, "greedy", max_new_tokens=5)
+        except torch.OutOfMemoryError as error:
+            failed.append(error)
+        monkeypatch.setattr(tiny.engine.runner, "decode", decode)
+        return [0 for _ in items]
+
+    def out_of_memory(tokens, **settings):
+        raise torch.OutOfMemoryError("no room today")
+
+    def policy(search):
+        greedy = SamplingParams(temperature=0.0)
+        nodes = yield from search.expand([search.root], 2, None, params=greedy, max_stage_tokens=8)
+        if where == "call":
+            yield [Call(inner, nodes)]
+        else:
+            inner()
+        more = yield from search.expand(nodes[:1], 1, None, params=greedy)
+        return more
+
+    tiny.answer(SAMPLES[1].image, SAMPLES[1].question, policy, max_new_tokens=24)
+    assert len(failed) == 1
+    assert_nothing_held(tiny.engine)
+
+
 def test_a_session_that_nobody_holds_ends(tiny):
     inputs = _inputs(tiny)
     drive = Drive(session := tiny.engine.open(inputs), _growing(session.root, 50))
