@@ -1,4 +1,4 @@
-"""What a search returns."""
+"""The answer that a search returns."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from llava_cot.trace import Trace
 
 @dataclass(frozen=True)
 class Answer:
-    """``stages`` has every stage of ``grammar`` by name, each with its ``text`` and its ``outcome``."""
+    """The answer of a search. ``stages`` has every stage of ``grammar`` by name, with its ``text`` and ``outcome``."""
 
     text: str  # everything that was generated, tags included
     tokens: list[int]
@@ -17,11 +17,11 @@ class Answer:
     trace: Trace
     usage: Usage
     grammar: Grammar = LLAVA_COT
-    violation: str | None = None  # where the text leaves the grammar, in words
+    violation: str | None = None  # where the text leaves the grammar, in words; None if it does not
 
     @property
     def conclusion(self) -> str:
-        """The stripped text of the last stage, CONCLUSION; empty if the model wrote none."""
+        """The stripped text of the grammar's conclusion; empty if the model wrote none."""
         return self.stages[self.grammar.conclusion].text
 
 

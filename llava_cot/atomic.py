@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Write files that appear whole or not at all."""
 
 import os
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ from typing import TextIO
 
 @contextmanager
 def replacing(path: Path | str) -> Iterator[TextIO]:
-    """A UTF-8 file to write that takes the place of ``path`` once the block has ended.
+    """Yield a UTF-8 file to write, which replaces ``path`` when the block ends.
 
-    Whoever reads ``path`` sees what was there before or all that was written; what the block raises leaves it alone.
+    A reader of ``path`` sees either the old content or all of the new one. If the block raises, ``path`` is unchanged.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # in the same folder, so that the renaming is atomic
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # in the same folder, so that renaming is atomic
     try:
         with part.open("w", encoding="utf-8") as file:
             yield file

@@ -1,4 +1,4 @@
-"""What transformers hands to a custom function, as arguments of ``SwiresGenerator.generate``."""
+"""Translate what transformers hands to a custom function into arguments of ``SwiresGenerator.generate``."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,19 +13,19 @@ from llava_cot.families import FAMILIES, family_of
 
 @dataclass
 class SearchOutput(ModelOutput):
-    """``generate(..., return_dict_in_generate=True)``: what it returns otherwise, and every row's answer."""
+    """The output of ``generate(..., return_dict_in_generate=True)``: the sequences, and the answer of every row."""
 
     sequences: torch.Tensor | None = None  # int64 [B, T + new]
-    sequences_scores: torch.Tensor | None = None  # float32 [B], of a search that scores what it returns
-    answers: tuple[Answer, ...] | None = None  # of B rows
+    sequences_scores: torch.Tensor | None = None  # float32 [B]; None if the search scores nothing
+    answers: tuple[Answer, ...] | None = None  # one for each of the B rows
 
 
-# What transformers itself makes of its arguments before it calls a custom function
+# The classes that transformers itself builds from its arguments before it calls a custom function
 KNOWN = {
     "logits_processor": ("TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper"),
     "stopping_criteria": ("MaxLengthCriteria", "EosTokenCriteria"),
 }
-# Its defaults, which can't be told from nothing
+# The defaults of transformers, which look the same as an argument that was not given
 UNSET: dict[str, tuple[Any, ...]] = {
     "temperature": (1.0, None),
     "top_k": (50, None),
@@ -37,7 +37,7 @@ UNSET: dict[str, tuple[Any, ...]] = {
 
 
 def refuse_unknown(**given: Sequence[Any]) -> None:
-    """Raise ``ValueError`` for a logits processor or a stopping criterion that the caller brought."""
+    """Raise ``ValueError`` for a logits processor or a stopping criterion of the caller's own."""
     for name, items in given.items():
         for item in items or ():
             if type(item).__name__ not in KNOWN[name]:
@@ -45,10 +45,10 @@ def refuse_unknown(**given: Sequence[Any]) -> None:
 
 
 def arguments(model: Any, input_ids: Any, config: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """``generate``'s arguments, of a generation configuration and of inputs that transformers has prepared.
+    """Return ``generate``'s arguments for a generation configuration and inputs that transformers has prepared.
 
     Raises:
-        ValueError: the model's family is one of which transformers has encoded the images already.
+        ValueError: transformers has already encoded the images of this model family.
     """
     family = family_of(model.config)
     if not family.has_custom_generate:
@@ -57,7 +57,7 @@ def arguments(model: Any, input_ids: Any, config: Any, inputs: Mapping[str, Any]
             f"model must be one of {kinds}, got model_type {family.model_type!r}: "
             "call generator.generate(**inputs) instead"
         )
-    repeats = max(config.num_beams or 1, config.num_return_sequences or 1)  # of every row, made already
+    repeats = max(config.num_beams or 1, config.num_return_sequences or 1)  # transformers made this many of each row
     rows = {n: v[::repeats] for n, v in inputs.items() if n in family.inputs and v is not None}
     return {
         **rows,

@@ -1,4 +1,4 @@
-"""Images as callers have them, and how they become RGB; no torch."""
+"""Turn the images that callers give into RGB images. No torch."""
 
 from os import PathLike
 
@@ -9,7 +9,12 @@ ImageLike = Image.Image | np.ndarray | str | PathLike
 
 
 def open_image(image: ImageLike) -> Image.Image:
-    """An RGB image; raises ``ValueError`` or ``TypeError`` when there is none to be had."""
+    """Return ``image`` as an RGB image.
+
+    Raises:
+        ValueError: an array that is not uint8 [H, W, 3], or a file that cannot be read or decoded.
+        TypeError: neither an image, nor an array, nor a path.
+    """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ValueError(f"image must be a uint8 array [H, W, 3], got {image.dtype} {list(image.shape)}")

@@ -1,4 +1,4 @@
-"""From an image and a question to what the model is fed, one sample at a time."""
+"""Turn an image and a question into the inputs of a model, one sample at a time."""
 
 import torch
 from transformers import PreTrainedConfig, ProcessorMixin
@@ -9,10 +9,14 @@ from llava_cot.image import ImageLike, open_image
 
 
 def build_inputs(processor: ProcessorMixin, image: ImageLike, question: str, bos: Bos) -> Prompt:
-    """The processor's inputs for one question: chat template, generation prompt, one BOS.
+    """Return the processor's inputs for one question: chat template, generation prompt and one BOS.
 
-    Most chat templates write a BOS themselves; ``bos="released"`` lets the tokenizer add a second one, as the released
-    LLaVA-CoT weights were trained.
+    Most chat templates write a BOS themselves. With ``bos="released"`` the tokenizer adds a second one, because the
+    released LLaVA-CoT weights were trained with two.
+
+    Raises:
+        ValueError: an empty question, or an image that cannot be read.
+        TypeError: see ``open_image``.
     """
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"question must be a non-empty string, got {question!r}")
@@ -29,9 +33,12 @@ def build_inputs(processor: ProcessorMixin, image: ImageLike, question: str, bos
 
 
 def split_rows(inputs: dict[str, torch.Tensor], config: PreTrainedConfig) -> list[Prompt]:
-    """The rows of a processor's batch, each without its padding. Raises ``ValueError`` naming what does not fit.
+    """Split a processor's batch into its rows, each without padding.
 
-    ``config`` is the model's: it says what there must be, and which tokens stand for images.
+    ``config`` is the model's. It says which inputs must be given and which tokens stand for images.
+
+    Raises:
+        ValueError: an input is missing or does not fit the others. The message names it.
     """
     family = family_of(config)
     for name in family.inputs:

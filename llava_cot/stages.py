@@ -1,4 +1,4 @@
-"""The stage grammar: which tags, in which order, and what a text made of them."""
+"""The stage grammar: which tags may come in which order, and how a text follows them."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -28,17 +28,17 @@ STAGES = tuple(Stage)
 
 
 class Outcome(StrEnum):
-    """How a stage stands in a text."""
+    """How a stage was found in a text."""
 
-    COMPLETE = "complete"  # opened and closed as often as the grammar has it
-    UNCLOSED = "unclosed"  # opened, and the text ends before it closes
-    MISSING = "missing"  # its opening tag is not there
-    REPEATED = "repeated"  # opened more often than that; the text is that of the first
+    COMPLETE = "complete"  # closed, and opened at most ``max_visits`` times
+    UNCLOSED = "unclosed"  # opened, but not closed
+    MISSING = "missing"  # never opened
+    REPEATED = "repeated"  # opened more than ``max_visits`` times; ``text`` is that of the first
 
 
 @dataclass(frozen=True)
 class StageText:
-    """One stage of a parsed text: the stripped text between its tags, and how it was found."""
+    """One stage of a parsed text: the stripped text between its tags, and its outcome."""
 
     stage: str
     text: str
@@ -55,17 +55,19 @@ class _Settings(TypedDict, total=False):
 class Grammar:
     """Which stages a model writes and which may come after which.
 
-    A stage with one follower is a fixed order, with several the model chooses by what it opens, a follower before it is
-    a loop. ``start`` begins and a stage without followers ends an answer; the last such is its conclusion.
+    One follower fixes the order. Among several followers the model chooses by the tag that it opens. A follower that
+    leads back to an earlier stage makes a loop. An answer begins with a stage of ``start`` and ends with a stage that
+    has no followers. The last such stage in ``follows`` is the conclusion.
 
     Args:
-        follows: for each stage those that may come next, in the order of preference.
-        start: those that may come first; by default the first of ``follows``.
-        max_visits: how often a stage may occur in one answer; 1 where nothing is said.
-        tags: its opening and closing tag; ``<NAME>`` and ``</NAME>`` where nothing is said.
+        follows: for each stage the stages that may come next, in the order of preference.
+        start: the stages that may come first; by default the first one in ``follows``.
+        max_visits: how often a stage may occur in one answer; by default once.
+        tags: the opening and the closing tag of a stage; by default ``<NAME>`` and ``</NAME>``.
 
     Raises:
-        ValueError: a name that is no stage, two equal tags, or a stage from which no end can be reached.
+        ValueError: no stage, a name that is no stage, ``max_visits`` below 1, an empty tag, two equal tags, or a stage
+            from which no end can be reached.
     """
 
     follows: Mapping[str, Sequence[str]]
@@ -97,11 +99,14 @@ class Grammar:
 
     @classmethod
     def sequence(cls, *names: str, **settings: Unpack[_Settings]) -> "Grammar":
-        """Every stage once, in this order."""
+        """Return the grammar that has every stage once, in this order."""
         return cls({name: names[at + 1 : at + 2] for at, name in enumerate(names)}, **settings)
 
     def to_dict(self) -> dict[str, Any]:
-        """Its arguments as JSON has them, every tag spelled out: ``Grammar(**grammar.to_dict())`` is the same one."""
+        """Return the arguments as plain JSON, with every tag spelled out.
+
+        ``Grammar(**grammar.to_dict())`` is an equivalent grammar.
+        """
         return {
             "follows": {str(name): [str(after) for after in self.follows[name]] for name in self.names},
             "start": [str(name) for name in self.allowed([])],
@@ -123,25 +128,25 @@ class Grammar:
         return [self.tag_pair(name)[1] for name in self.names]
 
     def tag_pair(self, name: str) -> tuple[str, str]:
-        """Its opening and its closing tag."""
+        """Return the opening and the closing tag of a stage."""
         open_tag, close_tag = self.tags.get(name, (f"<{name}>", f"</{name}>"))
         return open_tag, close_tag
 
     def allowed(self, path: Sequence[str]) -> tuple[str, ...]:
-        """The stages that may come after those of ``path``; none: the answer ends here."""
+        """Return the stages that may come after those of ``path``. If there are none, the answer ends here."""
         after = self.follows[path[-1]] if path else self.start or self.names[:1]
         return tuple(name for name in after if path.count(name) < self.max_visits.get(name, 1))
 
     def parse(self, text: str) -> dict[str, StageText]:
-        """Every stage of ``text`` by name, in the order of the grammar; never raises.
+        """Return every stage of ``text`` by name, in the order of the grammar. Never raises.
 
-        The text of an unclosed stage runs to the next tag of the grammar or to the end, that of a missing one is empty.
-        Of a stage that may occur several times, and does not more often, it is the last.
+        The text of an unclosed stage runs to the next tag of the grammar or to the end. That of a missing stage is
+        empty. If a stage occurs several times, as ``max_visits`` allows, the last one counts.
         """
         return {name: self._parse_stage(text, name) for name in self.names}
 
     def violation(self, text: str) -> str | None:
-        """Where ``text`` leaves the grammar, in words; None if it does not."""
+        """Say in words where ``text`` leaves the grammar. Return None if it does not."""
         path: list[str] = []
         inside = None
         opens, closes = ({self.tag_pair(name)[side]: name for name in self.names} for side in (0, 1))
@@ -164,7 +169,7 @@ class Grammar:
         return self.expected(path, "the end") if self.allowed(path) else None
 
     def expected(self, path: Sequence[str], got: str) -> str:
-        """Says that ``got`` may not come after ``path``."""
+        """Say that ``got`` may not come after ``path``, and what may."""
         after, allowed = f"after {path[-1]}" if path else "first", self.allowed(path)
         return f"{after} comes {' or '.join(allowed) if allowed else 'nothing'}, got {got}"
 
@@ -197,11 +202,11 @@ LLAVA_COT = Grammar.sequence(*STAGES)  # SUMMARY, CAPTION, REASONING, CONCLUSION
 
 
 def parse(text: str) -> dict[str, StageText]:
-    """The four stages of ``text`` by name: ``LLAVA_COT.parse``."""
+    """Return the four stages of ``text`` by name, as ``LLAVA_COT.parse`` does."""
     return LLAVA_COT.parse(text)
 
 
 def render(stages: dict[str, str]) -> str:
-    """The four stages as one tagged text, as in LLaVA-CoT-100k."""
+    """Write the four stages as one tagged text, as in LLaVA-CoT-100k."""
     pairs = ((LLAVA_COT.tag_pair(stage), stages[stage]) for stage in STAGES)
     return "\n\n".join(f"{open_tag} {text} {close_tag}" for (open_tag, close_tag), text in pairs)

@@ -1,4 +1,4 @@
-"""The ``llava-cot`` command: what is typed becomes calls; every command's work lives elsewhere."""
+"""The ``llava-cot`` command. It turns arguments into calls; the work of each command is done elsewhere."""
 
 import sys
 
@@ -16,7 +16,7 @@ for part in (search, data, train):
 
 
 def main() -> None:
-    """Entry point: bad input, and kernels that are not built, give one line and exit code 2, not a traceback."""
+    """Run the command. Bad input and kernels that are not built print one line and exit with 2, without a traceback."""
     try:
         app()
     except (ValueError, TypeError, OSError, ImportError) as error:

@@ -1,4 +1,4 @@
-"""Commands that make training data: validate, annotate."""
+"""The commands that make training data: validate and annotate."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,20 +10,22 @@ app = typer.Typer()
 
 @app.command()
 def validate(
-    data: Annotated[Path, typer.Argument(help='A .jsonl of {"id", "image", "conversations"}, as LLaVA-CoT-100k\'s.')],
-    images: Annotated[Path, typer.Option(help="The folder that the paths of images are relative to.")],
-    clean: Annotated[Path, typer.Option(help="Write the good lines to this file, as they are.")],
+    data: Annotated[Path, typer.Argument(help='A .jsonl of {"id", "image", "conversations"}, as in LLaVA-CoT-100k.')],
+    images: Annotated[Path, typer.Option(help="The folder that image paths are relative to.")],
+    clean: Annotated[Path, typer.Option(help="Write the good lines, unchanged, to this file.")],
     quarantine: Annotated[Path, typer.Option(help="Write {line, reason, raw} of each bad line to this file.")],
     report: Annotated[Path | None, typer.Option(help="Write the counts as JSON to this file.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that check lines and decode images.")] = 1,
-    decode: Annotated[bool, typer.Option(help="Decode every image, or only look whether it is there.")] = True,
-    max_aspect: Annotated[float, typer.Option(min=1, help="Of an image: longer over shorter side.")] = 50.0,
-    allow_text_only: Annotated[bool, typer.Option("--allow-text-only", help="A row may be without an image.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="The processes that check lines and decode images.")] = 1,
+    decode: Annotated[bool, typer.Option(help="Decode every image, or only check that its file exists.")] = True,
+    max_aspect: Annotated[
+        float, typer.Option(min=1, help="The largest ratio of an image's longer to its shorter side.")
+    ] = 50.0,
+    allow_text_only: Annotated[bool, typer.Option("--allow-text-only", help="Accept rows without an image.")] = False,
     test_images: Annotated[
-        Path | None, typer.Option(help="A folder of a benchmark's images: rows about one of them are bad.")
+        Path | None, typer.Option(help="A folder of benchmark images. A row about one of them is bad.")
     ] = None,
 ) -> None:
-    """Part training data into good lines and bad ones; exit with 1 if any is bad."""
+    """Split training data into good lines and bad ones. Exits with 1 if any is bad."""
     import signal
     import sys
 
@@ -37,7 +39,7 @@ def validate(
     size = data.stat().st_size
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # half a file is cleared away
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # removes unfinished files
     try:
         with Progress(TextColumn("{task.description}"), *columns, console=console) as progress:
             task = progress.add_task("hashing test images" if test_images else "validating", total=None)
@@ -62,34 +64,41 @@ def validate(
 
 @app.command()
 def annotate(
-    questions: Annotated[Path, typer.Argument(help='A .jsonl of {"id", "image", "question", "answer"} or of rows.')],
-    out: Annotated[Path, typer.Argument(help="The .jsonl to append to; what it has already is not asked again.")],
-    model: Annotated[str, typer.Option(help="That writes and judges, as the endpoint names it.")],
-    base_url: Annotated[str | None, typer.Option(help="Of an OpenAI-compatible endpoint, e.g. with /v1.")] = None,
+    questions: Annotated[
+        Path, typer.Argument(help='A .jsonl of {"id", "image", "question", "answer"}, or of rows as in LLaVA-CoT-100k.')
+    ],
+    out: Annotated[Path, typer.Argument(help="The .jsonl to append to. Questions that it already has are skipped.")],
+    model: Annotated[str, typer.Option(help="The model that writes and judges, as the endpoint names it.")],
+    base_url: Annotated[
+        str | None, typer.Option(help="The URL of an OpenAI-compatible endpoint, with /v1 if it has that.")
+    ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="The folder that the paths of images are relative to; that of QUESTIONS if not.")
+        Path | None, typer.Option(help="The folder that image paths are relative to; by default that of QUESTIONS.")
     ] = None,
     rejects: Annotated[
-        Path | None, typer.Option(help="Append rejected ids and why; OUT's name .rejects.jsonl.")
+        Path | None,
+        typer.Option(help="Append rejected ids and reasons to this file; by default OUT ending in .rejects.jsonl."),
     ] = None,
-    retry_rejects: Annotated[bool, typer.Option("--retry-rejects", help="Ask what was rejected again.")] = False,
-    limit: Annotated[int | None, typer.Option(min=0, help="Conversations of this run.")] = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Conversations at a time.")] = 8,
-    rpm: Annotated[float | None, typer.Option(help="Requests a minute, evenly spaced.")] = None,
-    tpm: Annotated[float | None, typer.Option(help="Tokens a minute, evenly spaced.")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 120.0,
-    max_retries: Annotated[int, typer.Option(min=0, help="Of one request, after what may pass.")] = 8,
-    attempts: Annotated[int, typer.Option(min=1, help="Texts asked for a turn until one is valid.")] = 2,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Of one reply.")] = 2048,
-    temperature: Annotated[float | None, typer.Option(min=0, help="The endpoint's own if not given.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Sent with each request if given.")] = None,
+    retry_rejects: Annotated[bool, typer.Option("--retry-rejects", help="Ask the rejected questions again.")] = False,
+    limit: Annotated[int | None, typer.Option(min=0, help="The most conversations of this run.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="The number of conversations at a time.")] = 8,
+    rpm: Annotated[float | None, typer.Option(help="The most requests per minute, evenly spaced.")] = None,
+    tpm: Annotated[float | None, typer.Option(help="The most tokens per minute, evenly spaced.")] = None,
+    timeout: Annotated[float, typer.Option(help="The seconds that one request may take.")] = 120.0,
+    max_retries: Annotated[int, typer.Option(min=0, help="The most retries of a request after temporary errors.")] = 8,
+    attempts: Annotated[int, typer.Option(min=1, help="The most texts requested per turn until one is valid.")] = 2,
+    max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of one reply.")] = 2048,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="The sampling temperature; by default the endpoint's own.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="The seed that is sent with each request; by default none.")] = None,
     price_in: Annotated[float | None, typer.Option(help="USD per million prompt tokens.")] = None,
     price_out: Annotated[float | None, typer.Option(help="USD per million completion tokens.")] = None,
-    max_cost: Annotated[float | None, typer.Option(help="USD of all runs into OUT; stop before more is spent.")] = None,
-    image_tokens: Annotated[int, typer.Option(min=0, help="What an image counts for in estimates.")] = 1000,
+    max_cost: Annotated[float | None, typer.Option(help="The most USD that all runs into OUT may spend.")] = None,
+    image_tokens: Annotated[int, typer.Option(min=0, help="The tokens of an image in estimates.")] = 1000,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only estimate requests, tokens and cost.")] = False,
 ) -> None:
-    """Write four-stage answers to questions whose answers are known, by a model behind an endpoint."""
+    """Let a model behind an endpoint write four-stage answers to questions whose answers are known."""
     from llava_cot.data.annotation.cost import Prices
     from llava_cot.data.annotation.progress import progress_bar, summary
     from llava_cot.data.annotation.run import Settings, annotate_file, estimate_file

@@ -1,4 +1,4 @@
-"""Commands that search: answer, demo, report, export."""
+"""The commands around searches: answer, demo, report and export."""
 
 import random
 import sys
@@ -31,31 +31,38 @@ PRESETS = ("published", "released", "prose")
 Search = Annotated[
     str,
     typer.Option(
-        help="greedy, sample, best_of_n, majority, token_beam, sentence_beam, stage_beam, swires, "
-        "or a preset of it: swires:published, :released, :prose."
+        help="greedy, sample, best_of_n, majority, token_beam, sentence_beam, stage_beam or swires, "
+        "or a preset of swires: swires:published, swires:released or swires:prose."
     ),
 ]
-Model = Annotated[str, typer.Option(help="A model folder or hub name; tiny is the bundled scale model.")]
-Seed = Annotated[int, typer.Option(min=0, help="Everything random comes from it.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Of the whole answer.")]
+Model = Annotated[str, typer.Option(help="A model folder or a hub name; tiny is the bundled scale model.")]
+Seed = Annotated[int, typer.Option(min=0, help="The seed of everything random.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="The most tokens of the whole answer.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the live view.")]
 TraceFile = Annotated[
-    Path | None, typer.Option(help="Write the search's trace to this file: a page if it ends in .html, else JSON.")
+    Path | None,
+    typer.Option(help="Write the search's trace to this file, as a page if it ends in .html, else as JSON."),
 ]
 
 
 @app.command()
 def answer(
     image: Annotated[Path, typer.Argument(help="The image file.")],
-    question: Annotated[str, typer.Argument(help="The question about it.")],
+    question: Annotated[str, typer.Argument(help="The question about the image.")],
     search: Search = "swires",
     model: Model = "tiny",
-    device: Annotated[str | None, typer.Option(help="For example cuda.")] = None,
+    device: Annotated[str | None, typer.Option(help="The device of the model, e.g. cuda; by default the CPU.")] = None,
     seed: Seed = 0,
     max_new_tokens: MaxNewTokens = 2048,
-    scorer: Annotated[str | None, typer.Option(help="Of candidates, e.g. confidence, vote or by_stage.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="A budget: tokens drawn by the whole search.")] = None,
-    max_seconds: Annotated[float | None, typer.Option(min=0.01, help="A budget: seconds for the search.")] = None,
+    scorer: Annotated[
+        str | None, typer.Option(help="The scorer of candidates, e.g. confidence, vote or by_stage.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Budget: the most tokens that the whole search draws.")
+    ] = None,
+    max_seconds: Annotated[
+        float | None, typer.Option(min=0.01, help="Budget: the most seconds that the search takes.")
+    ] = None,
     json: Json = False,
     trace: TraceFile = None,
 ) -> None:
@@ -74,15 +81,15 @@ def answer(
 def demo(
     search: Search = "swires",
     seed: Annotated[
-        int | None, typer.Option(min=0, help="The sample of the shapes world; a fresh one by default.")
+        int | None, typer.Option(min=0, help="The number of the sample in the shapes world; by default a random one.")
     ] = None,
     verifier: Annotated[
-        bool, typer.Option(help="Score by the bundled verifier, which sees the image better, or by confidence.")
+        bool, typer.Option(help="Score by the bundled verifier, which sees the image better, or else by confidence.")
     ] = True,
     json: Json = False,
     trace: TraceFile = None,
 ) -> None:
-    """Make a fresh image, ask the bundled tiny model about it, search, and show the truth."""
+    """Make a new image, let the bundled tiny model answer a question about it, and show the right answer."""
     from llava_cot.data import shapes
     from llava_cot.scoring.verifier import load_verifier
 
@@ -98,7 +105,7 @@ def demo(
         if "scorer" in known:
             settings["scorer"] = load_verifier(lambda _: shapes.clean_view(number))
         if "cutoff" in known:
-            settings["cutoff"] = 0.0  # a logit: rather right than wrong
+            settings["cutoff"] = 0.0  # a logit: more likely right than wrong
         conclusion = _run(image, sample.question, search, "tiny", None, settings, json, trace, sample.answer)
     if not json:
         verdict = "right" if shapes.is_correct(sample, conclusion) else "wrong"
@@ -113,12 +120,13 @@ def demo(
 
 @app.command()
 def report(
-    traces: Annotated[Path, typer.Argument(help="A trace as JSON, or many: a folder of them, or a .jsonl file.")],
+    traces: Annotated[Path, typer.Argument(help="One trace as JSON, or many in a folder or a .jsonl file.")],
     html: Annotated[
-        Path | None, typer.Option(help="Write it as a page to this file; of many, to this folder with an index.")
+        Path | None,
+        typer.Option(help="Write one trace as a page to this file, or many as pages with an index to this folder."),
     ] = None,
 ) -> None:
-    """Show what a search did: its rounds, candidates and retraces; of many searches, what came of them."""
+    """Show what a search did: its rounds, candidates and retraces. Of many searches, show the totals."""
     from llava_cot.report.many import read_rows, to_table, write_pages
     from llava_cot.trace import holds_many, read_trace
 
@@ -139,18 +147,22 @@ def report(
 @app.command()
 def export(
     traces: Annotated[Path, typer.Argument(help='A .jsonl of {"trace": {...}, "image": "path", "gold": "..."}.')],
-    out: Annotated[Path, typer.Argument(help="The .jsonl to write.")],
-    format: Annotated[str, typer.Option(help="sft, preferences, unpaired, steps or groups.")],
+    out: Annotated[Path, typer.Argument(help="The .jsonl file to write.")],
+    format: Annotated[str, typer.Option(help="The format: sft, preferences, unpaired, steps or groups.")],
     by: Annotated[
-        str | None, typer.Option(help="Rank and label by score (default), or by answers that match gold.")
+        str | None, typer.Option(help="Rank and label by score (the default) or by answers, which match gold or not.")
     ] = None,
-    min_margin: Annotated[float | None, typer.Option(min=0, help="Of preferences and unpaired.")] = None,
-    max_length_ratio: Annotated[float | None, typer.Option(min=1, help="Of preferences.")] = None,
+    min_margin: Annotated[
+        float | None, typer.Option(min=0, help="For preferences and unpaired: the least difference that counts.")
+    ] = None,
+    max_length_ratio: Annotated[
+        float | None, typer.Option(min=1, help="For preferences: the largest ratio of the two lengths.")
+    ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Whose processor renders text; that of the traces if not given.")
+        str | None, typer.Option(help="The model whose processor renders text; by default that of the traces.")
     ] = None,
 ) -> None:
-    """Make training data of searches: their winners, preferences, labels, steps or groups."""
+    """Make training data from traces: winners, preferences, labels, steps or groups."""
     from llava_cot.data.export import export_file
 
     given = {"by": by, "min_margin": min_margin, "max_length_ratio": max_length_ratio}
@@ -193,7 +205,7 @@ def _run(
             events = generator.stream(image, question, plan, **settings)
             result = _watch(question, events)
     except Exception as error:
-        if hasattr(error, "trace"):  # of a search that failed: how far it came
+        if hasattr(error, "trace"):  # a failed search shows how far it came
             write(error.trace)
         raise
     write(result.trace)
@@ -212,7 +224,7 @@ def _search(name: str) -> "str | SwiresConfig":
 
 
 def _settings(search: str) -> set[str]:
-    """What may be set of a search, by its name on the command line."""
+    """Return the settings of a search, given by its name on the command line."""
     from dataclasses import fields
 
     from llava_cot.search import POLICIES
@@ -230,7 +242,7 @@ def _json(result: "Answer") -> str:
 
 
 def _watch(question: str, events: "Iterable[Event | Finished]") -> "Answer":
-    """Show the search as it happens; returns its answer."""
+    """Show the search as it happens, and return its answer."""
     from llava_cot.answer import Finished
     from llava_cot.search.events import Candidates, Retrace, StageFinal, TextDelta
 
@@ -257,7 +269,7 @@ def _watch(question: str, events: "Iterable[Event | Finished]") -> "Answer":
             elif isinstance(event, Finished):
                 shown.append(_answer(event.answer))
             live.update(Group(*shown))
-    assert isinstance(event, Finished)  # every stream ends with it
+    assert isinstance(event, Finished)  # every stream ends with this event
     return event.answer
 
 
@@ -288,7 +300,7 @@ def _answer(answer: "Answer") -> Panel:
 
 
 def _show_image(image: "Image", title: str) -> None:
-    """The image in the terminal, two pixels a character."""
+    """Print the image in the terminal, two pixels per character."""
     lines = Text()
     pixels: Any = image.load()
     for y in range(0, image.height, 2):

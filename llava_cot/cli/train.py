@@ -1,4 +1,4 @@
-"""Commands that train: train, train-reward."""
+"""The commands that train: train and train-reward."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,13 +8,11 @@ import typer
 app = typer.Typer()
 
 Config = Annotated[
-    Path, typer.Argument(help="The run's settings, e.g. configs/llava_cot_11b.yaml or tiny_reward.yaml.")
+    Path, typer.Argument(help="The settings of a run, e.g. configs/llava_cot_11b.yaml or tiny_reward.yaml.")
 ]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Settings that differ: optimizer.lr=2e-5 output=runs/2 ...")
-]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change: optimizer.lr=2e-5 output=runs/2 ...")]
 Inspect = Annotated[
-    int | None, typer.Option(min=1, help="Print the examples of so many rows with what is learnt of them, and stop.")
+    int | None, typer.Option(min=1, help="Print the examples of this many rows with what is learnt, and stop.")
 ]
 
 
@@ -23,16 +21,21 @@ def train(
     config: Config,
     overrides: Overrides = None,
     inspect: Inspect = None,
-    plan: Annotated[bool, typer.Option(help="Print the memory it takes on --gpus, allocating none, and stop.")] = False,
-    gpus: Annotated[str, typer.Option(help="Of the plan: how many, and the size of each.")] = "8x80GB",
+    plan: Annotated[
+        bool, typer.Option(help="Print the memory it takes on --gpus, without allocating it, and stop.")
+    ] = False,
+    gpus: Annotated[str, typer.Option(help="For --plan: the number of GPUs and the memory of each.")] = "8x80GB",
     row_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of the plan: tokens of a row; by default max_row_tokens, or 2048.")
+        int | None, typer.Option(min=1, help="For --plan: the tokens of a row; by default max_row_tokens, or 2048.")
     ] = None,
     images_per_row: Annotated[
-        int | None, typer.Option(min=1, help="Of the plan: by default one, or one for 1024 tokens of a packed row.")
+        int | None,
+        typer.Option(
+            min=1, help="For --plan: the images of a row; by default one, or one per 1024 tokens of a packed row."
+        ),
     ] = None,
 ) -> None:
-    """Fine-tune a model; under torchrun on several GPUs or machines. The same command goes on after a stop."""
+    """Fine-tune a model, under torchrun on several GPUs or machines. The same command resumes a run that stopped."""
     from llava_cot.train.config import load_config
 
     settings = load_config(config, overrides)
@@ -53,5 +56,5 @@ def train(
 
 @app.command()
 def train_reward(config: Config, overrides: Overrides = None, inspect: Inspect = None) -> None:
-    """Train a stage reward model on `llava-cot export --format steps`: train with objective=reward."""
+    """Train a stage reward model on `llava-cot export --format steps`. The same as train with objective=reward."""
     train(config, [*(overrides or ()), "objective=reward"], inspect)

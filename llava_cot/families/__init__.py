@@ -1,4 +1,4 @@
-"""The model families: everything that the package must know about one of them is in its object."""
+"""The model families. Everything that the package must know about a family is in its object."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ __all__ = ["FAMILIES", "Family", "Prompt", "Training", "family_of", "training_of
 
 
 def family_of(config: Any) -> Family:
-    """The family of the model with this transformers config.
+    """Return the family of the model with this transformers config.
 
     Raises:
         ValueError: the family is not supported.
@@ -25,10 +25,10 @@ def family_of(config: Any) -> Family:
 
 
 def training_of(config: Any) -> Training:
-    """The training parts of the family of the model with this transformers config.
+    """Return the training parts of the family of the model with this transformers config.
 
     Raises:
-        ValueError: the family is not supported, or a model of it can answer but not be trained.
+        ValueError: the family is not supported, or its models can't be trained.
     """
     family = family_of(config)
     if family.training is None:

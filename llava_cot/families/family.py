@@ -1,4 +1,4 @@
-"""What the engine and the generator ask a model family."""
+"""The interface of a model family to the engine and the generator."""
 
 from typing import Any, ClassVar
 
@@ -16,18 +16,18 @@ class Family:
     """A model family, bound to the config of one of its models.
 
     The defaults are right for a family whose images are tokens of the prompt and whose rotary positions count them like
-    any other token. Such a subclass has only ``model_type``, ``inputs`` and ``optional``.
+    any other token. Such a subclass only sets ``model_type``, ``inputs`` and ``optional``.
 
     Attributes:
         model_type: the ``model_type`` of the family's configs.
-        inputs: the inputs that the family's processor makes, each with the names of its dimensions. ``batch`` is a row
-            for each prompt; without it the entries of all prompts follow each other, in the order of their image
-            tokens: one for each image (``images``) or for each piece of ``pixel_values`` (``patches``).
+        inputs: the inputs that the family's processor makes, each with the names of its dimensions. ``batch`` means one
+            row per prompt. Without it the entries of all prompts follow each other in the order of their image tokens,
+            one per image (``images``) or one per piece of ``pixel_values`` (``patches``).
         optional: the inputs that a caller may leave out.
         has_custom_generate: whether transformers' ``generate`` hands these inputs to a custom function unchanged.
-        pixel_values_per_pass: the elements of ``pixel_values`` that one prefill may have, by device type. They bound
-            what the vision encoder holds; an image of 1120 x 1120 has 3.8 million.
-        training: what training asks; None if models of this family can't be trained.
+        pixel_values_per_pass: the most elements of ``pixel_values`` in one prefill of several prompts, by device type.
+            They bound the memory of the vision encoder. An image of 1120 x 1120 has 3.8 million.
+        training: the training parts; None if models of this family can't be trained.
     """
 
     model_type: ClassVar[str]
@@ -77,18 +77,18 @@ class Family:
         return prompts
 
     def image_sizes(self, inputs: Prompt, image_tokens: int) -> list[tuple[int, int]]:
-        """The patches and the tokens of each image of a batch whose prompts together have ``image_tokens``.
+        """Return the patches and the tokens of each image of a batch whose prompts have ``image_tokens`` tokens in all.
 
-        By default an image is one entry of ``pixel_values``, and all have the same number of tokens.
+        By default each entry of ``pixel_values`` is an image, and all images have the same number of tokens.
         """
         images = len(inputs["pixel_values"])
         return [(1, image_tokens // max(1, images))] * images
 
     def stack(self, prompts: list[Prompt]) -> Prompt:
-        """Several prompts as one batch, padded on the right.
+        """Stack several prompts into one batch, padded on the right.
 
-        Nobody sees the padding, so that there is no mask, but it must not look like an image. The prompts have one
-        ``image_shape``.
+        No token attends to the padding, so there is no mask, but the padding must not look like an image. All prompts
+        must have the same ``image_shape``.
         """
         is_image = getattr(self.config, "image_token_id", None) == 0
         stacked = {}
@@ -105,30 +105,32 @@ class Family:
     def positions(
         self, model: PreTrainedModel, inputs: Prompt, lengths: torch.Tensor
     ) -> tuple[torch.Tensor, list[int]]:
-        """The rotary positions of the prompts of a batch, and what to add to the index of a later token for its own.
+        """Return the rotary positions of a batch of prompts, and for each prompt the offset of later tokens.
+
+        The rotary position of a later token is its index plus that offset.
 
         Args:
-            inputs: what ``stack`` made.
-            lengths: int64 [B], the tokens of each prompt without padding.
+            inputs: the batch that ``stack`` made.
+            lengths: int64 [B], the number of tokens of each prompt without padding.
 
         Returns:
-            int64 [B, T], or [3, B, T] for M-RoPE; an offset for each prompt.
+            The positions, int64 [B, T], or [3, B, T] for M-RoPE, and the offsets.
         """
         ids = inputs["input_ids"]
         return torch.arange(ids.shape[1], device=ids.device).expand_as(ids), [0] * len(ids)
 
     def stored_image_tokens(self, prompt: Prompt) -> torch.Tensor:
-        """Which of the image's tokens in the cross-attention layers must be kept for decoding: bool [S]."""
+        """Return which image tokens of the cross-attention layers must be kept for decoding, as bool [S]."""
         return torch.zeros(0, dtype=torch.bool)
 
     def image_tokens(self, prompt: Prompt) -> int:
-        """How many tokens of the image store a prompt takes."""
+        """Return how many tokens of the image store a prompt takes."""
         return int(self.stored_image_tokens(prompt).sum())
 
     def image_shape(self, prompt: Prompt) -> tuple[int, ...]:
-        """What the images of two prompts must have in common to be computed in one pass."""
+        """Return what the images of prompts must have in common to be encoded in one pass."""
         return tuple(prompt["pixel_values"].shape[1:])
 
     def pixel_values(self, prompt: Prompt) -> int:
-        """How much a prompt adds to the ``pixel_values_per_pass``."""
+        """Return the number of ``pixel_values`` elements of a prompt, to compare with ``pixel_values_per_pass``."""
         return prompt["pixel_values"].numel()

@@ -1,4 +1,4 @@
-"""LLaVA (Liu et al., 2023, arXiv:2304.08485): images of one size, whose tokens are part of the prompt."""
+"""LLaVA (Liu et al., 2023, arXiv:2304.08485): images have one size, and their tokens are part of the prompt."""
 
 from typing import ClassVar
 

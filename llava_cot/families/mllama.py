@@ -9,7 +9,7 @@ from llava_cot.families.mllama_training import MllamaTraining
 
 
 class Mllama(Family):
-    """An image is up to ``max_num_tiles`` tiles, each of which has a token for every patch and one more.
+    """An image has up to ``max_num_tiles`` tiles, each with one token per patch and one more.
 
     The keys and values of those tokens in the cross-attention layers go to the image store.
     """
@@ -35,7 +35,7 @@ class Mllama(Family):
         names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
         cross_mask = inputs["cross_attention_mask"]
         missing = keep.shape[1] - cross_mask.shape[1]
-        if missing > 0:  # a prompt that goes on past what the processor saw sees what its last token saw
+        if missing > 0:  # tokens after those that the processor saw see what the last of those saw
             cross_mask = torch.cat([cross_mask, cross_mask[:, -1:].expand(-1, missing, -1, -1)], dim=1)
         prompts = []
         for index, kept in enumerate(keep):
@@ -49,7 +49,10 @@ class Mllama(Family):
         return prompts
 
     def stored_image_tokens(self, prompt: Prompt) -> torch.Tensor:
-        """What the last token of a prompt may see is what every later token sees: bool [images * tiles * patches]."""
+        """Return the image tokens that the last token of a prompt sees, as bool [images * tiles * tokens of a tile].
+
+        Every later token sees the same ones.
+        """
         vision = self.config.vision_config
         tiles = prompt["cross_attention_mask"][0, -1].flatten().bool()
         return tiles.repeat_interleave((vision.image_size // vision.patch_size) ** 2 + 1)

@@ -1,8 +1,8 @@
-"""What training asks about Mllama: packed rows of several images, frozen parts, floating-point operations.
+"""The training parts of Mllama: packed rows of several images, frozen parts, and floating-point operations.
 
 In transformers the cross attention lets the tokens before a sample's image see every tile, and only the MLP after it is
-masked. A sample without an image skips the cross-attention layers. If samples share a row, the model cannot know
-either. ``cross_rows`` tells the layers, with one entry per token.
+masked. A sample without an image skips the cross-attention layers. If samples share a row, the model can do neither by
+itself. ``cross_rows`` tells the layers what to do, with one entry per token.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -50,7 +50,7 @@ class MllamaTraining(Training):
         """Make the cross-attention layers obey ``cross_rows``, a keyword argument of ``model.model(...)``.
 
         ``cross_rows`` is float [batch, tokens, 2] of zeros and ones, as ``pack`` makes it. The outputs of the layer's
-        attention and of its MLP are multiplied by them before they are added to the token. A call without
+        attention and of its MLP are multiplied by its two columns before they are added to the token. A call without
         ``cross_rows`` works as before. The hooks keep no state, so a layer may be wrapped, sharded, or computed twice.
         """
         for index in self.config.text_config.cross_attention_layers:
@@ -117,10 +117,10 @@ class MllamaTraining(Training):
             cross-attention layer   T (2 h q + 3 h f) + I K (2 h k) + 2 q num_cross_pairs
             head                    S h vocab_size
             projector               I K vision_output_dim h
-            vision layer            I (N (4 v v + 2 v g) + 2 v N N), v and g its sizes, N = K with each tile padded to 8
+            vision layer            I (N (4 v v + 2 v g) + 2 v N N), v and g its sizes, N = K with tiles padded to 8
             patch embedding         I max_num_tiles patches (channels patch_size^2) v
 
-        The backward takes as much again for the gradients of inputs and as much for those of weights, where there are
+        The backward takes as much again for the gradients of inputs, and as much for those of weights, if there are
         any. The backward of attention takes twice its forward.
         """
         text, vision = self.config.text_config, self.config.vision_config
@@ -188,7 +188,7 @@ def _look(
 ) -> None:
     """Fill in what the tokens of one example see: ``mask`` [tokens, images, tiles] and ``rows`` [tokens, 2].
 
-    ``spans`` are the first token that sees an image and the first one after it that doesn't, -1 for none.
+    Each of ``spans`` is the first token that sees an image, and the first token after it that doesn't, or -1.
     """
     if len(spans) != len(example.images):
         raise ValueError(
@@ -215,7 +215,7 @@ def _place(
     mask = torch.zeros(len(layouts), slots, max_tiles, dtype=torch.int64)
     mask[..., 0] = 1
     if not images:
-        ids[0, 0] = 1  # the dummy
+        ids[0, 0] = 1  # the dummy image
     for index, places in enumerate(layouts):
         for (path, _), slot in places.items():
             image = images[path]

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL (Bai et al., 2025, arXiv:2502.13923): images of any size, whose tokens are part of the prompt."""
+"""Qwen2.5-VL (Bai et al., 2025, arXiv:2502.13923): images have any size, and their tokens are part of the prompt."""
 
 from typing import ClassVar
 
@@ -9,9 +9,10 @@ from llava_cot.families.family import Family, Inputs, Prompt
 
 
 class Qwen2_5_VL(Family):
-    """``image_grid_thw`` has an image's time, height and width in patches; ``spatial_merge_size`` squared are a token.
+    """``image_grid_thw`` is an image's time, height and width in patches.
 
-    An image counts as its longer side in the rotary positions (M-RoPE).
+    A token stands for ``spatial_merge_size`` squared patches. An image advances the rotary positions (M-RoPE) by its
+    longer side in tokens.
     """
 
     model_type = "qwen2_5_vl"

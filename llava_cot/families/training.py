@@ -1,4 +1,4 @@
-"""What training asks a model family."""
+"""The interface of a model family to training."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
@@ -27,42 +27,42 @@ class Training(Protocol):
     def parts(self) -> dict[str, str]:
         """A regular expression for each part that can be frozen.
 
-        It matches the beginning of the names of the part's parameters. Every parameter is of one part: ``vision``,
+        It matches the beginning of the names of the part's parameters. Every parameter belongs to one part: ``vision``,
         ``projector``, ``language`` (the head and the embedding included), or ``cross`` where there are such layers.
         """
         ...
 
     def prepare(self, model: PreTrainedModel) -> None:
-        """Make the model take what ``pack`` makes."""
+        """Make the model accept the inputs that ``pack`` makes."""
         ...
 
     def read_image(self, processor: Any, image: Image.Image) -> Any:
-        """Preprocess an image, in the form that ``pack`` takes."""
+        """Preprocess an image into the form that ``pack`` takes."""
         ...
 
     def pack(
         self, processor: Any, rows: Sequence[Sequence[Example]], images: Mapping[str, Any], tokens: int
     ) -> dict[str, Tensor]:
-        """The image inputs of a batch of packed rows.
+        """Return the image inputs of a batch of packed rows.
 
-        A row is its examples one after the other, and padding up to ``tokens`` tokens. What comes out of the model must
-        be what comes out of unmodified transformers for each example alone. A batch without images needs a dummy that
-        no token sees, so that all ranks run the same modules.
+        A row is its examples one after the other, padded to ``tokens`` tokens. The model's outputs must equal those of
+        unmodified transformers on each example alone. A batch without images needs a dummy image that no token sees, so
+        that all ranks run the same modules.
 
         Args:
-            images: what ``read_image`` made, by path.
+            images: the images that ``read_image`` made, by path.
 
         Raises:
-            ValueError: an example has not an image token for each of its images.
+            ValueError: an example does not have one image token per image.
         """
         ...
 
     def full_images(self, *, rows: int, row_tokens: int, images_per_row: int) -> dict[str, Tensor]:
-        """Image inputs as ``pack`` makes them, of images of the largest size that all tokens see."""
+        """Return image inputs as ``pack`` makes them, with images of the largest size that all tokens see."""
         ...
 
     def count_images(self, inputs: dict[str, Tensor]) -> int:
-        """The images of a batch, without padding and dummies."""
+        """Return the number of images of a batch, without padding and dummies."""
         ...
 
     def flops(

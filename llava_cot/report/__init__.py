@@ -1,1 +1,1 @@
-"""What a search did, to look at: a trace as one HTML page or as a tree in the terminal, many as an index of pages."""
+"""Show what a search did: one trace as an HTML page or as a tree in the terminal, many as an index of pages."""

@@ -1,4 +1,4 @@
-"""Where the tokens and the seconds of a search went, column by column."""
+"""Account for the tokens and the seconds of a search, column by column."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ OUTSIDE = "outside the tree"
 
 @dataclass(frozen=True)
 class Account:
-    """What a column cost; ``path`` are the tokens of the returned answers."""
+    """The cost of a column. ``path`` counts its tokens that are part of a returned answer."""
 
     name: str
     candidates: int
@@ -28,15 +28,15 @@ class Account:
 
 
 def wasted(tokens: int, path: int) -> float:
-    """The share of the drawn tokens that no returned answer has, in [0, 1]."""
+    """Return the share of the drawn tokens that are in no returned answer, in [0, 1]."""
     return max(0.0, 1 - path / tokens) if tokens else 0.0
 
 
 def accounts(trace: Trace, cards: Mapping[int, Card], headings: Sequence[str]) -> list[Account]:
-    """One for each column, and one for the tokens that are not in the tree: of what a scorer let the model write, of
-    beams that were dropped, of a run that was lost.
+    """Return an account for each column, and one for the tokens outside the tree, if there are any.
 
-    The time before an event belongs to what it is about: a stage's seconds run from the event before.
+    Tokens outside the tree are those that a scorer let the model write, those of dropped beams, and those that were
+    lost or taken back. The time since the previous event belongs to the column that an event is about.
     """
     seconds: dict[tuple[int, bool], float] = defaultdict(float)
     before = 0.0

@@ -1,11 +1,11 @@
-"""A candidate as the views show it."""
+"""A candidate as the reports show it."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Card:
-    """A candidate. ``state`` is "winner" on the path to the answer, else "kept" or "pruned"."""
+    """A candidate. ``state`` is "winner" on the path to the answer, and "kept" or "pruned" elsewhere."""
 
     id: int
     parent: int
@@ -15,19 +15,19 @@ class Card:
     seed: int
     text: str
     tokens: int
-    logprob: float | None  # mean over its tokens, nats
-    sampling_logprob: float | None  # the same under the distribution that they were drawn from
+    logprob: float | None  # mean over its tokens, in nats
+    sampling_logprob: float | None  # the same under the filtered distribution that was sampled
     score: float | None
     finish: str
     closed: bool
-    violation: str | None  # how it left the grammar
-    error: str | None  # why it has no score of its own
+    violation: str | None  # how it left the grammar; None if it did not
+    error: str | None  # why its scorer failed; None if it did not
     notes: dict[str, float]
     seconds: float  # from the start of the search to its last token
     state: str
-    kept_in: int | None  # the round that went on with it, where that is a later one than its own
-    in_answer: bool  # on the way to any of the returned answers
-    answer: int | None  # which of the returned answers it ends, from 1
+    kept_in: int | None  # the round that kept it, if that is later than its own
+    in_answer: bool  # whether it is part of a returned answer
+    answer: int | None  # the number, from 1, of the returned answer that it ends
 
     @property
     def label(self) -> str:
@@ -37,7 +37,7 @@ class Card:
 
     @property
     def returned(self) -> str:
-        """What there is to say of one that was returned besides the first."""
+        """The label of a candidate that ends a returned answer other than the first; empty for all others."""
         return f"answer {self.answer}" if self.answer and self.answer > 1 else ""
 
     @property

@@ -1,28 +1,28 @@
-"""Where a candidate stands: a column is a step of the way to an answer, so that a child is always right of its parent.
+"""Assign candidates to columns. A column is a step on the way to an answer, so a child is always right of its parent.
 
-A stage that a path visits twice has two columns, and stages that may take one another's place share one.
+A stage that a path visits twice has two columns. Stages that are alternatives at one step share a column.
 """
 
 from collections.abc import Collection, Mapping, Sequence
 
 from llava_cot.trace.schema import NodeData
 
-UNSTAGED = 1_000_000  # the step of whole answers and of parts of one: behind every stage
-GREEDY = UNSTAGED + 1  # of what was finished greedily once the budget was spent
+UNSTAGED = 1_000_000  # the step of whole answers and of parts of answers, after every stage
+GREEDY = UNSTAGED + 1  # the step of answers that were finished greedily after the budget was spent
 
 
 def columns(
     nodes: Mapping[int, NodeData], greedy: Collection[int], names: Sequence[str]
 ) -> tuple[list[str], dict[int, int]]:
-    """The heading of each column, and the column of each node.
+    """Return the heading of each column, and the column of each node by id.
 
     Args:
-        nodes: by id, parents before their children.
-        greedy: those that were finished greedily.
-        names: the stages in the grammar's order.
+        nodes: the nodes by id, parents before their children.
+        greedy: the ids of the nodes that were finished greedily.
+        names: the stages in the order of the grammar.
     """
     steps: dict[int, int] = {}
-    staged = {0: 0}  # how many stages there are on the way to a node
+    staged = {0: 0}  # the number of stages on the path to each node
     for id, node in nodes.items():
         staged[id] = staged.get(node["parent"], 0) + (node["stage"] is not None)
         steps[id] = staged[id] if node["stage"] is not None else GREEDY if id in greedy else UNSTAGED

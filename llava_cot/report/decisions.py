@@ -1,4 +1,4 @@
-"""What a search decided: which pools passed, which failed, and where it went back to."""
+"""The decisions of a search: which pools passed, which failed, and where it went back to."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from llava_cot.trace import Trace
 
 @dataclass(frozen=True)
 class Pool:
-    """What became of a column in a round."""
+    """The pool of a column in a round, and what was decided about it."""
 
-    verdict: str  # "" where there was nothing to pass
+    verdict: str  # empty if the pool had nothing to pass
     cutoff: float | None
-    carried: list[Card]  # the members that earlier rounds drew
+    carried: list[Card]  # the members that were drawn in earlier rounds
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Retrace:
     to: str
     start: int  # column
     end: int  # column
-    round: int  # that begins
+    round: int  # the round that begins
     reason: str
 
     @property
@@ -33,7 +33,7 @@ class Retrace:
 
 
 def pools(trace: Trace, cards: Mapping[int, Card]) -> dict[tuple[int, int], Pool]:
-    """By round and column, that of the first member which the round drew."""
+    """Return the pools by round and column. The column is that of the first member that was drawn in the round."""
     agreement = trace.data["config"].get("cutoff_agreement")
     decisions = trace.events("kept", "retraced")
     found = {}
@@ -51,7 +51,7 @@ def pools(trace: Trace, cards: Mapping[int, Card]) -> dict[tuple[int, int], Pool
 def retraces(
     trace: Trace, cards: Mapping[int, Card], headings: Sequence[str], pools: Mapping[tuple[int, int], Pool]
 ) -> list[Retrace]:
-    """Each from the column of the decision before it to that of what was drawn next."""
+    """Return the retraces. Each leads from the column of the decision before it to the column that is drawn next."""
     events = trace.events("kept", "retraced", "generated")
     found, start = [], 0
     for place, event in enumerate(events):
@@ -69,7 +69,7 @@ def retraces(
 
 
 def _step(stage: str, heading: str) -> str:
-    """A stage that has several columns by its step."""
+    """Return the name of a stage, with its step if it has several columns."""
     return heading if heading.startswith(f"{stage} · step ") else stage
 
 
@@ -89,12 +89,12 @@ def _verdict(event: Mapping[str, Any], members: Sequence[Card], is_retraced: boo
         relation = "is above" if score > cutoff else "is not above"
         verdict = f"the {which} score {number(score)}{best} {relation} the cutoff {number(cutoff)}"
     failed = score is None or score <= cutoff
-    is_mixed = len({card.stage for card in members}) > 1  # then each is measured by the cutoff of its own stage
+    is_mixed = len({card.stage for card in members}) > 1  # then each has to pass the cutoff of its own stage
     return verdict if is_retraced or is_mixed or not failed else f"{verdict}; it goes on with what it has"
 
 
 def _reason(event: Mapping[str, Any]) -> str:
-    """What the search itself says: there may be no pool."""
+    """Return the reason that the search itself gives, for a retrace without a pool."""
     score, cutoff = event["score"], event["cutoff"]
     if score is None or cutoff is None:
         return event["reason"]

@@ -1,4 +1,4 @@
-"""A trace as one HTML page that loads nothing: stages are columns, rounds are rows, and a retrace is an arrow."""
+"""Show a trace as one HTML page that loads nothing. Stages are columns, rounds are rows, retraces are arrows."""
 
 from base64 import b64encode
 from html import escape
@@ -18,9 +18,9 @@ from llava_cot.trace import Trace
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-IMAGE_SIDE = 512  # pixels at most
-IMAGE_BYTES = 200_000  # a larger PNG becomes a JPEG: the page is to stay small
-NOTE_LENGTH = 400  # characters shown of what a scorer raised, or of how a candidate left the grammar
+IMAGE_SIDE = 512  # the most pixels of a side
+IMAGE_BYTES = 200_000  # a larger PNG becomes a JPEG, to keep the page small
+NOTE_LENGTH = 400  # the most characters shown of an error or of a violation of the grammar
 
 
 def to_html(
@@ -30,12 +30,12 @@ def to_html(
     question: str | None = None,
     gold: str | None = None,
 ) -> str:
-    """The page of a trace; the same arguments give the same bytes.
+    """Return the page of a trace. The same arguments give the same bytes.
 
     Args:
-        image: what the question is about, shown at 512 pixels at most.
-        question: by default the trace's own.
-        gold: the right answer, where one is known.
+        image: the image that the question is about, shown with at most 512 pixels a side.
+        question: the question; by default that of the trace.
+        gold: the right answer, if it is known.
     """
     view = read(trace)
     question = view.question if question is None else question
@@ -44,7 +44,7 @@ def to_html(
 
 
 def to_frame(trace: Trace) -> str:
-    """The page in a frame, which keeps its style and script out of a notebook, and the notebook out of their reach."""
+    """Return the page in a frame, which keeps its style and its script out of a notebook."""
     page = escape(to_html(trace))
     return f'<iframe srcdoc="{page}" sandbox="allow-scripts" style="width: 100%; height: 40em; border: 0"></iframe>'
 
@@ -164,7 +164,7 @@ def _card(view: View, card: Card) -> str:
 
 
 def _facts(view: View, card: Card, kept: Card | None) -> list[str]:
-    """As HTML."""
+    """Return the facts at the foot of a card, as HTML."""
     into = [r for (r, _), pool in view.pools.items() if any(card is member for member in pool.carried)]
     sampled = f" ({number(card.sampling_logprob)} as sampled)" if card.sampling_logprob is not None else ""
     facts = [
@@ -172,7 +172,7 @@ def _facts(view: View, card: Card, kept: Card | None) -> list[str]:
         f"mean log-prob {number(card.logprob)}{sampled}",
         f"ended by {escape(card.finish)}",
         f"{card.seconds:.2f} s",
-        *([f"seed {card.seed}"] if card.seed else []),  # a token beam has none
+        *([f"seed {card.seed}"] if card.seed else []),  # a token beam has no seed
     ]
     facts += [f"under {_link(view.cards[card.parent])}"] if card.parent in view.cards else []
     facts += [f"⤴ also in the pool of round {', '.join(map(str, into))}"] if into else []
@@ -183,7 +183,7 @@ def _facts(view: View, card: Card, kept: Card | None) -> list[str]:
 
 
 def _kept_sibling(view: View, card: Card) -> Card | None:
-    """What to compare a pruned candidate with: the kept one of its parent, or else of its stage and round."""
+    """Return the kept candidate to compare a pruned one with: of its parent, or else of its column and round."""
     if card.state != "pruned":
         return None
     kept = [other for other in view.cells[card.round, card.column] if other.state != "pruned"]
@@ -192,7 +192,7 @@ def _kept_sibling(view: View, card: Card) -> Card | None:
 
 def _retrace(view: View, retrace: Retrace) -> str:
     columns = len(view.headings)
-    middle = min(max(50 * (retrace.start + retrace.end + 1) / columns, 25), 75)  # the label stays on the board
+    middle = min(max(50 * (retrace.start + retrace.end + 1) / columns, 25), 75)  # keeps the label on the board
     round = retrace.round if retrace.round in view.rounds else view.rounds[-1]  # the budget may end before it begins
     return (
         f'<div class="retrace" data-round="{round}">{arrow(retrace.start, retrace.end, columns)}'

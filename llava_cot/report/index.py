@@ -1,4 +1,4 @@
-"""Many traces as one HTML page that loads nothing: a table to filter and to sort, each row with a link to its page."""
+"""Show many traces as one HTML page that loads nothing: a table to filter and sort, with a link to each page."""
 
 from collections.abc import Iterable
 from html import escape
@@ -7,7 +7,7 @@ from urllib.parse import quote
 from llava_cot.report.page import page
 from llava_cot.report.summary import Entry, Row, summarise, totals
 
-# The columns that are numbers sort from the largest, the others by the alphabet.
+# Columns of numbers are sorted from the largest, columns of text alphabetically.
 COLUMNS = {
     "": "number",
     "question": "text",
@@ -25,7 +25,7 @@ COLUMNS = {
 
 
 def to_index(entries: Iterable[Entry], title: str = "Traces") -> str:
-    """The page of all ``entries``; of each no more is kept than its row."""
+    """Return the index page of all ``entries``. Only the row of each entry is held in memory."""
     return index_page([summarise(entry) for entry in entries], title)
 
 
@@ -56,7 +56,7 @@ def _totals(rows: list[Row]) -> str:
 
 
 def _row(number: int, row: Row) -> str:
-    """Numbers carry their value for the script that sorts; a filter's name is one of the row's classes."""
+    """Return a row as HTML. Cells carry numbers for the script that sorts, and its classes are the names of filters."""
     if row.error is not None:
         note = escape(f"{row.source}: {row.error}" if row.source else row.error)
         return (

@@ -1,4 +1,4 @@
-"""Many traces at once: a page for each and their index, or a table for the terminal."""
+"""Show many traces: a page for each with an index, or a table in the terminal."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,16 +16,20 @@ from llava_cot.trace import TraceError, scan_traces
 
 
 def read_rows(path: Path) -> list[Row]:
-    """A row for each trace of a folder or a .jsonl file; no more is kept of one.
+    """Return a row for each trace of a folder or a .jsonl file. One trace is in memory at a time.
 
     Raises:
-        ValueError: none can be read.
+        ValueError: there is no trace that can be read.
     """
     return _checked(path, [summarise(entry) for entry in _entries(path)])
 
 
 def write_pages(path: Path, folder: Path) -> list[Row]:
-    """As ``read_rows``; each trace has a page in ``folder`` then, beside an index.html that links to them."""
+    """Write a page for each trace into ``folder``, with an index.html that links to them. Returns the rows.
+
+    Raises:
+        ValueError: there is no trace that can be read.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rows = _checked(path, [_write_page(entry, folder, n) for n, entry in enumerate(_entries(path), 1)])
     with replacing(folder / "index.html") as file:
@@ -34,7 +38,7 @@ def write_pages(path: Path, folder: Path) -> list[Row]:
 
 
 def to_table(rows: list[Row]) -> Table:
-    """One line for each search, and one for all where there are several."""
+    """Return a table with one line for each search, and one for all if there are several."""
     searches = sorted({row.search for row in rows if row.error is None})
     lines = [totals(search, [row for row in rows if row.search == search and row.error is None]) for search in searches]
     table = Table(box=None, padding=(0, 1, 0, 0))  # narrow enough for 80 columns

@@ -1,4 +1,4 @@
-"""How numbers are written."""
+"""Format numbers for reports."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""One self-contained page: its style, its one script, and a policy under which it can't load anything."""
+"""Make a self-contained page: its style, its one script, and a policy that keeps it from loading anything."""
 
 import re
 from base64 import b64encode
@@ -6,14 +6,14 @@ from hashlib import sha256
 from html import escape
 from importlib.resources import files
 
-# What no HTML file may hold: control characters and the like, which models and tokenizers do write.
+# Characters that HTML forbids, such as control characters. Models and tokenizers do write them.
 _INVALID = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff]")
 
 
 def page(title: str, body: str, styles: tuple[str, ...], scripts: tuple[str, ...]) -> str:
-    """Of a body that is HTML already; ``styles`` and ``scripts`` are files of this folder."""
+    """Return the page around ``body``, which is HTML. ``styles`` and ``scripts`` name files of this folder."""
     style, script = ("".join(_read(name) for name in names) for names in (styles, scripts))
-    # Should something that a model wrote ever get through as markup, the browser neither runs nor fetches it.
+    # Even if a model's text ever got through as markup, the browser would neither run nor fetch anything.
     digest = b64encode(sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     body, title = (_INVALID.sub("\N{REPLACEMENT CHARACTER}", part) for part in (body, escape(title)))
@@ -24,7 +24,7 @@ def page(title: str, body: str, styles: tuple[str, ...], scripts: tuple[str, ...
         f"<title>{title}</title><style>{style}</style></head>\n"
         f"<body>{body}<script>{script}</script></body></html>\n"
     )
-    return html.encode("utf-8", "replace").decode()  # JSON may hold half characters, which no file can
+    return html.encode("utf-8", "replace").decode()  # JSON may hold lone surrogates, which UTF-8 cannot encode
 
 
 def _read(name: str) -> str:

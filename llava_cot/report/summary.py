@@ -1,4 +1,4 @@
-"""What an index or a table says of a trace, and of many: small enough to be kept for thousands."""
+"""Summarise a trace, or many, for an index or a table. A row is small enough to hold thousands in memory."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,20 +7,20 @@ from llava_cot.report.accounts import wasted
 from llava_cot.report.view import read
 from llava_cot.trace import Trace
 
-LENGTH = 300  # characters kept of a question or an answer
+LENGTH = 300  # the most characters kept of a question or an answer
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A trace among many, or in its place ``error``, which says why it could not be read.
+    """A trace among many. If it could not be read, ``error`` says why.
 
-    ``gold`` is the right answer, where one is known, and ``href`` the relative file name of its page.
+    ``gold`` is the right answer, if it is known, and ``href`` the relative file name of the trace's page.
     """
 
     trace: Trace | None
     gold: str | None = None
     href: str | None = None
-    source: str = ""  # where it was read from
+    source: str = ""  # the file that it was read from, and the line in a .jsonl file
     error: str | None = None
 
 
@@ -28,8 +28,8 @@ class Entry:
 class Row:
     source: str
     href: str | None
-    error: str | None  # why the trace could not be read
-    failure: str | None = None  # what ended a search that failed
+    error: str | None  # why the trace could not be read; None if it was read
+    failure: str | None = None  # the exception that ended a failed search
     gold: str | None = None
     question: str = ""
     answer: str = ""
@@ -37,7 +37,7 @@ class Row:
     search: str = ""
     rounds: int = 0
     retraces: int = 0
-    tokens: int = 0  # drawn
+    tokens: int = 0  # tokens drawn
     path: int = 0  # tokens of the returned answers
     seconds: float = 0.0
     malformed: str | None = None
@@ -49,13 +49,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Totals:
-    """Of those that could be read; ``unread`` counts the others."""
+    """Totals over the traces that could be read. ``unread`` counts the others."""
 
     search: str
     traces: int
     unread: int
-    failed: int  # searches
-    known: int  # with a gold answer
+    failed: int  # searches that failed
+    known: int  # traces with a gold answer
     right: int
     retraced: int
     malformed: int
@@ -69,7 +69,7 @@ class Totals:
 
 
 def summarise(entry: Entry) -> Row:
-    """A trace that can't be read becomes a row that says why."""
+    """Return the row of a trace. The row of a trace that could not be read says why."""
     if entry.trace is None:
         return Row(entry.source, None, entry.error or "there is no trace")
     view = read(entry.trace)
@@ -93,7 +93,7 @@ def summarise(entry: Entry) -> Row:
 
 
 def totals(search: str, rows: Iterable[Row]) -> Totals:
-    """``search`` is the name to give to what ``rows`` have in common."""
+    """Return the totals of ``rows``. ``search`` is the name of the line that shows them."""
     rows = list(rows)
     good = [row for row in rows if row.error is None]
     tokens = sum(row.tokens for row in good)

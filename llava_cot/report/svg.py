@@ -1,4 +1,4 @@
-"""The drawn parts of the page. Places are percentages, so that they fit columns of any width."""
+"""Draw the SVG parts of a page. Positions are percentages, so that they fit columns of any width."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -7,13 +7,13 @@ from math import isfinite
 from llava_cot.report.card import Card
 from llava_cot.report.numbers import number
 
-ROW = 14  # pixels of a round in the strip plot
+ROW = 14  # the height of a round in the strip plot, in pixels
 
 
 def strip(cards: Sequence[Card], cutoffs: Sequence[float], rounds: Mapping[int, int]) -> str:
-    """The scores of a column, one row a round, and its cutoffs. What has no finite score stands at the left edge.
+    """Draw the scores of a column, one row per round, and its cutoffs.
 
-    ``rounds`` are the rows by the number of the round.
+    A candidate without a finite score is drawn at the left edge. ``rounds`` maps the number of a round to its row.
     """
     scores = [card.score for card in cards if card.score is not None and isfinite(card.score)]
     cuts = [cutoff for cutoff in cutoffs if isfinite(cutoff)]
@@ -29,7 +29,7 @@ def strip(cards: Sequence[Card], cutoffs: Sequence[float], rounds: Mapping[int, 
     parts = [f'<line class="axis" x1="10%" x2="90%" y1="{bottom}" y2="{bottom}"/>']
     for cut in cuts:
         parts.append(f'<line class="cutoff" x1="{x(cut)}" x2="{x(cut)}" y1="12" y2="{bottom}"/>')
-        anchor = "start" if share(cut) < 0.2 else "end" if share(cut) > 0.8 else "middle"  # it stays in its column
+        anchor = "start" if share(cut) < 0.2 else "end" if share(cut) > 0.8 else "middle"  # stays in its column
         parts.append(f'<text class="cutoff" x="{x(cut)}" y="9" text-anchor="{anchor}">cutoff {number(cut)}</text>')
     for card in sorted(cards, key=lambda card: ("pruned", "kept", "winner").index(card.state)):  # the winner on top
         place = x(card.score) if card.score is not None and isfinite(card.score) else "3%"
@@ -46,9 +46,9 @@ def strip(cards: Sequence[Card], cutoffs: Sequence[float], rounds: Mapping[int, 
 
 
 def arrow(start: int, end: int, columns: int) -> str:
-    """From the foot of column ``start`` over the band between two rounds to the head of column ``end``."""
+    """Draw an arrow from the foot of column ``start``, through the band between two rounds, to the head of ``end``."""
     x1, x2 = (f"{100 * (column + 0.5) / columns:.2f}%" for column in (start, end))
-    # Heights count up from the foot of the band, whose label has as many lines as it needs.
+    # Heights are measured from the foot of the band, because its label may have any number of lines.
     lines = ((x1, -9999, x1, -30), (x1, -30, x2, -30), (x2, -30, x2, -10))
     drawn = "".join(f'<line x1="{a}" y1="{b}" x2="{c}" y2="{d}"/>' for a, b, c, d in lines)
     head = f'<svg x="{x2}" overflow="visible"><path d="M-8-12H8L0 0z"/></svg>'

@@ -1,4 +1,4 @@
-"""What a model wrote, as HTML: escaped, its own tags dim, words that its kept sibling has not marked, and folded."""
+"""Show a model's text as HTML: escaped and folded, with dim tags and with marks where it differs from another text."""
 
 import re
 from collections.abc import Sequence
@@ -6,12 +6,12 @@ from difflib import SequenceMatcher
 from html import escape
 from itertools import groupby
 
-FOLD = 400  # characters shown of a long text
-DIFF_WORDS = 2000  # longer texts are not compared: it takes quadratic time
+FOLD = 400  # characters of a long text that are shown unfolded
+DIFF_WORDS = 2000  # longer texts are not compared, because that takes quadratic time
 
 
 def to_html(text: str, kept: str | None = None, tags: Sequence[str] = ()) -> str:
-    """``kept`` is the text to compare with, if there is one; ``tags`` are those of the trace's grammar."""
+    """Return ``text`` as HTML. ``kept`` is the text to compare it with, if any; ``tags`` are those of the grammar."""
     text = text.strip()
     pieces = _marked(text, kept, tags)
     if len(text) <= 1.5 * FOLD:
@@ -22,8 +22,8 @@ def to_html(text: str, kept: str | None = None, tags: Sequence[str] = ()) -> str
 
 
 def _marked(text: str, kept: str | None, tags: Sequence[str]) -> list[tuple[str, str]]:
-    """The text in pieces, each with the element it goes into ("" for none)."""
-    # A tag may begin with another one, or have spaces in it.
+    """Split the text into pieces, each with the HTML element that it goes into ("" for none)."""
+    # A tag may begin with another tag, or contain spaces.
     alternatives = [*map(re.escape, sorted(tags, key=len, reverse=True)), r"\s+"]
     pieces = re.compile(f"({'|'.join(alternatives)})")
     words = [piece for piece in pieces.split(text) if piece]

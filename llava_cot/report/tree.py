@@ -1,4 +1,4 @@
-"""A trace as a tree in the terminal: rounds, their stages, the candidates, and why a round went back."""
+"""Show a trace as a tree in the terminal: rounds, their stages, the candidates, and the reasons for retraces."""
 
 import unicodedata
 
@@ -14,7 +14,7 @@ STYLES = {"winner": "bold green", "kept": "cyan", "pruned": "dim"}
 
 
 def to_tree(trace: Trace) -> Tree:
-    """The tree of a trace, for ``rich`` to print."""
+    """Return the tree of a trace, for ``rich`` to print."""
     view = read(trace)
     tree = Tree(Text(one_line(f"{view.search} · seed {view.seed}  {view.question}"), "bold"))
     for round in view.rounds:
@@ -41,7 +41,7 @@ def to_tree(trace: Trace) -> Tree:
 
 
 def one_line(text: str) -> str:
-    """On one line, and without what would steer the terminal."""
+    """Return ``text`` on one line, without control characters that would affect the terminal."""
     return "".join("·" if unicodedata.category(char) in ("Cc", "Cs") else char for char in " ".join(text.split()))
 
 

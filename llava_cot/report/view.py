@@ -1,4 +1,4 @@
-"""What all views show: the candidates, rounds and retraces of a trace, its answers and what is wrong with the best."""
+"""Collect what all reports show: a trace's candidates, rounds, retraces and answers, and the flaws of the best one."""
 
 import math
 from collections import defaultdict
@@ -19,25 +19,25 @@ from llava_cot.trace.schema import NodeData, UsageData
 
 @dataclass(frozen=True)
 class View:
-    """``cells[round, column]`` has the candidates in the order they were drawn."""
+    """What a report shows of a trace. ``cells[round, column]`` holds candidates in the order of drawing."""
 
     search: str
     seed: int
     question: str
     answer: str  # empty if the search failed
-    failure: str | None  # what ended a search that failed
-    others: list[tuple[Card, str]]  # the last candidate and the answer of each that was returned besides the first
-    malformed: str | None  # what is wrong with the answer's form
+    failure: str | None  # the exception that ended a failed search
+    others: list[tuple[Card, str]]  # the last candidate and the answer of each returned answer after the first
+    malformed: str | None  # how the answer is malformed; None if it is not
     tags: list[str]
-    headings: list[str]  # of the columns
+    headings: list[str]  # one for each column
     rounds: list[int]
     cards: dict[int, Card]
     cells: dict[tuple[int, int], list[Card]]
     pools: dict[tuple[int, int], Pool]
     retraces: list[Retrace]
-    spent: str | None  # of the budget
+    spent: str | None  # says that the budget was spent, and on what; None if it was not
     accounts: list[Account]
-    generated: int  # tokens drawn, whoever drew them
+    generated: int  # tokens drawn, those for scorers included
     path: int  # tokens of the returned answers
     seconds: float
     usage: list[str]
@@ -47,7 +47,7 @@ class View:
         return wasted(self.generated, self.path)
 
     def after(self, round: int) -> list[Retrace]:
-        """The retraces that stand between this round's row and the next."""
+        """Return the retraces that are shown between the row of this round and the next."""
         later = min((other for other in self.rounds if other > round), default=math.inf)
         return [retrace for retrace in self.retraces if round < retrace.round <= later]
 
@@ -55,14 +55,14 @@ class View:
         return self.failure is None and normalise(gold) == normalise(self.answer)
 
     def stage_of(self, card: Card) -> str:
-        """The stage of a candidate, where its column's heading does not say it."""
+        """Return the stage of a candidate, or "" if the heading of its column already says it."""
         return card.stage if card.stage is not None and "/" in self.headings[card.column] else ""
 
 
 def read(trace: Trace) -> View:
-    """What there is to show of a trace."""
+    """Read from a trace what there is to show."""
     nodes, usage, grammar = trace.nodes, trace.data["usage"], trace.grammar
-    ids = list(dict.fromkeys([trace.data["answer"], *trace.data["answers"]]))  # None of a search that failed
+    ids = list(dict.fromkeys([trace.data["answer"], *trace.data["answers"]]))  # None for a failed search
     paths = [[node["id"] for node in trace.path(id)] for id in ids]
     headings, column_of = columns(nodes, trace.drawn_after_budget, grammar.names)
     kept_in = {id: event["round"] for event in trace.events("kept") for id in event["kept"]}
@@ -139,9 +139,12 @@ def _conclusion(grammar: Grammar, text: str) -> str:
 
 
 def _malformed(grammar: Grammar, text: str, path: Sequence[Card]) -> str | None:
-    """No conclusion, tags that do not pair, or a candidate on the way that left the grammar; a stage may be missing."""
+    """Say how an answer is malformed: a candidate left the grammar, no conclusion, or tags that do not pair.
+
+    A missing stage is not malformed.
+    """
     for card in path:
-        if card.violation:  # one that is just unclosed may have been finished by the next
+        if card.violation:  # an unclosed one may have been finished by the next
             return f"#{card.id}: {card.violation}"
     outcome = grammar.parse(text)[grammar.conclusion].outcome
     if outcome is not Outcome.COMPLETE:

@@ -1,4 +1,4 @@
-"""How good is a candidate: scorers, one idea a file, and the calibration that turns scores into thresholds."""
+"""How good is a candidate? Scorers, one idea per file, and the calibration that turns scores into thresholds."""
 
 from llava_cot.scoring.agreement import look_ahead, self_consistency, vote
 from llava_cot.scoring.calibration import Calibration
@@ -8,7 +8,7 @@ from llava_cot.scoring.diagnostics import Diagnosis, diagnose, within_question_a
 from llava_cot.scoring.judge import JudgeScorer
 from llava_cot.scoring.scorer import Scorer, Span, groupwise
 
-# What suits each stage where there is no second model: facts, where it leads to, the answer
+# For use without a second model: captions by shared facts, reasonings by where they lead, the rest by votes
 by_stage = ByStage({"CAPTION": self_consistency, "REASONING": look_ahead, "CONCLUSION": vote}, default=vote)
 
 SCORERS: dict[str, Scorer] = {
@@ -25,7 +25,7 @@ SCORERS: dict[str, Scorer] = {
 
 
 def resolve_scorer(scorer: str | Scorer) -> Scorer:
-    """The scorer of that name, or the callable itself."""
+    """Return the scorer of that name, or the callable itself. Raises ``ValueError`` for an unknown name."""
     if callable(scorer):
         return scorer
     if scorer not in SCORERS:

@@ -1,4 +1,4 @@
-"""Self-consistency: what most candidates say is more often right. Scorers over a whole pool."""
+"""Self-consistency: what most candidates say is more often right. These scorers compare the candidates of a pool."""
 
 import math
 import re
@@ -11,17 +11,18 @@ from llava_cot.scoring.scorer import Span, groupwise
 from llava_cot.stages import Outcome
 from llava_cot.text import normalise
 
-SAME = 0.75  # the share of facts that two texts of one cluster have in common
+SAME = 0.75  # the least overlap of clauses (intersection over union) between a text and the others of its cluster
 _CLAUSE = re.compile(r"[.;,\n]+(?:\s|$)")
 
 
 @groupwise
 def self_consistency(spans: Sequence[Span]) -> list[float]:
-    """The share of candidates that say the same, most for the one that says it most like the others (the medoid).
+    """Return for each candidate the share of candidates that state the same facts. This is for long texts.
 
-    For long texts: a text is the set of its clauses, texts that share three quarters of them are of one cluster, and
-    candidates of the largest one rank first; equals by confidence (arXiv 2203.11171 for votes; nearest to the centre,
-    arXiv 2604.12196).
+    A text is the set of its clauses. Its cluster is all texts whose clauses overlap with its own by three quarters.
+    Candidates of the largest cluster rank first, and among them the one most like the others, the medoid. Ties go to
+    the more confident one. A candidate that is not closed has no facts (arXiv 2203.11171 for votes; arXiv 2604.12196
+    for the medoid).
     """
     facts = [_facts(span) for span in spans]
     alike = [[_overlap(one, other) for other in facts] for one in facts]
@@ -34,19 +35,19 @@ def self_consistency(spans: Sequence[Span]) -> list[float]:
 
 @groupwise
 def vote(spans: Sequence[Span]) -> list[float]:
-    """The share of votes for a candidate's answer, each weighing exp(mean log-prob) (CISC, arXiv 2502.06233).
+    """Return the share of votes for each candidate's answer. A vote weighs exp(mean log-prob) (CISC, arXiv 2502.06233).
 
-    The answer is the conclusion where there is one, else the text; both as ``normalise`` spells them. A candidate that
-    is not closed has no vote and gets 0.
+    The answer is the conclusion if there is one, else the candidate's text, as ``normalise`` writes it. A candidate
+    that is not closed gets 0, but its weight still counts in the total.
     """
     return _shares([_answer(span) if span.closed else None for span in spans], confidence(spans))
 
 
 @groupwise
 def look_ahead(spans: Sequence[Span]) -> Program[list[float]]:
-    """The share of votes for the conclusion that greedy decoding comes to from each candidate.
+    """Return the share of votes for the conclusion that greedy decoding reaches from each candidate.
 
-    It costs the rest of an answer for each candidate, decoded as one batch. Of conclusions this is ``vote``.
+    It decodes the rest of an answer for each candidate, all as one batch. For conclusions it equals ``vote``.
     """
     open_ends = [span for span in spans if span.closed and span.tokens_left > 0 and not _has_conclusion(span)]
     greedy = SamplingParams(temperature=0.0)

@@ -1,4 +1,4 @@
-"""Thresholds as quantiles of the scores that a scorer gave to a stage's candidates on named data."""
+"""Thresholds as quantiles of the scores that a scorer gave to the candidates of a stage on named data."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -11,9 +11,10 @@ from llava_cot.atomic import replacing
 
 @dataclass(frozen=True)
 class Calibration:
-    """``quantiles[stage]`` holds the scores at 0, 1, ..., 100 %. ``data`` names what they were measured on.
+    """The quantiles of a scorer's scores: ``quantiles[stage]`` holds 101 scores, at 0, 1, ..., 100 %.
 
-    ``model`` is the SHA-256 of the weights that drew the candidates (``checkpoint_sha256``), where they are in a file.
+    ``data`` names the data that they were measured on. ``model`` is the SHA-256 of the weights that drew the candidates
+    (``checkpoint_sha256``), or None if the weights are in no local file.
     """
 
     scorer: str
@@ -23,32 +24,36 @@ class Calibration:
 
     @classmethod
     def fit(cls, scorer: str, data: str, scores: dict[str, list[float]], model: str | None = None) -> "Calibration":
-        """From the scores of each stage's candidates; -inf and NaN are left out."""
+        """Calibrate from the scores of each stage's candidates, without those that are infinite or NaN."""
         percent = np.arange(101)
         finite = {stage: [s for s in values if np.isfinite(s)] for stage, values in scores.items()}
         quantiles = {s: np.percentile(v, percent).round(6).tolist() for s, v in finite.items() if v}
         return cls(scorer, data, quantiles, model)
 
     def cutoff(self, stage: str, quantile: float) -> float:
-        """The score below which ``quantile`` (in [0, 1]) of this stage's candidates lie."""
+        """Return the score below which the share ``quantile``, in [0, 1], of this stage's candidates lies.
+
+        Raises:
+            ValueError: the calibration has no scores of this stage.
+        """
         if stage not in self.quantiles:
             raise ValueError(f"calibration on {self.data!r} must have scores of stage {stage!s}, got none")
         return float(np.interp(100 * quantile, np.arange(101), self.quantiles[stage]))
 
     def quantile(self, stage: str, score: float) -> float:
-        """The share of this stage's scores below ``score``, in [0, 1]: a scale that all scorers share."""
-        self.cutoff(stage, 0.5)  # raises where there are none
+        """Return the share, in [0, 1], of this stage's scores below ``score``. All scorers share this scale."""
+        self.cutoff(stage, 0.5)  # raises if there are none
         known = self.quantiles[stage]
         middle = (np.searchsorted(known, score, "left") + np.searchsorted(known, score, "right") - 1) / 2
         return float(np.clip(middle / 100, 0, 1))
 
     def z_cutoff(self, stage: str, z: float) -> float:
-        """Mean + ``z`` standard deviations of this stage's scores, both taken from its 101 quantiles."""
-        self.cutoff(stage, 0.5)  # raises where there are none
+        """Return the mean plus ``z`` standard deviations of this stage's scores, both from its 101 quantiles."""
+        self.cutoff(stage, 0.5)  # raises if there are none
         return float(np.mean(self.quantiles[stage]) + z * np.std(self.quantiles[stage]))
 
     def save(self, path: Path | str) -> None:
-        """Write it into a file of several, in the place of that of the same scorer."""
+        """Write this calibration to a file of several, in place of an earlier one of the same scorer."""
         path = Path(path)
         others = [other for other in Calibration.load_all(path) if other.scorer != self.scorer] if path.exists() else []
         with replacing(path) as file:
@@ -56,7 +61,7 @@ class Calibration:
 
     @classmethod
     def load_all(cls, path: Path | str) -> list["Calibration"]:
-        """Every calibration of a file. Raises ``ValueError`` if it is not one of them."""
+        """Return every calibration in a file. Raises ``ValueError`` if it does not hold calibrations."""
         try:
             return [cls(**one) for one in json.loads(Path(path).read_text())]
         except (TypeError, ValueError) as error:

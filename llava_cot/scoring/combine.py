@@ -1,4 +1,4 @@
-"""Scorers made of scorers: another one for each stage, by rank, or by weighted value. The trace shows every part."""
+"""Combine scorers: by stage, by rank or by weighted value. The trace shows the parts of the last two."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,7 +8,7 @@ from llava_cot.scoring.scorer import Scorer, Span, ask, is_groupwise, name_of
 
 
 class ByStage:
-    """``scorers[stage]`` for the candidates of a stage, ``default`` for the others and for whole answers."""
+    """Scores the candidates of a stage by ``scorers[stage]``, and all others and whole answers by ``default``."""
 
     def __init__(self, scorers: Mapping[str, Scorer], default: Scorer, name: str = "by_stage") -> None:
         self.scorers, self.default, self.__name__ = dict(scorers), default, name
@@ -26,10 +26,13 @@ class ByStage:
 
 
 class Borda:
-    """By rank: for each part the share of the other candidates that are worse, ties half; of these the weighted mean.
+    """Combines scorers by rank: the weighted mean of a candidate's ranks.
 
-    Ranks need no common scale (arXiv 2502.18581 votes so). They hold within one pool, so cutoffs from a calibration
-    mean little.
+    A rank is the share of the other candidates that score lower; ties count half. Ranks need no common scale (arXiv
+    2502.18581 votes by them). They hold within one pool, so cutoffs from a calibration mean little.
+
+    Raises:
+        ValueError: a negative weight, or no weight above 0.
     """
 
     groupwise = True
@@ -45,9 +48,13 @@ class Borda:
 
 
 class Weighted:
-    """By value: the weighted mean of the parts, each as the share of its calibrated scores of that stage below it.
+    """Combines scorers by value: the weighted mean of a candidate's scores, put on one scale by calibration.
 
-    A part without a calibration of its name counts with its own value, so those must be on one scale.
+    A calibrated score counts as the share, in [0, 1], of the calibration's scores of that stage that lie below it. A
+    scorer without a calibration of its name counts with its own values, which must then be on the same scale.
+
+    Raises:
+        ValueError: a negative weight, or no weight above 0.
     """
 
     def __init__(

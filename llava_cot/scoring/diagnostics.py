@@ -1,4 +1,4 @@
-"""Can a scorer tell right from wrong, and can search help at all? On any labelled set of candidates."""
+"""Can a scorer tell right from wrong, and can search help at all? Answered from any labelled candidates."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,21 +6,24 @@ from statistics import fmean
 
 import numpy as np
 
-USEFUL_AUC = 0.6  # search pays from about 0.75, retracing near 0.9; near 0.5 it is worse than nothing
-USEFUL_HEADROOM = 0.02
+USEFUL_AUC = 0.6  # search is worth its tokens from about 0.75, retracing near 0.9; near 0.5 it is worse than none
+USEFUL_HEADROOM = 0.02  # the least difference in accuracy that counts
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Shares in [0, 1]; ``auc`` and ``realised`` are None where no question has both right and wrong candidates."""
+    """What ``diagnose`` found. All values but ``questions`` are shares in [0, 1]; ``realised`` can be negative.
+
+    ``auc`` and ``realised`` are None if no question has both right and wrong candidates.
+    """
 
     questions: int
-    mean: float  # right, of a candidate taken at random
-    selected: float  # right, of the candidate that scores best
-    oracle: float  # questions with any right candidate
-    auc: float | None  # how often a right candidate beats a wrong one of the same question, ties half
+    mean: float  # how often a random candidate is right
+    selected: float  # how often the candidate with the best score is right
+    oracle: float  # the share of questions with a right candidate
+    auc: float | None  # how often a right candidate beats a wrong one of the same question; ties count half
     realised: float | None  # (selected - mean) / (oracle - mean)
-    greedy: float | None = None  # right, of greedy answers to the same questions
+    greedy: float | None = None  # how often greedy answers to the same questions are right
 
     @property
     def verdict(self) -> str:
@@ -36,14 +39,17 @@ class Diagnosis:
 def diagnose(
     scores: Sequence[Sequence[float]], is_right: Sequence[Sequence[bool]], *, greedy: float | None = None
 ) -> Diagnosis:
-    """``scores[q][i]`` and ``is_right[q][i]`` are of candidate i of question q; questions without any are left out.
+    """Diagnose a scorer on labelled candidates.
 
-    ``greedy`` is how often greedy decoding is right on them, in [0, 1], for the verdict: a scorer that only finds what
-    greedy decoding finds is worth no search. Of equal best scores the first one counts as selected, as in a search.
-    NaN counts as -inf.
+    Args:
+        scores: ``scores[q][i]`` is the score of candidate i of question q. NaN counts as -inf. Among equal best scores
+            the first is selected, as in a search. Questions without candidates are left out.
+        is_right: whether each candidate is right, in the same shape.
+        greedy: how often greedy decoding is right on these questions, in [0, 1], for the verdict. A scorer that selects
+            no better than greedy decoding is not worth a search.
 
     Raises:
-        ValueError: the two are not of one shape, or there is no candidate at all.
+        ValueError: ``scores`` and ``is_right`` differ in shape, or there is no candidate at all.
     """
     if [len(row) for row in scores] != [len(row) for row in is_right]:
         raise ValueError("is_right must have one value per score")
@@ -58,7 +64,7 @@ def diagnose(
 
 
 def within_question_auc(scores: Sequence[Sequence[float]], is_right: Sequence[Sequence[bool]]) -> float | None:
-    """``diagnose(...).auc``: the mean over questions of the AUC among the candidates of one."""
+    """Return ``diagnose(...).auc``, the mean over questions of the AUC among the candidates of a question."""
     return diagnose(scores, is_right).auc
 
 

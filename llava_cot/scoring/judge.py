@@ -1,4 +1,4 @@
-"""The model as its own judge: it is asked about its candidates, and the log-probs of its verdict are the score."""
+"""The model as its own judge. It is asked about its candidates, and the log-probs of its verdict give the score."""
 
 import math
 import re
@@ -23,25 +23,25 @@ _SENTINEL = "\u2060judged\u2060"
 
 
 class JudgeScorer:
-    """Scores are probabilities of the verdict, in [0, 1].
+    """Scores a candidate by the probability, in [0, 1], that the model's verdict is in its favour.
 
-    ``mode="yes_no"`` asks after each candidate whether it is right, and scores P(yes) against P(no). With
-    ``mode="pairwise"`` it is asked behind the prompt which of two candidates is better, for every pair and in both
-    orders, since judges prefer a place; the score is the mean over its pairs of the probability that it wins. The
-    candidates' pages, or the prompt's, are shared: only the question to the judge is computed, of all candidates of all
-    searches as one batch.
+    With ``mode="yes_no"`` the judge is asked after each candidate whether it is right; the score is P(yes) / (P(yes) +
+    P(no)). With ``mode="pairwise"`` it is asked after the prompt which of two candidates is better. Every pair is asked
+    about in both orders, because judges tend to prefer a position. The score is the mean probability that the candidate
+    wins. The pages of the candidates or of the prompt are shared. Only the questions to the judge are computed, those
+    for all candidates of all searches as one batch.
 
-    ``generate=True`` has the model write its verdict instead (greedily, at most 16 tokens) and reads the first of the
-    two words in it: 1, 0, or 0.5 for neither. That is in the spirit of the published judge, whose wording and random
-    pairs differ.
+    With ``generate=True`` the model writes its verdict instead (greedily, at most 16 tokens). The first of the two
+    words in it gives the score: 1, 0, or 0.5 if neither occurs. This resembles the published judge, whose wording
+    differs and whose pairs are random.
 
     Args:
-        processor: of the model that searches, with its chat template.
-        prompt: what the judge is asked, with ``{stage}``, or ``{stage}``, ``{first}`` and ``{second}``.
-        words: the verdicts for and against: "yes" and "no", or "1" and "2".
+        processor: the processor of the model that searches, with its chat template.
+        prompt: the question to the judge, with ``{stage}``; for pairs also with ``{first}`` and ``{second}``.
+        words: the verdicts for and against: by default "yes" and "no", or "1" and "2".
 
     Raises:
-        ValueError: an unknown mode, or verdicts whose first tokens are the same.
+        ValueError: an unknown mode, or verdicts that begin with the same tokens.
 
     Source: arXiv 2411.10440v1 (pairs), 2512.19433 (yes-logit), 2502.06233 (P(True)).
     """
@@ -63,7 +63,7 @@ class JudgeScorer:
         self.prompt = prompt or (YES_NO if mode == "yes_no" else PAIRWISE)
         self.words = words or (("yes", "no") if mode == "yes_no" else ("1", "2"))
         first, second = (self._first_tokens(word) for word in self.words)
-        self._ids = sorted(first - second), sorted(second - first)  # a token such as a lone space tells nothing
+        self._ids = sorted(first - second), sorted(second - first)  # a shared token tells nothing, e.g. a lone space
         if not all(self._ids):
             raise ValueError(f"words must begin with different tokens, got {self.words}")
 
@@ -90,7 +90,7 @@ class JudgeScorer:
         return [sum(own) / len(own) if own else 1.0 for own in scores]
 
     def _verdicts(self, asked: list[Extend]) -> Program[list[float]]:
-        """The probability of the first word for each question asked."""
+        """Return the probability of the first word for each question asked."""
         read: list[Continuation] = [found for (found,) in (yield asked)] if asked else []
         if self.generate and read:
             greedy = SamplingParams(temperature=0.0)
@@ -105,23 +105,23 @@ class JudgeScorer:
         return 0.5 if found is None else float(found[1].lower() == self.words[0].lower())
 
     def _ask(self, parent: int, written: Sequence[int], **facts: str) -> Extend:
-        """The judge's question as a turn of the chat, behind the tokens that the model has ``written`` so far."""
+        """Return the question to the judge as a new turn after ``parent``, whose own tokens are ``written``."""
         turns = [
             {"role": "user", "content": [{"type": "text", "text": "?"}]},
             {"role": "assistant", "content": [{"type": "text", "text": _SENTINEL}]},
             {"role": "user", "content": [{"type": "text", "text": self.prompt.format(**facts)}]},
         ]
         text = self.processor.apply_chat_template(turns, add_generation_prompt=True)
-        # It begins with the special token that ends a turn, so that no word is cut in two by where it begins.
+        # It begins with the special token that ends a turn, so no word is split at the seam.
         behind = text.partition(_SENTINEL)[2]
         tokens = self.processor.tokenizer(behind, add_special_tokens=False).input_ids
-        has_ended = list(written[-1:]) == tokens[:1]  # a whole answer ends its turn itself
+        has_ended = list(written[-1:]) == tokens[:1]  # a whole answer has ended its turn itself
         return Extend(
             parent, tuple(tokens[has_ended:]), want=() if self.generate else tuple(self._ids[0] + self._ids[1])
         )
 
     def _first_tokens(self, word: str) -> set[int]:
-        """The tokens that a verdict may begin with, however it is written."""
+        """Return the tokens that a verdict may begin with: capitalised or not, with or without a space before it."""
         encode = self.processor.tokenizer
         forms = [form for plain in (word, word.capitalize()) for form in (plain, f" {plain}")]
         return {encode(form, add_special_tokens=False).input_ids[0] for form in forms}

@@ -1,4 +1,4 @@
-"""Reward models as scorers: one scalar for (image, question, what was written so far)."""
+"""Reward models as scorers: one scalar for an image, a question and the text written so far."""
 
 import re
 import tempfile
@@ -31,10 +31,10 @@ View = Callable[[Image.Image], Image.Image]
 
 
 class RewardModel(MllamaPreTrainedModel):
-    """An Mllama without its LM head and with a scalar one, read at the last real token.
+    """An Mllama with a scalar head in place of its LM head, read at the last token that is not padding.
 
-    ``save_pretrained`` and ``from_pretrained`` are transformers' own; the processor is saved beside it. The form of
-    Skywork-VL-Reward (arXiv 2505.07263).
+    ``save_pretrained`` and ``from_pretrained`` are those of transformers. The processor is saved beside the model. This
+    is the architecture of Skywork-VL-Reward (arXiv 2505.07263).
     """
 
     def __init__(self, config: MllamaConfig) -> None:
@@ -44,7 +44,7 @@ class RewardModel(MllamaPreTrainedModel):
         self.post_init()
 
     def forward(self, attention_mask: torch.Tensor, **inputs: torch.Tensor) -> SequenceClassifierOutput:
-        """``logits`` [B, 1]: the larger, the better. ``attention_mask`` [B, T] says which token is the last one."""
+        """Return ``logits`` [B, 1], the larger the better. ``attention_mask`` [B, T] is 0 for padding."""
         hidden = self.model(attention_mask=attention_mask, use_cache=False, **inputs).last_hidden_state
         at = torch.arange(attention_mask.shape[1], device=attention_mask.device)
         last = (attention_mask * at).argmax(dim=1)
@@ -56,7 +56,10 @@ class ChatRewardModel(Protocol):
     """A reward model with the interface of InternLM-XComposer2.5-Reward (arXiv 2501.12368)."""
 
     def get_scores(self, chats: list[list[dict[str, str]]], images: list[list[str]], /, *, hd_num: int) -> list[float]:
-        """A score for each chat (user and assistant turn) with its image files, cut into up to ``hd_num`` tiles."""
+        """Return a score for each chat, which is one user turn and one assistant turn.
+
+        ``images`` are the image files of each chat. An image is cut into at most ``hd_num`` tiles.
+        """
 
 
 class _Settings(TypedDict, total=False):
@@ -66,16 +69,20 @@ class _Settings(TypedDict, total=False):
 
 
 class RewardModelScorer:
-    """A scorer that asks a reward model about (image, question, text of the whole path).
+    """Scores candidates by a reward model that sees the image, the question and the text of the whole path.
 
-    The path, because a reasoning that is judged without its caption may contradict it and win.
+    It sees the whole path because a reasoning that is judged without its caption may contradict the caption and win.
 
     Args:
         model: a ``RewardModel``, any transformers model whose output has ``logits`` [B, 1], or a ``ChatRewardModel``.
-        processor: of that model; a ``ChatRewardModel`` needs none.
-        view: how the reward model sees the image that was asked about, e.g. larger; by default as it is.
-        batch_size: texts scored in one forward pass.
-        hd_num: tiles of an image, for a ``ChatRewardModel``.
+        processor: the model's processor; a ``ChatRewardModel`` needs none.
+        view: turns the image that was asked about into the one that the reward model sees, e.g. a larger one. By
+            default both are the same.
+        batch_size: the number of texts per forward pass.
+        hd_num: the most tiles of an image, for a ``ChatRewardModel``.
+
+    Raises:
+        ValueError: ``batch_size`` below 1, a model that needs a processor without one, or one with several labels.
     """
 
     def __init__(
@@ -94,7 +101,7 @@ class RewardModelScorer:
         labels = getattr(getattr(model, "config", None), "num_labels", 1)
         if labels != 1 and not isinstance(model, RewardModel | ChatRewardModel):
             raise ValueError(f"model must have one label, got num_labels={labels}")
-        self.model: Any = model  # whether it is a ChatRewardModel decides what is asked of it
+        self.model: Any = model  # Any, because a ChatRewardModel is called in another way
         self.processor: Any = processor
         self.view, self.batch_size, self.hd_num = view, batch_size, hd_num
 
@@ -109,17 +116,17 @@ class RewardModelScorer:
         dtype: str | torch.dtype = "auto",
         **settings: Unpack[_Settings],
     ) -> "RewardModelScorer":
-        """Load a folder or hub name; ``settings`` are those of the scorer.
+        """Load a folder or a hub name; ``settings`` are keyword arguments of the constructor.
 
-        ``trust_remote_code`` runs the repository's own code, as InternLM-XComposer2.5-Reward needs it.
+        ``trust_remote_code`` runs the repository's own code. InternLM-XComposer2.5-Reward needs that.
 
         Raises:
-            ValueError: remote code without ``revision`` as a full commit hash, since a branch may change under you.
+            ValueError: ``trust_remote_code`` without a full commit hash as ``revision``, because a branch can change.
         """
         if trust_remote_code:
             if not re.fullmatch("[0-9a-f]{40}", revision or ""):
                 raise ValueError(f"revision must be a commit of 40 hex digits with trust_remote_code, got {revision!r}")
-            # code_revision too: code that stands in another repository is not pinned by revision, and fails here.
+            # revision does not pin code in another repository. code_revision makes such a model fail to load.
             pinned: dict[str, Any] = {"revision": revision, "code_revision": revision, "trust_remote_code": True}
             model = AutoModel.from_pretrained(name, dtype=dtype, **pinned)
             model.tokenizer = AutoTokenizer.from_pretrained(name, **pinned)
@@ -133,14 +140,14 @@ class RewardModelScorer:
         return cls(model.to(device).eval() if device is not None else model.eval(), processor, **settings)
 
     def __call__(self, spans: Sequence[Span]) -> Program[list[float]]:
-        """Scores them together with those of other searches."""
+        """Score the spans in one call together with those of other searches."""
         return (yield [Call(self.get_scores, spans)])[0]
 
     def get_scores(self, spans: Sequence[Span]) -> list[float]:
-        """One number for each span, the larger the better; its ``image``, ``question`` and ``path_text`` are read.
+        """Return one number for each span, the larger the better. It reads ``image``, ``question`` and ``path_text``.
 
         Raises:
-            ValueError: a span without image or question, as those of ``generator.generate`` are.
+            ValueError: a span has no image or no question, as in ``generator.generate``.
         """
         views: dict[int, Image.Image] = {}
         asked = []
@@ -151,7 +158,7 @@ class RewardModelScorer:
                 views[id(span.image)] = self.view(span.image) if self.view else span.image
             asked.append((views[id(span.image)], span.question, span.path_text.rstrip()))
         score = self._from_chats if isinstance(self.model, ChatRewardModel) else self._from_logits
-        order = sorted(range(len(asked)), key=lambda index: len(asked[index][2]))  # like lengths need little padding
+        order = sorted(range(len(asked)), key=lambda index: len(asked[index][2]))  # similar lengths need little padding
         scores = [0.0] * len(asked)
         for start in range(0, len(asked), self.batch_size):
             batch = order[start : start + self.batch_size]
@@ -188,7 +195,7 @@ class RewardModelScorer:
 def verify_policy(
     folder_or_config: str | Path | Mapping[str, object] | PreTrainedConfig, policy_path: str | Path
 ) -> None:
-    """Raise ``ValueError`` unless the verifier's config names the policy in this folder, by its ``policy_sha256``."""
+    """Raise ``ValueError`` unless ``policy_sha256`` in the verifier's config is the hash of this policy's weights."""
     config = folder_or_config
     if isinstance(config, str | Path):
         config = AutoConfig.from_pretrained(config)

@@ -1,4 +1,4 @@
-"""What a scorer is: a function from candidates to numbers, the larger the better."""
+"""A scorer is a function from candidates to numbers, the larger the better."""
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
@@ -15,36 +15,37 @@ T = TypeVar("T", bound=Callable)
 
 @dataclass(frozen=True)
 class Span:
-    """What a scorer sees of a candidate: one stage of it, or its whole path.
+    """A candidate as a scorer sees it: one stage, or the whole path.
 
-    ``notes`` is for the scorer to write in what the trace is to show.
+    A scorer may write numbers into ``notes``, which the trace shows.
     """
 
     text: str  # tags included
     tokens: list[int]
-    logprobs: list[float]  # of each token under the model, nats
-    entropies: list[float]  # of the model's distribution at each token, nats
-    certainties: list[float] = field(default_factory=list)  # KL(uniform, that distribution) at each token, nats
+    logprobs: list[float]  # log-prob of each token under the model, in nats
+    entropies: list[float]  # entropy of the model's distribution at each token, in nats
+    certainties: list[float] = field(default_factory=list)  # KL(uniform, that distribution) at each token, in nats
     stage: str | None = None  # None: a whole answer
-    path_text: str = ""  # everything from the first stage to its end
+    path_text: str = ""  # everything from the first stage to the end of this span
     closed: bool = True
     question: str | None = None
     image: "Image | None" = None
     grammar: Grammar = LLAVA_COT
-    id: int = -1  # the continuation that it ends with, for scorers that read or draw on from there
-    root: int = 0  # that of the prompt
-    tokens_left: int = 0  # that its path may still get
+    id: int = -1  # the id of the continuation that it ends with, for scorers that extend or expand it
+    root: int = 0  # the id of the prompt
+    tokens_left: int = 0  # the most tokens that its path may still get
     notes: dict[str, float] = field(default_factory=dict)
 
 
-# Called with all new candidates of one step of a search; one number for each. One that is not finite, and one that
-# raises, mark their candidate. A scorer that wants the model, or the candidates of several searches at once, is a
-# generator: it yields requests (``llava_cot.core``), is sent their replies, and returns the numbers.
+# A scorer is called with all new candidates of one step of a search and returns one number for each. A number that is
+# not finite, or an exception, marks its candidate as failed. A scorer that asks the model, or that scores candidates of
+# several searches in one call, is a generator: it yields requests (``llava_cot.core``), is sent their replies, and
+# returns the numbers.
 Scorer = Callable[[Sequence[Span]], Sequence[float] | Program[Sequence[float]]]
 
 
 def groupwise(scorer: T) -> T:
-    """Marks a scorer whose numbers depend on the other candidates: it is given the whole pool, equal ones too."""
+    """Mark a scorer whose numbers depend on the other candidates. It gets the whole pool, equal candidates included."""
     scorer.groupwise = True  # type: ignore[attr-defined]
     return scorer
 
@@ -54,14 +55,14 @@ def is_groupwise(scorer: Scorer) -> bool:
 
 
 class WrongNumber(ValueError):
-    """A scorer returned another number of scores than it was given spans."""
+    """Raised if a scorer does not return one score per span."""
 
 
 def ask(scorer: Scorer, spans: Sequence[Span]) -> Program[Sequence[float]]:
-    """``yield from ask(...)``: the scores of a plain scorer or of one that is a generator, one for each span.
+    """Return one score for each span, from a plain scorer or from one that is a generator. Use ``yield from ask(...)``.
 
     Raises:
-        WrongNumber: it returns another number of scores.
+        WrongNumber: the scorer does not return one score per span.
     """
     scores = scorer(spans)
     if isinstance(scores, Generator):
@@ -72,5 +73,5 @@ def ask(scorer: Scorer, spans: Sequence[Span]) -> Program[Sequence[float]]:
 
 
 def name_of(scorer: object) -> str:
-    """What settings, calibrations and traces call a scorer or a policy."""
+    """Return the name of a scorer or a policy in settings, calibrations and traces."""
     return scorer if isinstance(scorer, str) else getattr(scorer, "__name__", type(scorer).__name__)

@@ -9,8 +9,8 @@ from llava_cot.tiny import tiny_path
 def load_verifier(view: View, policy: Path | None = None) -> RewardModelScorer:
     """Load the verifier in the folder ``policy``, by default that of the bundled tiny model.
 
-    ``view`` gives the image that the verifier sees for the one that was asked about. The bundled verifier was trained
-    on images without pixel noise, which are those of ``llava_cot.data.shapes.clean_view``.
+    ``view`` turns the image that was asked about into the one that the verifier sees. The bundled verifier was trained
+    on images without pixel noise, as ``llava_cot.data.shapes.clean_view`` makes them.
 
     Raises:
         ValueError: the verifier was trained for another policy.

@@ -1,4 +1,4 @@
-"""The trace of a search: its schema, its writer, its reader, and the questions that can be asked of it. No torch."""
+"""The trace of a search: its schema, its writer, its reader, and queries on it. No torch."""
 
 from llava_cot.trace.reader import (
     Record,

@@ -1,4 +1,4 @@
-"""Whether data from outside is a trace: its version, the shape that the schema describes, and what its ids refer to."""
+"""Check whether data from outside is a trace: its version, its shape as the schema describes it, and its ids."""
 
 import types
 from collections.abc import Mapping
@@ -8,16 +8,16 @@ from typing import Any, cast, get_args, get_origin, get_type_hints, is_typeddict
 from llava_cot.trace.schema import EVENTS, TRACE_VERSION, EventData, TraceData
 from llava_cot.trace.trace import Trace
 
-NUMBERS = ("inf", "-inf", "nan")  # that JSON has as strings
+NUMBERS = ("inf", "-inf", "nan")  # written as strings, because JSON has none of them
 NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false", types.NoneType: "null"}
-ID_FIELDS = ("nodes", "pool", "kept", "pruned")  # of an event
+ID_FIELDS = ("nodes", "pool", "kept", "pruned")  # the fields of an event that hold node ids
 
 
 def check_shape(data: Any) -> TraceData:
-    """A copy of ``data`` that has numbers where JSON has strings for them; its longest lists may be shared.
+    """Return a copy of ``data`` in which "inf", "-inf" and "nan" are numbers. The longest lists may be shared.
 
     Raises:
-        ValueError: it does not have the shape of a trace of this version. The message names the field.
+        ValueError: ``data`` does not have the shape of a trace of this version. The message names the field.
     """
     if not isinstance(data, Mapping):
         raise ValueError(f"trace must be an object, got {type(data).__name__}")
@@ -27,7 +27,11 @@ def check_shape(data: Any) -> TraceData:
 
 
 def check_references(trace: Trace) -> None:
-    """Raises ``ValueError`` if the trace names a node or a stage that it does not have."""
+    """Check a trace's grammar, its references to nodes and stages, and that it has either an answer or an error.
+
+    Raises:
+        ValueError: one of these is wrong. The message names the field.
+    """
     data = trace.data
     try:
         stages = trace.grammar.names
@@ -59,11 +63,11 @@ def check_references(trace: Trace) -> None:
 
 
 def _checked(value: Any, kind: Any, field: str, or_null: str = "") -> Any:
-    """``value`` in the form that ``kind``, a type of the schema, gives it."""
+    """Return ``value`` in the form of ``kind``, a type of the schema. Raises ``ValueError`` naming ``field``."""
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
         return value
-    if origin is types.UnionType:  # with None
+    if origin is types.UnionType:  # the type or None
         return None if value is None else _checked(value, arguments[0], field, " or null")
     if kind is float and isinstance(value, str) and value in NUMBERS:
         return float(value)
@@ -73,7 +77,7 @@ def _checked(value: Any, kind: Any, field: str, or_null: str = "") -> Any:
         return value
     if origin is list and isinstance(value, list):
         (inner,) = arguments
-        if {*map(type, value)} == {inner}:  # token ids and log-probs, nearly all of a trace: this takes no time
+        if {*map(type, value)} == {inner}:  # token ids and log-probs, nearly all of a trace: not copied
             return value
         return [_checked(item, inner, f"{field}[{place}]") for place, item in enumerate(value)]
     if origin is dict and isinstance(value, Mapping):
@@ -84,7 +88,7 @@ def _checked(value: Any, kind: Any, field: str, or_null: str = "") -> Any:
 
 
 def _checked_object(value: Mapping[str, Any], kind: Any, field: str) -> dict[str, Any]:
-    """Fields that the schema does not have are left as they are."""
+    """Check an object of the schema. Fields that the schema does not have stay unchanged."""
     if kind is EventData:
         kind = EVENTS.get(str(value.get("event")), EventData)
     found = dict(value)

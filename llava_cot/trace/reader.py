@@ -1,4 +1,4 @@
-"""Traces from files: one as JSON, or many as JSON lines, each alone or with what is known of its question."""
+"""Read traces from files: one as JSON, or many as JSON lines, each alone or with an image, a gold answer and an id."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ FIELDS = ("trace", "image", "gold", "id")
 
 
 class TraceError(ValueError):
-    """A trace that can't be read: where it is, and what is wrong with it."""
+    """A trace that can't be read. ``source`` says where it is, and ``detail`` what is wrong with it."""
 
     def __init__(self, source: str, detail: str) -> None:
         super().__init__(source, detail)
@@ -26,20 +26,20 @@ class TraceError(ValueError):
 
 @dataclass(frozen=True)
 class Record:
-    """A trace from a file, and what is written beside it there."""
+    """A trace from a file, and what is stored beside it."""
 
     trace: Trace
     source: str  # the file's name and, in a .jsonl file, the line
-    image: str | None = None  # what stands for the image, such as its file's path
+    image: str | None = None  # a name for the image, such as the path of its file
     gold: str | None = None  # the right answer
     id: str | None = None
 
 
 def parse_trace(data: Mapping[str, Any] | str | bytes) -> Trace:
-    """The trace that ``trace.to_json()`` wrote, as JSON or loaded from it.
+    """Return the trace that ``trace.to_json()`` wrote. ``data`` is the JSON, or what it was loaded into.
 
     Raises:
-        ValueError: it is no trace of this version. The message names the field.
+        ValueError: ``data`` is no trace of this version. The message names the field.
     """
     if isinstance(data, str | bytes):
         data = _load(data)
@@ -49,17 +49,17 @@ def parse_trace(data: Mapping[str, Any] | str | bytes) -> Trace:
 
 
 def holds_many(path: Path | str) -> bool:
-    """Whether ``path`` is read as many traces: a folder, or a .jsonl file. Any other file is one trace."""
+    """Return whether ``path`` is read as many traces, being a folder or a .jsonl file. Any other file is one trace."""
     path = Path(path)
     return path.is_dir() or path.suffix.lower() == ".jsonl"
 
 
 def scan_traces(path: Path | str) -> Iterator[Record | TraceError]:
-    """The traces of a file, or of a folder's .json and .jsonl files in the order of their names.
+    """Yield the traces of a file, or of a folder's .json and .jsonl files in the order of their names.
 
-    A .jsonl file has one on each line, any other file is one. Each is a trace alone or an object ``{"trace": {...},
-    "image": "path", "gold": "4", "id": "..."}``, of which only the first must be there. What can't be read is an error
-    in its place, so that the others may still be used. One trace is held at a time.
+    A .jsonl file has one trace per line; any other file is one trace. Each is a trace alone or an object ``{"trace":
+    {...}, "image": "path", "gold": "4", "id": "..."}``, of which only ``trace`` is required. A trace that can't be read
+    yields an error in its place, so that the others can still be used. One trace is in memory at a time.
 
     Raises:
         OSError: ``path`` itself can't be opened.
@@ -77,7 +77,7 @@ def scan_traces(path: Path | str) -> Iterator[Record | TraceError]:
 
 
 def read_traces(path: Path | str) -> Iterator[Record]:
-    """As ``scan_traces``, but the first trace that can't be read raises ``TraceError``."""
+    """Yield what ``scan_traces`` yields, but raise ``TraceError`` at the first trace that can't be read."""
     for found in scan_traces(path):
         if isinstance(found, TraceError):
             raise found
@@ -85,7 +85,7 @@ def read_traces(path: Path | str) -> Iterator[Record]:
 
 
 def read_trace(path: Path | str) -> Record:
-    """The one trace of a JSON file. Raises ``TraceError`` or ``OSError``."""
+    """Read the one trace of a JSON file. Raises ``TraceError`` or ``OSError`` if it can't be read."""
     path = Path(path)
     found = _record(path.read_bytes(), path.name)
     if isinstance(found, TraceError):
@@ -115,7 +115,7 @@ def _record(content: bytes, source: str) -> Record | TraceError:
 
 
 def _beside(data: dict[str, Any]) -> dict[str, str]:
-    """The fields beside a trace that have a value."""
+    """Return the fields beside a trace that have a value."""
     found = {}
     for name, value in data.items():
         if name not in FIELDS:

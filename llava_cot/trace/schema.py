@@ -1,7 +1,7 @@
-"""What a trace holds. The reader checks files against these types, so they are the one description of the format.
+"""The format of a trace. The reader checks files against these types, so this is its only description.
 
-JSON has no infinities: in a file they are the strings "inf" and "-inf". Whoever adds a field that readers need, removes
-one or changes what one means raises ``TRACE_VERSION``.
+JSON has no infinities and no NaN: in a file they are the strings "inf", "-inf" and "nan". Increase ``TRACE_VERSION``
+when you add a field that readers need, remove a field, or change the meaning of one.
 """
 
 from typing import NotRequired, TypedDict
@@ -12,35 +12,37 @@ TRACE_VERSION = 4
 class NodeData(TypedDict):
     """A candidate: one stage, a whole answer, or a part of one."""
 
-    id: int  # from 1 in the order of drawing; 0 is the prompt, which is not in the list
-    parent: int  # the node that it was drawn after; 0: the prompt
+    id: int  # counted from 1 in the order of drawing; 0 is the prompt, which is not in the list
+    parent: int  # the node that it continues; 0: the prompt
     stage: str | None  # None: a whole answer or a part of one
-    round: int  # from 1
-    index: int  # among the candidates of its parent in its round
-    seed: int  # that it was drawn with
-    text: str  # what it added, tags included
+    round: int  # counted from 1
+    index: int  # its number among the candidates of its parent in its round, from 0
+    seed: int  # the seed that it was drawn with
+    text: str  # its own text, tags included
     tokens: list[int]  # token ids; empty where the back end does not know them
-    logprobs: list[float]  # of each token under the model, in nats; empty if not known
-    sampling_logprobs: list[float]  # under the filtered distribution that was drawn from, in nats; empty if not known
-    entropies: list[float]  # of the model's distribution at each token, in nats; empty if not known
+    logprobs: list[float]  # log-prob of each token under the model, in nats; empty if not known
+    sampling_logprobs: list[float]  # the same under the filtered distribution that was sampled; empty if not known
+    entropies: list[float]  # entropy of the model's distribution at each token, in nats; empty if not known
     finish: str | None  # why it ended: "tag", "eos", "length" or "stopped"
-    closed: bool  # it ended as it should: with its own closing tag, or a whole answer with EOS
-    violation: str | None  # how it left the grammar
-    score: float | None  # None: it was not scored; -inf: its scorer failed
-    error: str | None  # why it has no score of its own
-    notes: dict[str, float]  # what its scorer has to tell, such as the scores that it combined
-    kept: bool  # the search went on with it
+    closed: bool  # whether it ended as it should: a stage with its closing tag, a whole answer with EOS
+    violation: str | None  # how it left the grammar; None if it did not
+    score: float | None  # None: not scored; -inf: its scorer failed
+    error: str | None  # why its scorer failed; None if it did not
+    notes: dict[str, float]  # numbers from its scorer, such as the scores that were combined
+    kept: bool  # whether the search continued from it
     seconds: float  # from the start of the search to its last token
 
 
 class EventData(TypedDict):
-    """Something that happened. A policy may note events of its own, of which only this much is known."""
+    """An event of a search. A policy may add events of its own kinds, of which only these fields are known."""
 
-    event: str  # its kind; the search's own are the keys of ``EVENTS``
+    event: str  # its kind; those of the search itself are the keys of ``EVENTS``
     seconds: float  # from the start of the search
 
 
 class Started(EventData):
+    """The search began."""
+
     seed: int
 
 
@@ -48,7 +50,7 @@ class Generated(EventData):
     """Candidates were drawn."""
 
     nodes: list[int]
-    stage: NotRequired[str | None]  # of the first node; absent if there are none
+    stage: NotRequired[str | None]  # the stage of the first node; absent if there are no nodes
     round: NotRequired[int]
 
 
@@ -58,45 +60,45 @@ class Scored(EventData):
     nodes: list[int]
     scores: list[float]  # one for each node
     scorer: str
-    scope: str  # what was scored of each: "stage" or "path"
+    scope: str  # the text that was scored of each: "stage" or "path"
 
 
 class Failed(EventData):
     """A scorer had no finite score for some candidates."""
 
     scorer: str
-    errors: dict[str, str]  # by the node's id
+    errors: dict[str, str]  # keyed by the node's id
 
 
 class Kept(EventData):
-    """A pool of candidates was cut down."""
+    """The candidates to continue from were chosen from a pool."""
 
     stage: str | None
     round: int
     pool: list[int]
     kept: list[int]
     pruned: list[int]
-    cutoff: float | None  # None: the stage could not fail by its scores
-    pass_rank: int  # from 1; the closed candidate of this rank had to score above the cutoff
-    score: float | None  # of that candidate; None: fewer candidates closed
+    cutoff: float | None  # None: scores could not fail the stage
+    pass_rank: int  # counted from 1; the closed candidate of this rank had to score above the cutoff
+    score: float | None  # the score of that candidate; None: too few candidates closed
 
 
 class Retraced(EventData):
     """A stage failed, and the search went back."""
 
-    stage: str  # that failed
-    to: str  # that is drawn again
-    round: int  # that begins
+    stage: str  # the stage that failed
+    to: str  # the stage that is drawn again
+    round: int  # the round that begins
     cutoff: float | None
-    score: float | None  # that was not above the cutoff; None: too few candidates closed, or another reason
+    score: float | None  # the score that was not above the cutoff; None: too few candidates closed, or see ``reason``
     reason: str
 
 
 class BudgetSpent(EventData):
-    """A limit of the budget was reached. What is generated after this finishes an answer greedily."""
+    """A limit of the budget was reached. After this, tokens are only drawn to finish an answer greedily."""
 
-    what: str  # the limit's name in ``UsageData``
-    spent: NotRequired[float]  # in the units of that limit
+    what: str  # the name of the limit, a field of ``UsageData``
+    spent: NotRequired[float]  # what was spent by then, in the units of that limit
 
 
 class Accepted(EventData):
@@ -127,26 +129,26 @@ class GrammarData(TypedDict):
 
 
 class ConfigData(TypedDict, total=False):
-    """The settings of the policy, as its configuration class has them. Those that readers use are named here."""
+    """The settings of the policy, the fields of its configuration class. Only those that readers use are named here."""
 
-    scorer: str  # by name
-    budget: dict[str, float] | None  # its limits, in the units of ``UsageData``
+    scorer: str  # the name of the scorer
+    budget: dict[str, float] | None  # limits, in the units of ``UsageData``
     temperature: float
     top_k: int
     top_p: float
     min_p: float
-    cutoff_agreement: float | None  # the share of the candidates that had to agree, in [0, 1]
+    cutoff_agreement: float | None  # the share of candidates that had to agree, in [0, 1]
 
 
 class CalibrationData(TypedDict):
-    """Which calibration the thresholds came from."""
+    """The calibration that the thresholds came from."""
 
     scorer: str
     data: str  # the name of the data that it was measured on
 
 
 class UsageData(TypedDict):
-    """What a search cost, as in ``llava_cot.core.Usage``."""
+    """The cost of a search, with the fields of ``llava_cot.core.Usage``."""
 
     prompt_tokens: int
     recomputed_tokens: int
@@ -155,24 +157,24 @@ class UsageData(TypedDict):
     generations: int  # candidates drawn
     image_encodings: int
     scorer_calls: int  # candidates given to a scorer
-    steps: int  # forward passes
+    steps: int  # forward passes that it took part in
     seconds: float
 
 
 class ErrorData(TypedDict):
-    """What ended a search that failed."""
+    """The exception that ended a failed search."""
 
     type: str  # the exception's class
     message: str
 
 
 class TraceData(TypedDict):
-    """Everything a search did: its settings, every candidate, every decision, what came of it, and what it cost."""
+    """Everything that a search did: its settings, every candidate, every decision, its answers, and its cost."""
 
     version: int  # TRACE_VERSION
-    versions: dict[str, str]  # of the libraries that ran the model, by name
-    model: str  # a folder or name, empty if it has none
-    question: str | None  # None: the search was given tokens
+    versions: dict[str, str]  # the versions of the libraries that ran the model, by name
+    model: str  # a folder or a hub name; empty if it has neither
+    question: str | None  # None: only tokens were given
     search: str  # the policy's name
     config: ConfigData
     grammar: GrammarData
@@ -182,7 +184,7 @@ class TraceData(TypedDict):
     prompt_tokens: int
     nodes: list[NodeData]  # parents before their children
     events: list[EventData]  # in the order in which they happened
-    answer: int | None  # the node that ends the answer; None exactly if the search failed
-    answers: list[int]  # of all answers that were returned, the best first
+    answer: int | None  # the last node of the answer; None if and only if the search failed
+    answers: list[int]  # the last nodes of all returned answers, the best first
     usage: UsageData
-    error: ErrorData | None  # what ended a search that failed
+    error: ErrorData | None  # None if the search succeeded

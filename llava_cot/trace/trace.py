@@ -1,4 +1,4 @@
-"""A trace in memory, and the questions that whoever shows it or learns from it asks."""
+"""A trace in memory, with the queries of those who show it or learn from it."""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Trace:
-    """Everything a search did: its settings, every candidate, every decision, and what it cost.
+    """Everything that a search did: its settings, every candidate, every decision, and its cost.
 
-    ``data`` is taken as it is. Data from outside goes through ``parse_trace`` or ``read_trace``, which check it.
+    ``data`` is not checked. Read data from outside with ``parse_trace`` or ``read_trace``, which check it.
     """
 
     data: TraceData = field(repr=False)
 
     @cached_property
     def nodes(self) -> dict[int, NodeData]:
-        """Every candidate by its id. Parents come before their children."""
+        """Every candidate by id. Parents come before their children."""
         return {node["id"]: node for node in self.data["nodes"]}
 
     @cached_property
@@ -43,16 +43,16 @@ class Trace:
 
     @property
     def failure(self) -> str | None:
-        """What ended a search that failed, on one line."""
+        """The exception that ended a failed search, on one line; None if it succeeded."""
         error = self.data["error"]
         return error and " ".join(f"{error['type']}: {error['message']}".split())
 
     def events(self, *kinds: str) -> list[dict[str, Any]]:
-        """The events of these kinds, e.g. ``"retraced"``, in their order. ``trace.schema.EVENTS`` has the kinds."""
+        """Return the events of these kinds, e.g. ``"retraced"``, in order. ``trace.schema.EVENTS`` lists the kinds."""
         return _of_kinds(self.data["events"], kinds)
 
     def path(self, id: int | None) -> list[NodeData]:
-        """The candidates from the first stage to node ``id``; none of 0, the prompt, or of None."""
+        """Return the candidates from the first stage to node ``id``. Empty for 0, the prompt, and for None."""
         path: list[NodeData] = []
         while id:
             path.append(self.nodes[id])
@@ -60,21 +60,21 @@ class Trace:
         return path[::-1]
 
     def text(self, id: int | None) -> str:
-        """What the model wrote from the start of its answer to the end of node ``id``, tags included."""
+        """Return what the model wrote from the start of its answer to the end of node ``id``, tags included."""
         return "".join(node["text"] for node in self.path(id))
 
     def to_json(self, indent: int | None = None) -> str:
-        """As strict JSON, which has no infinities: they become the strings "inf" and "-inf"."""
+        """Return the trace as strict JSON, in which inf, -inf and NaN are the strings "inf", "-inf" and "nan"."""
         return to_json(self.data, indent)
 
     def to_html(self, *, image: "Image | None" = None, question: str | None = None, gold: str | None = None) -> str:
-        """As one page to look at, which needs nothing else; ``gold`` is the right answer, where one is known."""
+        """Return one self-contained HTML page. ``gold`` is the right answer, if it is known."""
         from llava_cot.report.html import to_html
 
         return to_html(self, image=image, question=question, gold=gold)
 
     def to_tree(self) -> "Tree":
-        """As a tree that ``rich`` prints in a terminal."""
+        """Return a tree that ``rich`` prints in a terminal."""
         from llava_cot.report.tree import to_tree
 
         return to_tree(self)

@@ -1,4 +1,4 @@
-"""A trace from the plain parts of a search, whatever ran it, and as strict JSON."""
+"""Write a trace from the plain parts of a search, whatever ran it, and as strict JSON."""
 
 import json
 import math
@@ -40,12 +40,12 @@ def trace_data(
     answer: int | None = None,
     error: BaseException | None = None,
 ) -> TraceData:
-    """The data of ``Trace``; ``TraceData`` says what each part is.
+    """Return the data of a ``Trace``. ``TraceData`` describes each part.
 
     Args:
-        answers: the nodes that the search returned, the best first. They are ignored if it failed.
-        answer: the one of them that this trace is for, by default the first.
-        error: what ended a search that failed.
+        answers: the nodes that the search returned, the best first. They are ignored if the search failed.
+        answer: the one of ``answers`` that this trace is about; by default the first.
+        error: the exception that ended a failed search.
 
     Raises:
         ValueError: there is neither an answer nor an error.
@@ -75,7 +75,7 @@ def trace_data(
 
 
 def to_json(data: Any, indent: int | None = None) -> str:
-    """Strict JSON, in which infinities are the strings "inf" and "-inf"."""
+    """Return ``data`` as strict JSON, in which inf, -inf and NaN are the strings "inf", "-inf" and "nan"."""
     return json.dumps(_finite(data), indent=indent, allow_nan=False)
 
 
