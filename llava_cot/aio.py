@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator as AsyncEvents
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from llava_cot.answer import Answer, Finished
 from llava_cot.engine.aio import AsyncEngine
@@ -33,6 +33,7 @@ class AsyncGenerator:
         """See ``SwiresGenerator.answer``."""
         return (await self.answer_batch([image], [question], search, seed=seed, **settings))[0]
 
+    @overload
     async def answer_batch(
         self,
         images: Sequence[ImageLike],
@@ -40,13 +41,37 @@ class AsyncGenerator:
         search: SearchLike = "swires",
         *,
         seed: int = 0,
+        return_exceptions: Literal[False] = False,
         **settings: Any,
-    ) -> list[Answer]:
-        """See ``SwiresGenerator.answer_batch``. The first error is raised once all searches have ended."""
+    ) -> list[Answer]: ...
+
+    @overload
+    async def answer_batch(
+        self,
+        images: Sequence[ImageLike],
+        questions: Sequence[str],
+        search: SearchLike = "swires",
+        *,
+        seed: int = 0,
+        return_exceptions: Literal[True],
+        **settings: Any,
+    ) -> list[Answer | Exception]: ...
+
+    async def answer_batch(
+        self,
+        images: Sequence[ImageLike],
+        questions: Sequence[str],
+        search: SearchLike = "swires",
+        *,
+        seed: int = 0,
+        return_exceptions: bool = False,
+        **settings: Any,
+    ) -> list[Answer] | list[Answer | Exception]:
+        """See ``SwiresGenerator.answer_batch``."""
         plan = self._generator.plan(search, **settings)
         runs = await asyncio.to_thread(self._generator.submit_all, images, questions, plan, seed=seed)
         await asyncio.gather(*map(self.engine.run, runs))
-        return [self._generator.answer_of(run) for run in runs]
+        return self._generator.answers_of(runs) if return_exceptions else [*map(self._generator.answer_of, runs)]
 
     async def stream(
         self, image: ImageLike, question: str, search: SearchLike = "swires", *, seed: int = 0, **settings: Any

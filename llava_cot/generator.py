@@ -176,9 +176,7 @@ class SwiresGenerator:
         runs = self.submit_all(images, questions, plan, seed=seed)
         try:
             self.wait(runs)
-            if return_exceptions:
-                return [self.error_of(run) or self.answer_of(run) for run in runs]
-            return [self.answer_of(run) for run in runs]
+            return self.answers_of(runs) if return_exceptions else [*map(self.answer_of, runs)]
         finally:
             _cancel(runs)
 
@@ -270,6 +268,10 @@ class SwiresGenerator:
         violation = self.grammar.violation(text)
         usage = run.search.usage
         return Answer(text, tokens, self.grammar.parse(text), self.trace_of(run, node), usage, self.grammar, violation)
+
+    def answers_of(self, runs: Sequence[SearchRun]) -> list[Answer | Exception]:
+        """The answer of each search, or in its place what the search raised."""
+        return [self.error_of(run) or self.answer_of(run) for run in runs]
 
     def error_of(self, run: SearchRun) -> Exception | None:
         """What ended a failed search, with the trace of it as its attribute ``trace``; None if it succeeded."""

@@ -195,10 +195,14 @@ class RewardModelScorer:
 def verify_policy(
     folder_or_config: str | Path | Mapping[str, object] | PreTrainedConfig, policy_path: str | Path
 ) -> None:
-    """Raise ``ValueError`` unless ``policy_sha256`` in the verifier's config is the hash of this policy's weights."""
+    """Raise ``ValueError`` unless ``policy_sha256`` in the verifier's config is the hash of this policy's weights.
+
+    A config without it, and a folder without weights, match nothing.
+    """
     config = folder_or_config
     if isinstance(config, str | Path):
         config = AutoConfig.from_pretrained(config)
     wanted = config.get("policy_sha256") if isinstance(config, Mapping) else getattr(config, "policy_sha256", None)
-    if wanted != (got := checkpoint_sha256(policy_path)):
+    got = checkpoint_sha256(policy_path)
+    if wanted is None or wanted != got:
         raise ValueError(f"policy_path must hold the policy with policy_sha256={wanted}, got {got}")

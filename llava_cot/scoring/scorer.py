@@ -40,7 +40,7 @@ class Span:
 # A scorer is called with all new candidates of one step of a search and returns one number for each. A number that is
 # not finite, or an exception, marks its candidate as failed. A scorer that asks the model, or that scores candidates of
 # several searches in one call, is a generator: it yields requests (``llava_cot.core``), is sent their replies, and
-# returns the numbers.
+# returns the numbers. It runs in the thread that steps the engine, and must not wait for another thread that does.
 Scorer = Callable[[Sequence[Span]], Sequence[float] | Program[Sequence[float]]]
 
 

@@ -516,6 +516,23 @@ def test_asyncio_callers(tiny):
     tiny.__dict__.pop("aio")  # the next test gets a fresh one
 
 
+def test_an_async_batch_with_a_failed_search(tiny):
+    def scorer(spans):
+        if spans[0].question == SAMPLES[1].question:
+            raise RuntimeError("no score today")
+        return [0.0 for _ in spans]
+
+    images, questions = zip(*((s.image, s.question) for s in SAMPLES[:3]))
+    settings = dict(search="best_of_n", scorer=scorer, max_new_tokens=20)
+    first, failed, last = asyncio.run(tiny.aio.answer_batch(images, questions, return_exceptions=True, **settings))
+    assert first.tokens and last.tokens and str(failed) == "no score today" and failed.trace.data["error"]
+    with pytest.raises(RuntimeError, match="no score today"):
+        asyncio.run(tiny.aio.answer_batch(images, questions, **settings))
+    tiny.aio.engine.close()
+    tiny.__dict__.pop("aio")
+    assert_nothing_held(tiny.engine)
+
+
 def test_a_closed_async_engine(tiny):
     engine = AsyncEngine(tiny.engine)
 

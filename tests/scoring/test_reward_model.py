@@ -113,6 +113,9 @@ def test_another_policy(scorer, tmp_path):
         verify_policy(VERIFIER, tmp_path)
     with pytest.raises(ValueError, match="policy_sha256=None"):
         verify_policy({}, tiny_path())
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="policy_sha256=None, got None"):
+        verify_policy({}, tmp_path)
 
 
 def test_any_model_with_one_logit(spans, scorer):

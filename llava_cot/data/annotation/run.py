@@ -98,7 +98,7 @@ def annotate_file(
 
     Args:
         questions: see ``read_questions``. The whole file is read and checked before any request is sent.
-        rejects: the file of rejects; by default ``OUT.rejects.jsonl``.
+        rejects: the file of rejects; by default ``out`` with the suffix ``.rejects.jsonl``.
         settings: the settings, which may also be given by name as ``options``.
         show: a function that is called after each record.
 
