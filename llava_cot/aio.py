@@ -69,7 +69,8 @@ class AsyncGenerator:
     ) -> list[Answer] | list[Answer | Exception]:
         """See ``SwiresGenerator.answer_batch``."""
         plan = self._generator.plan(search, **settings)
-        runs = await asyncio.to_thread(self._generator.submit_all, images, questions, plan, seed=seed)
+        submit_all = self._generator.submit_all
+        runs = submit_all(images, questions, plan, seed=seed, return_exceptions=return_exceptions)
         await asyncio.gather(*map(self.engine.run, runs))
         return self._generator.answers_of(runs) if return_exceptions else [*map(self._generator.answer_of, runs)]
 
@@ -79,8 +80,7 @@ class AsyncGenerator:
         """See ``SwiresGenerator.stream``."""
         events: list[Event] = []
         plan = self._generator.plan_of_stream(search, **settings)
-        submit = self._generator.submit
-        run = await asyncio.to_thread(submit, image, question, plan, seed=seed, on_event=events.append)
+        run = self._generator.submit(image, question, plan, seed=seed, on_event=events.append)
         seen, loop = EventStream(run, events, self._generator.decode), asyncio.get_running_loop()
         queue: asyncio.Queue[Event | None] = asyncio.Queue()
 

@@ -222,7 +222,9 @@ class Session(Protocol):
     root: int  # the id of the prompt
     usage: Usage  # live
 
-    prompt_tokens: int
+    @property
+    def prompt_tokens(self) -> int:
+        """The length of the prompt, 0 while it has not been prepared."""
 
     @property
     def growing(self) -> list[tuple[int, ...]]:

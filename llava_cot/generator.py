@@ -28,9 +28,9 @@ from llava_cot.core import Bos
 from llava_cot.custom_generate import SearchOutput, arguments, refuse_unknown
 from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.engine import Engine
-from llava_cot.families import family_of
-from llava_cot.image import ImageLike, open_image
-from llava_cot.prompt import build_inputs, split_rows
+from llava_cot.families import Prompt, family_of
+from llava_cot.image import ImageLike, check_image, open_image, reopenable
+from llava_cot.prompt import build_inputs, check_question, split_rows
 from llava_cot.scoring import Calibration
 from llava_cot.scoring.scorer import name_of
 from llava_cot.search import Plan, Search, SearchLike, SwiresConfig, make_plan
@@ -173,7 +173,7 @@ class SwiresGenerator:
         ``return_exceptions`` each stands where its answer would.
         """
         plan = self.plan(search, **settings)
-        runs = self.submit_all(images, questions, plan, seed=seed)
+        runs = self.submit_all(images, questions, plan, seed=seed, return_exceptions=return_exceptions)
         try:
             self.wait(runs)
             return self.answers_of(runs) if return_exceptions else [*map(self.answer_of, runs)]
@@ -233,18 +233,43 @@ class SwiresGenerator:
         seed: int = 0,
         on_event: Callable[[Event], None] = lambda event: None,
     ) -> SearchRun:
-        """Start a search; it goes on whenever the engine steps. Keep the result: a search that nobody holds ends."""
-        opened = open_image(image)
-        with self._processing:
-            inputs = build_inputs(self.processor, opened, question, self.bos)
-        return self._start(inputs, plan, seed, on_event, question, opened)
+        """Start a search; it goes on whenever the engine steps. Keep the result: a search that nobody holds ends.
+
+        The image is opened when the search is admitted, and closed again once the model has seen it. An image or a
+        question that can't be used is the search's error.
+        """
+        source = reopenable(image)
+
+        def prepare() -> Prompt:
+            opened = open_image(source)
+            with self._processing:
+                return build_inputs(self.processor, opened, question, self.bos)
+
+        return self._start(prepare, plan, seed, on_event, question, lambda: open_image(source))
 
     def submit_all(
-        self, images: Sequence[ImageLike], questions: Sequence[str], plan: Plan, *, seed: int = 0
+        self,
+        images: Sequence[ImageLike],
+        questions: Sequence[str],
+        plan: Plan,
+        *,
+        seed: int = 0,
+        return_exceptions: bool = False,
     ) -> list[SearchRun]:
-        """``submit`` for each question. Raises ``ValueError`` unless there is one for each image."""
+        """``submit`` for each question, of which there must be one for each image.
+
+        Unless ``return_exceptions``, questions and types of images are checked and files are looked for before anything
+        is started.
+
+        Raises:
+            ValueError, TypeError: naming the argument that is wrong.
+        """
         if len(images) != len(questions):
             raise ValueError(f"questions must have one entry per image={len(images)}, got {len(questions)}")
+        if not return_exceptions:
+            for image, question in zip(images, questions):
+                check_question(question)
+                check_image(image)
         runs: list[SearchRun] = []
         try:
             for image, question in zip(images, questions):
@@ -420,17 +445,17 @@ class SwiresGenerator:
 
     def _start(
         self,
-        inputs: dict[str, torch.Tensor],
+        prompt: Prompt | Callable[[], Prompt],
         plan: Plan,
         seed: int,
         on_event: Callable[[Event], None] = lambda event: None,
         question: str | None = None,
-        image: Image | None = None,
+        load_image: Callable[[], Image | None] = lambda: None,
     ) -> SearchRun:
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed must be in [0, 2**63), got {seed}")
         search = Search(
-            self.engine.open(inputs),
+            self.engine.open(prompt),
             self.decode,
             seed,
             plan.config.max_new_tokens,
@@ -440,7 +465,7 @@ class SwiresGenerator:
             self.grammar,
             plan.config.budget,
             question,
-            image,
+            load_image,
         )
         return SearchRun(search, plan)
 

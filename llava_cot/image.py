@@ -1,32 +1,214 @@
 """Turn the images that callers give into RGB images. No torch."""
 
+import base64
+import binascii
+import io
+import os
+import warnings
+from collections.abc import Mapping
 from os import PathLike
+from typing import IO, Any
+from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-ImageLike = Image.Image | np.ndarray | str | PathLike
+ImageLike = Image.Image | np.ndarray | str | PathLike | bytes | bytearray | memoryview | IO[bytes] | Mapping[str, Any]
+
+KINDS = "a path, a data URI, bytes, a binary file, a PIL image, an array or a mapping with 'bytes' or 'path'"
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # by the channels of an array
+PLAIN_MODES = ("1", "L", "P", "RGB")
 
 
 def open_image(image: ImageLike) -> Image.Image:
-    """Return ``image`` as an RGB image.
+    """Return ``image`` as an RGB image that looks as it does in a viewer.
+
+    Transparent pixels are laid on white. The EXIF orientation is applied. Of several frames the first one is taken.
+    Values of more than 8 bits are scaled, with a warning.
+
+    Args:
+        image: a path or ``file:`` URI, a ``data:`` URI, the bytes of a file, a binary file object, a PIL image, an
+            array [H, W] or [H, W, 1 to 4] of booleans, integers or floats, or a mapping with "bytes" or "path", as in
+            Hugging Face datasets.
 
     Raises:
-        ValueError: an array that is not uint8 [H, W, 3], or a file that cannot be read or decoded.
-        TypeError: neither an image, nor an array, nor a path.
+        ValueError: there is no such file, or it is not an image that can be read to its end. The message names it.
+        TypeError: ``image`` is of another type.
     """
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise ValueError(f"image must be a uint8 array [H, W, 3], got {image.dtype} {list(image.shape)}")
-        image = Image.fromarray(image)
-    if isinstance(image, (str, PathLike)):
-        try:
-            image = Image.open(image)
-        except (OSError, Image.DecompressionBombError) as error:
-            raise ValueError(f"image must be a readable image file, got {str(image)!r}: {error}") from None
-    if not isinstance(image, Image.Image):
-        raise TypeError(f"image must be a PIL image, an array or a path, got {type(image).__name__}")
+    name = _name_of(image)
     try:
-        return image.convert("RGB")
-    except OSError as error:
-        raise ValueError(f"image must be a readable image, got one that breaks off: {error}") from None
+        if isinstance(image, Image.Image):
+            return to_rgb(image)
+        if isinstance(image, np.ndarray):
+            return to_rgb(_from_array(image))
+        with Image.open(_file_of(image)) as opened:
+            return to_rgb(opened)
+    except TypeError:
+        raise
+    except UnidentifiedImageError:
+        raise ValueError(f"image must be a readable image, got {name}: its format is not known") from None
+    except Exception as error:  # a decoder may raise anything on a broken file
+        raise ValueError(f"image must be a readable image, got {name}: {reason_of(error)}") from None
+
+
+def check_image(image: ImageLike) -> None:
+    """Raise what ``open_image`` would raise, as far as that can be told without reading a file."""
+    if isinstance(image, (Image.Image, np.ndarray)) or hasattr(image, "read"):
+        return
+    try:
+        _file_of(image)
+    except TypeError:
+        raise
+    except Exception as error:
+        raise ValueError(f"image must be a readable image, got {_name_of(image)}: {reason_of(error)}") from None
+
+
+def reopenable(image: ImageLike) -> ImageLike:
+    """Return ``image`` in a form that ``open_image`` can open more than once: a file object is read now."""
+    return _read(image) if hasattr(image, "read") else image
+
+
+def reason_of(error: Exception) -> str:
+    """Return what Pillow or the file system raised as one line."""
+    return getattr(error, "strerror", None) or " ".join(f"{error or type(error).__name__}".split())[:200]
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return a copy of ``image`` in RGB: upright, on white, in 8 bits. Raises what Pillow raises on a broken file."""
+    if 0 in image.size:
+        raise ValueError(f"it has {image.width} x {image.height} pixels")
+    image.load()
+    turn = TURNS.get(_orientation(image))
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values, clear = np.asarray(image), image.info.get("transparency")
+        pixels = to_8_bits(values)
+        if isinstance(clear, int):  # the grey value that a PNG declares transparent
+            pixels[values == clear] = 255
+        image = Image.fromarray(pixels)
+    if image.has_transparency_data:
+        image = image.convert("LA") if image.mode == "La" else image
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    return image if turn is None else image.transpose(turn)
+
+
+def is_plain(image: Image.Image) -> bool:
+    """Whether every reader shows the pixels of ``image`` as ``to_rgb`` does, so that its file can be passed on."""
+    return (
+        image.mode in PLAIN_MODES
+        and not image.has_transparency_data
+        and _orientation(image) not in TURNS
+        and getattr(image, "n_frames", 1) == 1
+    )
+
+
+def to_8_bits(values: np.ndarray) -> np.ndarray:
+    """Scale ``values`` to uint8.
+
+    Booleans and unsigned integers of 16 bits are scaled by the range of their type. Others are taken to be in [0, 1] if
+    they are floats, in [0, 255] or in [0, 65535], whichever is the first that holds them all, or else in the range from
+    their least to their greatest value.
+    """
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == bool:
+        return values.astype(np.uint8) * 255
+    if values.dtype.kind not in "uif":
+        raise ValueError(f"its values must be booleans, integers or floats, but are {values.dtype}")
+    least, most = float(values.min()), float(values.max())
+    if not np.isfinite([least, most]).all():
+        raise ValueError("its values must be finite")
+    ranges = [65535.0] if values.dtype == np.uint16 else [1.0, 255.0, 65535.0][values.dtype.kind != "f" :]
+    low, high = next(((0.0, top) for top in ranges if least >= 0 and most <= top), (least, most))
+    if high != 255:
+        warnings.warn(f"image values in [{low:g}, {high:g}] were scaled to 8 bits", stacklevel=2)
+    return np.rint((values.astype(np.float64) - low) * (255 / ((high - low) or 1))).astype(np.uint8)
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    channels = 1 if array.ndim == 2 else array.shape[2] if array.ndim == 3 else 0
+    if channels not in MODES or not array.size:
+        raise ValueError(f"its shape must be [H, W] or [H, W, 1 to 4], but is {list(array.shape)}")
+    pixels = np.ascontiguousarray(to_8_bits(array))
+    return Image.frombytes(MODES[channels], (array.shape[1], array.shape[0]), pixels.tobytes())
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # metadata that can't be read says nothing
+        return 1
+
+
+def _file_of(image: Any) -> str | IO[bytes]:
+    """Return the path or the bytes that ``image`` stands for."""
+    if isinstance(image, Mapping):
+        inner = image.get("bytes")
+        inner = image.get("path") if inner is None else inner
+        if inner is None or isinstance(inner, Mapping):
+            raise ValueError("it has neither 'bytes' nor a 'path'")
+        return _file_of(inner)
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return io.BytesIO(image)
+    if isinstance(image, str) and image[:5].lower() == "data:":
+        return io.BytesIO(_data_of(image))
+    if isinstance(image, str) and image[:7].lower() == "file://":
+        image = url2pathname(urlsplit(image).path)
+    if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
+        raise ValueError("nothing is downloaded; give its bytes")
+    if isinstance(image, (str, PathLike)):
+        if not os.path.isfile(image):  # to open a pipe or a device would wait, or never end
+            os.stat(image)
+            raise ValueError("it is not a file")
+        return os.fspath(image)
+    if hasattr(image, "read"):
+        return io.BytesIO(_read(image))
+    raise TypeError(f"image must be {KINDS}, got {type(image).__name__}")
+
+
+def _read(file: Any) -> bytes:
+    data = file.read()
+    if not isinstance(data, bytes):
+        raise TypeError(f"image must be a file opened in binary mode, got one that reads {type(data).__name__}")
+    return data
+
+
+def _data_of(uri: str) -> bytes:
+    head, comma, body = uri.partition(",")
+    data = unquote_to_bytes(body)
+    if not comma or not data:
+        raise ValueError("a data URI must be data:TYPE;base64,DATA")
+    if not head.lower().endswith(";base64"):
+        return data
+    try:
+        return base64.b64decode(b"".join(data.split()), validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"its base64 is wrong ({error})") from None
+
+
+def _name_of(image: Any) -> str:
+    """Return what an error calls ``image``: never its data."""
+    if isinstance(image, Mapping):
+        return _name_of(image["path"]) if image.get("path") else "a mapping"
+    if isinstance(image, Image.Image):
+        return repr(name) if (name := getattr(image, "filename", "")) else f"an image of mode {image.mode}"
+    if isinstance(image, np.ndarray):
+        return f"an array of {image.dtype}"
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return f"{len(image)} bytes"
+    if isinstance(image, str):
+        if image[:5].lower() == "data:":
+            return f"a data URI of {len(image)} characters"
+        return repr(image) if len(image) <= 300 else f"a string of {len(image)} characters, {image[:30]!r}..."
+    return repr(str(image) if isinstance(image, PathLike) else getattr(image, "name", type(image).__name__))

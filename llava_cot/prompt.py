@@ -18,8 +18,7 @@ def build_inputs(processor: ProcessorMixin, image: ImageLike, question: str, bos
         ValueError: an empty question, or an image that cannot be read.
         TypeError: see ``open_image``.
     """
-    if not isinstance(question, str) or not question.strip():
-        raise ValueError(f"question must be a non-empty string, got {question!r}")
+    check_question(question)
     content = [{"type": "image"}, {"type": "text", "text": question}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     written = text.startswith(processor.tokenizer.bos_token or "")
@@ -30,6 +29,12 @@ def build_inputs(processor: ProcessorMixin, image: ImageLike, question: str, bos
         return_tensors="pt",
     )
     return {name: tensor for name, tensor in batch.items() if name != "attention_mask"}  # nothing is padded
+
+
+def check_question(question: str) -> None:
+    """Raise ``ValueError`` unless ``question`` is a non-empty string."""
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError(f"question must be a non-empty string, got {question!r}")
 
 
 def split_rows(inputs: dict[str, torch.Tensor], config: PreTrainedConfig) -> list[Prompt]:

@@ -199,7 +199,7 @@ def test_demo_shows_the_stages_and_the_truth(run):
         ({"--search": "beam"}, "error: search must be one of ['best_of_n', 'greedy', 'majority', 'sample'"),
         ({"--search": "swires:mine"}, "error: search must be a policy or one of ['swires:published'"),
         ({"--search": "greedy:published"}, "error: search must be a policy or one of ['swires:published'"),
-        ({"image": "no [such] file[/].png"}, "error: image must be a readable image file, got 'no [such] file[/].png'"),
+        ({"image": "no [such] file[/].png"}, "error: image must be a readable image, got 'no [such] file[/].png'"),
         ({"question": " "}, "error: question must be a non-empty string, got ' '"),
         ({"--model": "no/such/folder/at/all"}, "error: "),
     ],

@@ -2,11 +2,13 @@
 
 import json
 import warnings
+import weakref
 
 import numpy as np
 import pytest
 import torch
 
+import llava_cot.generator as generator_module
 from llava_cot import (
     STAGES,
     BestOfNConfig,
@@ -20,6 +22,7 @@ from llava_cot import (
 from llava_cot.core import SamplingParams
 from llava_cot.data import shapes
 from llava_cot.families import family_of
+from llava_cot.image import open_image
 from llava_cot.scoring import confidence
 from llava_cot.search.events import StageFinal, TextDelta
 from llava_cot.search.tree import Node, candidate_seed
@@ -83,27 +86,31 @@ BAD_ANSWERS = {
     "no image": (
         lambda g, f: g.answer(None, "?"),
         TypeError,
-        "image must be a PIL image, an array or a path, got None",
+        "image must be a path, .* or a mapping with 'bytes' or 'path', got None",
     ),
-    "a number": (lambda g, f: g.answer(3, "?"), TypeError, "image must be a PIL image, an array or a path, got int"),
+    "a number": (lambda g, f: g.answer(3, "?"), TypeError, "image must be a path, .*, got int"),
     "not an image": (
         lambda g, f: g.answer(f / "text.png", "?"),
         ValueError,
-        "image must be a readable image file, got",
+        "image must be a readable image, got '.*text.png': its format is not known",
     ),
-    "half an image": (lambda g, f: g.answer(f / "truncated.png", "?"), ValueError, "image must be .* breaks off"),
-    "a bomb": (lambda g, f: g.answer(f / "bomb.bmp", "?"), ValueError, "image must be .*bomb.bmp.* exceeds limit"),
-    "floats": (
-        lambda g, f: g.answer(np.zeros((48, 48, 3)), "?"),
+    "half an image": (
+        lambda g, f: g.answer(f / "truncated.png", "?"),
         ValueError,
-        r"\[H, W, 3\], got float64 \[48, 48, 3\]",
+        "image must be .*truncated.png': [^\n]*truncated",
+    ),
+    "a bomb": (lambda g, f: g.answer(f / "bomb.bmp", "?"), ValueError, "image must be .*bomb.bmp.* exceeds limit"),
+    "strings": (
+        lambda g, f: g.answer(np.full((48, 48, 3), "a"), "?"),
+        ValueError,
+        "an array of <U1: its values must be booleans, integers or floats",
     ),
     "channels first": (
         lambda g, f: g.answer(np.zeros((3, 48, 48), np.uint8), "?"),
         ValueError,
-        r"image must be a uint8 array \[H, W, 3\], got uint8 \[3, 48, 48\]",
+        r"an array of uint8: its shape must be \[H, W\] or \[H, W, 1 to 4\], but is \[3, 48, 48\]",
     ),
-    "a folder": (lambda g, f: g.answer(f, "?"), ValueError, "image must be a readable image file"),
+    "a folder": (lambda g, f: g.answer(f, "?"), ValueError, "image must be a readable image"),
     "no file": (lambda g, f: g.answer(f / "none.png", "?"), ValueError, "image must be .*none.png.*No such file"),
     "no question": (lambda g, f: ask_this(g, ""), ValueError, "question must be a non-empty string, got ''"),
     "a blank question": (
@@ -146,7 +153,7 @@ BAD_ANSWERS = {
     "one bad of two": (
         lambda g, f: g.answer_batch([SAMPLE.image, f / "text.png"], ["?", "?"]),
         ValueError,
-        "image must be a readable image file",
+        "image must be a readable image",
     ),
 }
 BAD_GENERATES = {
@@ -303,6 +310,56 @@ def test_generate_on_a_padded_batch_is_generate_on_its_rows(tiny):
         assert torch.equal(pair[:, : alone.shape[1]], alone)
         assert (pair[:, alone.shape[1] :] == pad).all()
         assert not torch.equal(alone[0], alone[1])
+
+
+def test_what_can_not_be_asked_stands_in_its_place(tiny, files):
+    """An item that can't even be prepared takes nobody with it, in whichever place of the batch."""
+    wrong = [
+        (files / "truncated.png", "?", ValueError, "truncated.png"),
+        (files / "none.png", "?", ValueError, "No such file"),
+        (b"text", "?", ValueError, "its format is not known"),
+        (None, "?", TypeError, "image must be a"),
+        (SAMPLE.image, " ", ValueError, "question must be a non-empty string"),
+        (SAMPLE.image, 3, ValueError, "question must be a non-empty string"),
+    ]
+    good = [(sample.image, sample.question) for sample in SAMPLES[:3]]
+    items = [good[0], *((image, question) for image, question, *_ in wrong[:3]), good[1], *(w[:2] for w in wrong[3:])]
+    items.append(good[2])
+    images, questions = zip(*items)
+    found = tiny.answer_batch(images, questions, "greedy", max_new_tokens=20, return_exceptions=True)
+    answers = [answer for answer in found if not isinstance(answer, Exception)]
+    assert [a.tokens for a in answers] == [ask(tiny, s, "greedy", max_new_tokens=20).tokens for s in SAMPLES[:3]]
+    errors = [error for error in found if isinstance(error, Exception)]
+    for error, (_, _, kind, message) in zip(errors, wrong, strict=True):
+        assert type(error) is kind and message in str(error)
+    assert_nothing_held(tiny)
+
+
+def test_no_more_images_are_open_than_searches_run(tiny, bare_generator, monkeypatch, tmp_path):
+    """Forty photos, of which the pages have room for a few: the others stay on the disk until it is their turn."""
+    opened, most = [], 0
+
+    def counting(image):
+        nonlocal most
+        found = open_image(image)
+        opened.append(weakref.ref(found))
+        most = max(most, open_now())
+        return found
+
+    def open_now():
+        return sum(image() is not None for image in opened)
+
+    monkeypatch.setattr(generator_module, "open_image", counting)
+    SAMPLE.image.save(path := tmp_path / "photo.png")
+    generator = bare_generator(tiny.model, page_size=4, num_pages=60)
+    jobs, loaded = generator.engine.schedule.jobs, 0
+    runs = generator.submit_all([path] * 40, ["How many?"] * 40, generator.plan("best_of_n", n=2, max_new_tokens=5))
+    assert not opened
+    while generator.engine.step():
+        loaded = max(loaded, sum(job.inputs is not None for job in jobs))
+    assert all(run.done and run.error is None for run in runs)
+    assert most == 1 and 1 < loaded < 20 and open_now() == 0
+    assert not any(run.search.session._job.inputs for run in runs)
 
 
 def test_torch_manual_seed_makes_generate_repeatable(tiny):

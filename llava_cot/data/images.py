@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from llava_cot.data.defect import Defect
+from llava_cot.image import to_rgb
 
 CACHE = 1 << 16  # images whose verdict is remembered, about 300 bytes each, since rows about one image may be far apart
 
@@ -89,7 +90,7 @@ class ImageChecks:
                     mode = image.mode
                     if 0 in image.size:
                         return "image of zero size", f"has {width} x {height} pixels"
-                    pixels = image.convert("RGB")
+                    pixels = to_rgb(image)
         except Exception as error:  # a decoder may raise anything on a broken file
             return "unreadable image", f"can't be decoded: {type(error).__name__}: {str(error)[:200]}"
         if max(width, height) > self.max_aspect * min(width, height):
@@ -123,7 +124,7 @@ def _files(folder: Path | str) -> Iterator[str]:
 def _hashes(path: str) -> tuple[bytes, bytes | None]:
     try:
         with Image.open(path) as image:
-            pixels = _pixel_hash(image.convert("RGB"))
+            pixels = _pixel_hash(to_rgb(image))
     except Exception:  # the folder of a benchmark has labels and licences too
         pixels = None
     return _file_hash(path), pixels

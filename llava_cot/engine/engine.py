@@ -79,13 +79,17 @@ class Engine:
         """Whether a session waits for an answer."""
         return self.schedule.has_work
 
-    def open(self, prompt: Prompt) -> Session:
+    def open(self, prompt: Prompt | Callable[[], Prompt]) -> Session:
         """Open a session on the processor's inputs for one sample, without padding. It is prefilled once it is asked.
 
-        Keep the session: when nobody refers to it any more, its work ends.
+        A function is called when the session is admitted, in the thread that steps, so that a thousand waiting sessions
+        hold no images. What it raises ends the session. Keep the session: when nobody refers to it any more, its work
+        ends.
         """
-        root = Branch(None, -1, prompt["input_ids"].shape[1], tag_state=self.tags.start_state)
-        return Session(self, Job(prompt, root))
+        job = Job(prompt if callable(prompt) else lambda: prompt, Branch(None, -1, 0, tag_state=self.tags.start_state))
+        if not callable(prompt):
+            job.load()
+        return Session(self, job)
 
     def take_in(self, job: Job) -> None:
         """Note that ``job`` has requests."""

@@ -194,11 +194,17 @@ class Schedule:
         found, image_tokens = list[Job](), 0
         while self.waiting and len(found) < PROMPTS_PER_PREFILL:
             job = self.waiting[0]
+            try:
+                job.load()
+            except Exception as error:  # it is nobody else's
+                self.waiting.popleft()
+                job.error = error
+                continue
             free -= self._pages_to_go_on(job)
             is_alone = not (self.running or found)
             if free < 0 and not is_alone:
                 break
-            image_tokens += self.view.image_tokens(job.inputs)
+            image_tokens += self.view.image_tokens(job.load())
             has_room = self.view.images.has_room(image_tokens)
             if not has_room and not is_alone:
                 break
@@ -220,7 +226,7 @@ class Schedule:
     def _prefill(self, jobs: list[Job]) -> None:
         for job in jobs:
             job.is_started = True
-        self.runner.prefill([job.root for job in jobs], [job.inputs for job in jobs])
+        self.runner.prefill([job.root for job in jobs], [job.load() for job in jobs])
         for job in jobs:
             job.resume(time.perf_counter())
             if job.was_paused:

@@ -57,14 +57,15 @@ class Pending:
 
 @dataclass(eq=False)
 class Job:
-    """``inputs`` are the processor's for one sample, without padding.
+    """``prepare`` makes ``inputs``, the processor's for one sample without padding, once there is room for them.
 
     ``branches`` own pages until they are released, the job ends, or others need the pages more; the root comes first.
     ``pending`` are the requests that have not been opened yet, ``slots`` the growing branches.
     """
 
-    inputs: dict[str, torch.Tensor]
+    prepare: Callable[[], dict[str, torch.Tensor]] | None
     root: Branch
+    inputs: dict[str, torch.Tensor] | None = None
     usage: Usage = field(default_factory=Usage)
     branches: list[Branch] = field(default_factory=list)
     by_id: dict[int, Branch] = field(default_factory=dict)
@@ -82,6 +83,14 @@ class Job:
 
     def __post_init__(self) -> None:
         self.branches, self.by_id = [self.root], {0: self.root}
+
+    def load(self) -> dict[str, torch.Tensor]:
+        """Return ``inputs``, which are made now if they have not been. Raises whatever ``prepare`` raises."""
+        if self.inputs is None:
+            assert self.prepare is not None
+            self.inputs = self.prepare()
+            self.root.length = self.inputs["input_ids"].shape[1]
+        return self.inputs
 
     @property
     def width(self) -> int:
@@ -159,6 +168,7 @@ class Job:
         for branch in self.branches:
             branch.next_logits = None
         self.branches, self.pending, self.slots, self.is_over = [], [], [], True
+        self.prepare = self.inputs = None
 
 
 def _plain(found: Any, decode: Callable[[Sequence[int]], str]) -> Any:
@@ -174,7 +184,6 @@ class Session:
     def __init__(self, engine: "Engine", job: Job) -> None:
         self._engine, self._job = engine, job
         self.root, self.usage = 0, job.usage
-        self.prompt_tokens = job.root.length
         self._done: Any = None
         job.owner = weakref.ref(self)
 
@@ -194,6 +203,11 @@ class Session:
         """See ``llava_cot.core.Session.close``. Its pages are given back now, or at the end of a running step."""
         self._job.is_over = True
         self._engine.collect()
+
+    @property
+    def prompt_tokens(self) -> int:
+        """See ``llava_cot.core.Session.prompt_tokens``."""
+        return self._job.root.length
 
     @property
     def growing(self) -> list[tuple[int, ...]]:

@@ -74,7 +74,9 @@ def _header(view: View, image: "Image | None", question: str, gold: str | None) 
 
 
 def _data_url(image: "Image") -> str:
-    small = image.convert("RGB")
+    from llava_cot.image import to_rgb  # not before, since it imports numpy, which a report without a picture can spare
+
+    small = to_rgb(image)
     small.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     for kind in ("png", "jpeg"):
         file = BytesIO()

@@ -149,14 +149,15 @@ class RewardModelScorer:
         Raises:
             ValueError: a span has no image or no question, as in ``generator.generate``.
         """
-        views: dict[int, Image.Image] = {}
+        views: dict[int, tuple[Image.Image, Image.Image]] = {}  # with the image itself, or another one may get its id
         asked = []
         for span in spans:
-            if span.image is None or span.question is None:
+            image = span.image
+            if image is None or span.question is None:
                 raise ValueError("a reward model needs the image and the question of every span, got None")
-            if id(span.image) not in views:
-                views[id(span.image)] = self.view(span.image) if self.view else span.image
-            asked.append((views[id(span.image)], span.question, span.path_text.rstrip()))
+            if id(image) not in views:
+                views[id(image)] = image, self.view(image) if self.view else image
+            asked.append((views[id(image)][1], span.question, span.path_text.rstrip()))
         score = self._from_chats if isinstance(self.model, ChatRewardModel) else self._from_logits
         order = sorted(range(len(asked)), key=lambda index: len(asked[index][2]))  # similar lengths need little padding
         scores = [0.0] * len(asked)

@@ -29,12 +29,17 @@ class Span:
     path_text: str = ""  # everything from the first stage to the end of this span
     closed: bool = True
     question: str | None = None
-    image: "Image | None" = None
+    load_image: "Callable[[], Image | None]" = field(default=lambda: None, repr=False)
     grammar: Grammar = LLAVA_COT
     id: int = -1  # the id of the continuation that it ends with, for scorers that extend or expand it
     root: int = 0  # the id of the prompt
     tokens_left: int = 0  # the most tokens that its path may still get
     notes: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def image(self) -> "Image | None":
+        """The image in RGB, which is opened when it is first asked for; None if the search was given tokens only."""
+        return self.load_image()
 
 
 # A scorer is called with all new candidates of one step of a search and returns one number for each. A number that is

@@ -16,6 +16,11 @@ class SearchRun(Drive):
         self.search, self.plan = search, plan
         super().__init__(search.session, run(search, plan.policy))
 
+    def _end(self) -> None:
+        super()._end()
+        if self.done:  # nothing looks at the image any more, and it may be large
+            self.search.load_image = lambda: None
+
 
 def run(search: Search, policy: Policy) -> Program[list[Node]]:
     """Run ``policy`` until it returns or its budget is spent. Returns the answers, the best first."""

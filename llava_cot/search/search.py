@@ -56,13 +56,14 @@ class Search:
     grammar: Grammar = LLAVA_COT  # its tags are the engine's first ones
     budget: Budget | None = None
     question: str | None = None
-    image: "Image | None" = None
+    load_image: "Callable[[], Image | None]" = lambda: None
     nodes: list[Node] = field(default_factory=list)
     log: list[dict[str, Any]] = field(default_factory=list)
     retraces: list[Retrace] = field(default_factory=list)
     root: Node = field(init=False)
     _scores: dict[tuple, tuple[float, str | None, dict[str, float]]] = field(default_factory=dict)
     _scorers: dict[int, Scorer] = field(default_factory=dict)
+    _image: "Image | None" = None
 
     def __post_init__(self) -> None:
         self.root = Node(0, None, None, 0, 0, Continuation(self.session.root, -1))
@@ -72,6 +73,13 @@ class Search:
     def usage(self) -> Usage:
         """What the search has cost so far."""
         return self.session.usage
+
+    @property
+    def image(self) -> "Image | None":
+        """The image in RGB. It is opened when it is asked for, and kept until a scorer has returned."""
+        if self._image is None:
+            self._image = self.load_image()
+        return self._image
 
     def can_grow(self, node: Node) -> bool:
         """Whether another stage may come after ``node``."""
@@ -204,6 +212,7 @@ class Search:
         self.usage.scorer_calls += len(asked)
         spans = [self._span(first[key], scope) for key in asked]
         scores = (yield from self._evaluate(scorer, spans)) if spans else []
+        self._image = None
         for key, span, score in reversed([*zip(asked, spans, scores)]):  # of equal paths, the first one's counts
             if isinstance(score, Exception):
                 self._scores[key] = -math.inf, repr(score), span.notes
@@ -372,7 +381,7 @@ class Search:
             path_text="".join(node.text for node in node.path()),
             closed=node.closed,
             question=self.question,
-            image=self.image,
+            load_image=lambda: self.image,
             grammar=self.grammar,
             id=node.continuation.id,
             root=self.session.root,

@@ -26,7 +26,7 @@ SEEDS = range(710_000, 710_020)
 def span(seed: int, text: str | None = None) -> Span:
     sample = shapes.sample(seed)
     text = render(sample.stages) if text is None else text
-    return Span(text, [], [], [], path_text=text, image=sample.image, question=sample.question)
+    return Span(text, [], [], [], path_text=text, load_image=lambda: sample.image, question=sample.question)
 
 
 @pytest.fixture(scope="module")

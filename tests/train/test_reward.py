@@ -67,7 +67,7 @@ def spans_of(row, folder) -> list[Span]:
     question, image = row["prompt"][0]["content"][1]["text"], Image.open(folder / row["images"][0])
     paths = ["".join(row["completions"][:end]) for end in range(1, len(row["completions"]) + 1)]
     return [
-        Span(text, [], [], [], stage=stage, path_text=path, image=image, question=question)
+        Span(text, [], [], [], stage=stage, path_text=path, load_image=lambda: image, question=question)
         for text, stage, path in zip(row["completions"], row["stages"], paths, strict=True)
     ]
 

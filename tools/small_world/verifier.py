@@ -194,8 +194,8 @@ def evaluate(scorer: RewardModelScorer, rollouts: list[Rollout]) -> dict[str, An
 def _span(sample: shapes.Sample, text: str, stage: Stage) -> Span:
     """The path up to the end of ``stage``, or all there is."""
     head, close, _ = text.partition(stage.close_tag)
-    path = head + close
-    return Span(path, [], [], [], stage=stage, path_text=path, image=sample.image, question=sample.question)
+    path, question = head + close, sample.question
+    return Span(path, [], [], [], stage=stage, path_text=path, load_image=lambda: sample.image, question=question)
 
 
 def main() -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from llava_cot.image import is_plain, reason_of, to_rgb
+
 SENT_AS_THEY_ARE = ("JPEG", "PNG", "WEBP")  # every endpoint reads these
 
 
@@ -20,7 +22,10 @@ class SentImage:
 
 
 def read_image(path: Path) -> SentImage:
-    """Read an image. It is decoded completely as a check. Its bytes are kept, except that other formats become PNG.
+    """Read an image. It is decoded completely as a check.
+
+    Its bytes are kept if every endpoint shows them as ``open_image`` does. Other formats, transparency, an EXIF
+    orientation, more than 8 bits or several frames become a PNG of what ``open_image`` returns.
 
     Raises:
         ValueError: the image does not exist or cannot be decoded.
@@ -31,11 +36,12 @@ def read_image(path: Path) -> SentImage:
         raise ValueError(f"image must be a readable file, got {str(path)!r}: {error.strerror}") from None
     try:
         with Image.open(io.BytesIO(data)) as image:
-            kind, pixels = image.format, image.convert("RGB")
-    except (ValueError, SyntaxError, OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image must be a readable image, got {str(path)!r}: {error}") from None
+            kind, is_kept = image.format, image.format in SENT_AS_THEY_ARE and is_plain(image)
+            pixels = to_rgb(image)
+    except Exception as error:  # a decoder may raise anything on a broken file
+        raise ValueError(f"image must be a readable image, got {str(path)!r}: {reason_of(error)}") from None
     sent = data
-    if kind not in SENT_AS_THEY_ARE:
+    if not is_kept:
         kind, buffer = "PNG", io.BytesIO()
         pixels.save(buffer, kind)
         sent = buffer.getvalue()
