@@ -6,20 +6,22 @@ from transformers import PreTrainedConfig, ProcessorMixin
 from llava_cot.core import Bos
 from llava_cot.families import Prompt, family_of
 from llava_cot.image import ImageLike, open_image
+from llava_cot.literal import MARK, marked, without_marks
 
 
 def build_inputs(processor: ProcessorMixin, image: ImageLike, question: str, bos: Bos) -> Prompt:
     """Return the processor's inputs for one question: chat template, generation prompt and one BOS.
 
-    Most chat templates write a BOS themselves. With ``bos="released"`` the tokenizer adds a second one, because the
-    released LLaVA-CoT weights were trained with two.
+    The question is text: special tokens that it spells are not read as such. Most chat templates write a BOS
+    themselves. With ``bos="released"`` the tokenizer adds a second one, because the released LLaVA-CoT weights were
+    trained with two.
 
     Raises:
         ValueError: an empty question, or an image that cannot be read.
         TypeError: see ``open_image``.
     """
     check_question(question)
-    content = [{"type": "image"}, {"type": "text", "text": question}]
+    content = [{"type": "image"}, {"type": "text", "text": marked(question, processor.tokenizer)}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     written = text.startswith(processor.tokenizer.bos_token or "")
     batch = processor(
@@ -28,13 +30,19 @@ def build_inputs(processor: ProcessorMixin, image: ImageLike, question: str, bos
         add_special_tokens=bos == "released" or not written,
         return_tensors="pt",
     )
+    batch = without_marks(batch, processor.tokenizer, text.count(MARK))
     return {name: tensor for name, tensor in batch.items() if name != "attention_mask"}  # nothing is padded
 
 
 def check_question(question: str) -> None:
-    """Raise ``ValueError`` unless ``question`` is a non-empty string."""
+    """Raise ``ValueError`` unless ``question`` is a non-empty string that UTF-8 can encode."""
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"question must be a non-empty string, got {question!r}")
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        half = question[error.start]
+        raise ValueError(f"question must be Unicode text, got half a character {half!a} at {error.start}") from None
 
 
 def split_rows(inputs: dict[str, torch.Tensor], config: PreTrainedConfig) -> list[Prompt]:

@@ -55,7 +55,7 @@ class _Settings(TypedDict, total=False):
 class Grammar:
     """Which stages a model writes and which may come after which.
 
-    One follower fixes the order. Among several followers the model chooses by the tag that it opens. A follower that
+    One follower fixes the order. Among several followers the tag that the model closes decides. A follower that
     leads back to an earlier stage makes a loop. An answer begins with a stage of ``start`` and ends with a stage that
     has no followers. The last such stage in ``follows`` is the conclusion.
 

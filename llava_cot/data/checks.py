@@ -15,8 +15,8 @@ from llava_cot.stages import LLAVA_COT, Outcome
 UNKNOWN, FOLDER, TEXT_ONLY = "(unknown)", "(the folder itself)", "(no image)"  # sources that are not a folder
 LEAK = re.compile(r"\bstandard answers?\b", re.IGNORECASE)  # the annotation prompt's name for the answer it was given
 # Images come before the first question. A placeholder would be read as text, or as one image too many.
-PLACEHOLDER = re.compile(r"<image(?:_\d+)?>|<\|image\|>", re.IGNORECASE)
-SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")  # of Llama, Qwen, ...; it would end a turn or mean an image
+PLACEHOLDER = re.compile(r"<image(?:_\d+)?>", re.IGNORECASE)
+SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")  # of Llama, Qwen, ...; a model that learnt to spell it would end its turn
 FIELDS = {"row": "not an object", "id": "bad id", "image": "bad image field", "conversations": "wrong turns"}
 
 
@@ -102,9 +102,8 @@ def _check_text(conversation: Conversation) -> None:
         question, answer = f"conversations[{2 * index}]", f"conversations[{2 * index + 1}]"
         if found := PLACEHOLDER.search(turn.question):
             raise Defect("image placeholder", f"{question} has {found[0]}, images stand before the first question")
-        for where, text in ((question, turn.question), (answer, turn.answer)):
-            if found := SPECIAL_TOKEN.search(text):
-                raise Defect("special token", f"{where} has {_short(found[0])}")
+        if found := SPECIAL_TOKEN.search(turn.answer):  # in a question it is text, as when the model is asked
+            raise Defect("special token", f"{answer} has {_short(found[0])}")
         check_stages(turn.answer, answer)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from llava_cot.core import Bos
 from llava_cot.data.conversations import Conversation
 from llava_cot.data.example import IGNORE_INDEX, Example
+from llava_cot.literal import MARK, marked, unmarked
 from llava_cot.stages import LLAVA_COT, Grammar
 
 if TYPE_CHECKING:
@@ -82,12 +83,14 @@ def _encode_turns(
     text = ""
     for index, turn in enumerate(conversation.turns):
         images = [{"type": "image"} for _ in conversation.images] if index == 0 else []
-        messages.append({"role": "user", "content": [*images, {"type": "text", "text": turn.question}]})
+        question = marked(turn.question, tokenizer)
+        messages.append({"role": "user", "content": [*images, {"type": "text", "text": question}]})
         prompt = _render(processor, messages, True)
         begin = _rest(prompt, text, f"turn {index}'s prompt")
         written = index > 0 or begin.startswith(tokenizer.bos_token or "")
         add_bos = index == 0 and (bos == "released" or not written)
-        extend(tokenizer(begin, add_special_tokens=add_bos)["input_ids"])
+        ids = tokenizer(begin, add_special_tokens=add_bos)["input_ids"]
+        extend([ids[at] for at in unmarked(ids, tokenizer, begin.count(MARK))])
 
         answer = tokenizer(turn.answer, add_special_tokens=False, return_offsets_mapping=True)
         if found := special.intersection(answer["input_ids"]):

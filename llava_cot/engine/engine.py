@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
@@ -194,7 +195,7 @@ class Engine:
             job.usage.steps += bool(job.slots or any(pending.parent for pending in job.pending))
             for pending in job.pending:
                 if isinstance(pending.request, Expand):
-                    job.open(pending.request, self._fork(job, pending))
+                    job.open(self._within_context(pending), self._fork(job, pending))
                 else:
                     job.reply([pending.extension.branch] if pending.extension else pending.answer)
             self.schedule.release(job, is_forked=True)
@@ -309,6 +310,14 @@ class Engine:
         branch = Branch(parent, seq, length, image=parent.image, tag_state=None, tokens=list(request.tokens))
         unread = (parent.tokens[-1:] if parent.next_logits is None else []) + branch.tokens
         return Extension(request, job.add(branch), unread, parent.next_logits, parent.top)
+
+    def _within_context(self, pending: Pending) -> Expand:
+        """Return the request with no more new tokens than the model has positions for, but at least one."""
+        request, parent, most = pending.request, pending.parent, self.view.max_length
+        assert parent is not None and isinstance(request, Expand)
+        if most is None or parent.length + request.max_new_tokens <= most:
+            return request
+        return replace(request, max_new_tokens=max(1, most - parent.length))
 
     def _fork(self, job: Job, pending: Pending) -> list[Branch]:
         parent, request = pending.parent, pending.request

@@ -72,6 +72,7 @@ class ModelView:
             compile_layers(self._model, self._cache_parameter)
         text = model.config.text_config
         self.vocab_size = text.vocab_size
+        self.max_length: int | None = getattr(text, "max_position_embeddings", None)  # tokens of prompt and answer
         self.dtype, self.device = model.dtype, model.device
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         heads = (text.num_key_value_heads, head_dim)

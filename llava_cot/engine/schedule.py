@@ -195,7 +195,7 @@ class Schedule:
         while self.waiting and len(found) < PROMPTS_PER_PREFILL:
             job = self.waiting[0]
             try:
-                job.load()
+                self._check_length(job.load()["input_ids"].shape[1])
             except Exception as error:  # it is nobody else's
                 self.waiting.popleft()
                 job.error = error
@@ -216,6 +216,11 @@ class Schedule:
             job.error = OutOfPages(f"the store of {size} is too small for this image alone: it has {image_tokens}")
             image_tokens = 0
         return found
+
+    def _check_length(self, length: int) -> None:
+        most = self.view.max_length
+        if most is not None and length >= most:
+            raise ValueError(f"the prompt must be shorter than max_position_embeddings={most}, got {length} tokens")
 
     def _pages_to_go_on(self, job: Job) -> int:
         """Upper bound on the pages that this job needs to make progress."""

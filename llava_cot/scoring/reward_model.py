@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoProcessor,
     AutoTokenizer,
+    BatchFeature,
     MllamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -25,6 +26,7 @@ from transformers.models.mllama.modeling_mllama import MllamaModel, MllamaPreTra
 
 from llava_cot.checkpoint import checkpoint_sha256
 from llava_cot.core import Call, Program
+from llava_cot.literal import MARK, marked, without_marks
 from llava_cot.scoring.scorer import Span
 
 View = Callable[[Image.Image], Image.Image]
@@ -171,11 +173,18 @@ class RewardModelScorer:
         return scores
 
     def _from_logits(self, images: list[Image.Image], questions: list[str], texts: list[str]) -> list[float]:
-        texts = [self._prompt(question) + text for question, text in zip(questions, texts)]
+        if len(texts) > 1 and any(MARK in self._literal(text) for text in (*questions, *texts)):
+            return [self._from_logits([i], [q], [t])[0] for i, q, t in zip(images, questions, texts)]
+        texts = [self._prompt(self._literal(q)) + self._literal(t) for q, t in zip(questions, texts)]
         # The chat template has written the special tokens already.
         options: dict[str, Any] = {"add_special_tokens": False, "padding": True, "padding_side": "right"}
         inputs = self.processor(images=[[image] for image in images], text=texts, **options, return_tensors="pt")
+        if MARK in texts[0]:
+            inputs = BatchFeature(without_marks(inputs, self.processor.tokenizer, texts[0].count(MARK)))
         return self.model(**inputs.to(self.model.device, self.model.dtype)).logits.float().squeeze(-1).tolist()
+
+    def _literal(self, text: str) -> str:
+        return marked(text, self.processor.tokenizer)
 
     def _prompt(self, question: str) -> str:
         content = [{"type": "image"}, {"type": "text", "text": question}]

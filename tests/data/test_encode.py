@@ -162,11 +162,9 @@ def test_a_template_that_does_not_fit(template, message):
     [
         ("?", "1<|eot_id|>", "turn 0's answer must be plain text, got the special token '<|eot_id|>'"),
         ("?", "<|image|>", "turn 0's answer must be plain text, got the special token '<|image|>'"),
-        ("<|image|>?", "1", "must contain an image token 0 times, got 1"),
-        ("<|begin_of_text|>", "1", "must contain a BOS 1 times, got 2"),
     ],
 )
-def test_special_tokens_in_the_data(processor, question, answer, message):
+def test_special_tokens_in_an_answer(processor, question, answer, message):
     with pytest.raises(ValueError, match=f"conversation 'x': .*{message}".replace("|", r"\|").replace("?", r"\?")):
         encode(Conversation("x", (), (Turn(question, answer),)), processor)
 
