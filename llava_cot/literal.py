@@ -7,15 +7,17 @@ few tokens of its own, and ``unmarked`` takes those tokens out again. What is le
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import BatchFeature, PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    import torch
+    from transformers import BatchFeature, PreTrainedTokenizerBase
 
 MARK = "\ufdd0"  # a noncharacter, which no text may contain
 PER_TOKEN = ("input_ids", "attention_mask", "cross_attention_mask", "mm_token_type_ids", "token_type_ids")
 
 
-def marked(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def marked(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     """Return ``text`` with a mark after the first character of each special token that it spells.
 
     Raises:
@@ -28,7 +30,7 @@ def marked(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return pattern.sub(lambda found: found[0][0] + MARK + found[0][1:], text)
 
 
-def unmarked(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, marks: int) -> list[int]:
+def unmarked(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase", marks: int) -> list[int]:
     """Return the places of ``ids`` that do not belong to one of ``marks`` marks.
 
     Raises:
@@ -49,13 +51,15 @@ def unmarked(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, marks: int)
     return kept
 
 
-def without_marks(inputs: BatchFeature, tokenizer: PreTrainedTokenizerBase, marks: int) -> dict[str, torch.Tensor]:
+def without_marks(
+    inputs: "BatchFeature", tokenizer: "PreTrainedTokenizerBase", marks: int
+) -> "dict[str, torch.Tensor]":
     """Return a processor's inputs for one text, without the tokens of its marks."""
-    kept = torch.tensor(unmarked(inputs["input_ids"][0].tolist(), tokenizer, marks))
+    kept = unmarked(inputs["input_ids"][0].tolist(), tokenizer, marks)
     return {name: tensor[:, kept] if name in PER_TOKEN else tensor for name, tensor in inputs.items()}
 
 
-def _mark_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _mark_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Return the tokens of a mark that stands between other characters."""
     once, twice = (tokenizer(f"<{MARK * n}|", add_special_tokens=False)["input_ids"] for n in (1, 2))
     length = len(twice) - len(once)
