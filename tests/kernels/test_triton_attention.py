@@ -184,8 +184,8 @@ def test_the_prefix_hint_changes_no_bit(small, dtype):
 @pytest.mark.parametrize("dtype", TILES)
 def test_a_large_group_of_several_tiles(small, dtype):
     torch.manual_seed(4)
-    problem = Problem.random([75] * 6 + [0, 90], [1] * 7 + [3], prefix=64, heads=(17, 1), head_dim=16, dtype=dtype)
-    groups = int32(*[1, 0] * 3, 0, 1)
+    problem = Problem.random([75] * 10 + [0, 90], [1] * 11 + [7], prefix=64, heads=(17, 1), head_dim=16, dtype=dtype)
+    groups = int32(*[1, 0] * 5, 0, 1)
     assert same(problem.run("triton", prefix_group=groups, prefix_lens=int32(64, 64)), problem.run("triton"))
 
 
