@@ -108,9 +108,10 @@ def assert_close(got, plain, exact, score_size=1.0):
 def check(problem, backend, score_size=1.0, **hints):
     out, lse = problem.run(backend, **hints)
     assert out.dtype == problem.query.dtype and lse.dtype == torch.float32
-    exact, exact_lse = problem.dense(torch.float64)
-    assert_close(out, problem.dense(out.dtype)[0], exact, score_size)
-    assert_close(lse, problem.dense(torch.float32)[1], exact_lse)
+    plain = {dtype: problem.dense(dtype) for dtype in {out.dtype, lse.dtype, torch.float64}}
+    exact, exact_lse = plain[torch.float64]
+    assert_close(out, plain[out.dtype][0], exact, score_size)
+    assert_close(lse, plain[lse.dtype][1], exact_lse)
 
 
 def int32(*values):

@@ -20,3 +20,30 @@ def make_dot_row_independent() -> None:
         return TensorHandle(matmul(a.data, b.data).astype(d.data.dtype) + d.data, d.dtype.scalar)
 
     InterpreterBuilder.create_dot = create_dot
+
+
+def patch_the_language_once_a_launch() -> None:
+    """Have a launch prepare ``triton.language`` once for its device functions, not again for each call of one.
+
+    The interpreter replaces the builtins of the language's modules before it runs a function that sees these modules.
+    That takes longer than most device functions do. The replacements last until the launch ends.
+    """
+    from triton.runtime import interpreter
+    from triton.runtime.interpreter import GridExecutor, InterpretedFunction, InterpreterError
+
+    launch, patched = GridExecutor.__call__, set()
+
+    def launch_unpatched(self, *args, **kwargs):
+        patched.clear()
+        launch(self, *args, **kwargs)
+
+    def call(self, *args, **kwargs):
+        if id(self.fn.__globals__) not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(id(self.fn.__globals__))
+        try:
+            return self.rewrite()(*args, **kwargs)
+        except Exception as error:
+            raise InterpreterError(repr(error)) from error
+
+    GridExecutor.__call__, InterpretedFunction.__call__ = launch_unpatched, call

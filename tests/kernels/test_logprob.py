@@ -15,9 +15,9 @@ LINEAR_BACKENDS = ("native", "triton", "reference")
 OPS = torch.ops.llava_cot_kernels
 
 
-@pytest.fixture(params=range(2), ids=lambda seed: f"seed{seed}")
-def generator(request):
-    return torch.Generator().manual_seed(request.param)
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
 
 
 @pytest.fixture
@@ -252,21 +252,22 @@ def test_linear_logprobs_reads_views(generator, backend, dtype):
 
 
 def test_logits_are_never_all_in_memory():
-    """Forward and backward of [T, V] = 1 GiB of float32 logits raise the peak by less than a fifth of it."""
+    """Forward and backward of [T, V] = 512 MiB of float32 logits raise the peak by less than a fifth of it."""
     script = """if True:
         import resource, torch
         from llava_cot_kernels.logprob import linear_logprobs
         peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        hidden, weight = torch.randn(4096, 8, requires_grad=True), torch.randn(65536, 8, requires_grad=True)
+        hidden, weight = torch.randn(2048, 8, requires_grad=True), torch.randn(65536, 8, requires_grad=True)
         def step(n):
             linear_logprobs(hidden[:n], weight, torch.arange(n), backend="native").sum().backward()
+        torch.set_num_threads(2)  # each has a tile, whatever the machine
         step(1)
         before = peak()
-        step(4096)
+        step(2048)
         print(peak() - before)
     """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert float(result.stdout) < 200, f"peak memory grew by {result.stdout} MiB"
+    assert float(result.stdout) < 100, f"peak memory grew by {result.stdout} MiB"
 
 
 def test_gradcheck_of_the_reference(generator):

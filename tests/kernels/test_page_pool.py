@@ -33,11 +33,11 @@ def assert_same(pool, twin, live):
 
 
 @pytest.mark.parametrize(("seed", "num_pages", "page_size"), [(0, 40, 4), (1, 13, 1), (2, 29, 16)])
-def test_equals_the_reference_over_10000_steps(seed, num_pages, page_size):
+def test_equals_the_reference_over_3000_steps(seed, num_pages, page_size):
     rng = random.Random(seed)
     pool, twin = PagePool(num_pages, page_size), reference.PagePool(num_pages, page_size)
     live, refused = [], 0
-    for _ in range(10_000):
+    for _ in range(3_000):
         action = rng.choices(["create", "fork", "append", "truncate", "free"], [1, 2, 8, 2, 2])[0]
         if not live or (action == "create" and len(live) < 12):
             live.append(pool.create())
@@ -69,17 +69,17 @@ def test_equals_the_reference_over_10000_steps(seed, num_pages, page_size):
             pool.free(seq)
             twin.free(seq)
         assert_same(pool, twin, live)
-    assert 0 < refused < 5_000  # the pool was full often enough to matter, and not always
+    assert 0 < refused < 1_500  # the pool was full often enough to matter, and not always
 
 
 @pytest.mark.parametrize(("seed", "num_pages", "page_size"), [(3, 40, 4), (4, 60, 1), (5, 23, 7)])
-def test_every_live_sequence_reads_back_its_content_over_10000_steps(seed, num_pages, page_size):
+def test_every_live_sequence_reads_back_its_content_over_3000_steps(seed, num_pages, page_size):
     rng = random.Random(seed)
     pool = PagePool(num_pages, page_size)
     cache = torch.full((num_pages, page_size), -1, dtype=torch.int64)
     content: dict[int, list[int]] = {}
     next_token = 0
-    for _ in range(10_000):
+    for _ in range(3_000):
         action = rng.choices(["create", "fork", "append", "truncate", "free"], [1, 2, 8, 2, 1])[0]
         seq = rng.choice(list(content)) if content else -1
         if not content or (action == "create" and len(content) < 16):
@@ -115,7 +115,7 @@ def test_every_live_sequence_reads_back_its_content_over_10000_steps(seed, num_p
     for seq in content:
         pool.free(seq)
     assert pool.num_free == num_pages and pool.num_sequences == 0
-    assert next_token > 10_000
+    assert next_token > 3_000
 
 
 @pytest.mark.parametrize("pool_type", POOLS)

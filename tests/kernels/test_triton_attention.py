@@ -54,16 +54,11 @@ def loads(monkeypatch):
 
 @pytest.fixture
 def launches(monkeypatch):
+    """The names of the kernels that are launched. They do not run: what they compute is tested elsewhere."""
     from triton.runtime.interpreter import GridExecutor
 
     names = []
-    original = GridExecutor.__call__
-
-    def counted(self, *args, **kwargs):
-        names.append(self.fn.__name__)
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(GridExecutor, "__call__", counted)
+    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *args, **kwargs: names.append(self.fn.__name__))
     return names
 
 
@@ -210,18 +205,20 @@ def test_a_sequence_alone_has_the_same_bits(small):
 
 
 def test_chunks_walks_through_splits_and_merges_of_few_heads_change_no_bit(small, monkeypatch):
+    """The first sequence is a whole prompt, and the second a chunk of 5 queries behind 32 cached keys."""
     torch.manual_seed(6)
-    whole = Problem.random([75, 75], [75, 75], prefix=64, heads=(5, 1), head_dim=16, dtype=torch.bfloat16)
+    monkeypatch.setattr(kernels, "SPLIT_KEYS", 16)
+    whole = Problem.random([37, 37], [37, 5], prefix=32, page_size=8, heads=(5, 1), head_dim=16, dtype=torch.bfloat16)
     expected = whole.run("triton")
     for name, value in {"ENOUGH_PROGRAMS": 1, "MAX_SCRATCH_BYTES": 0, "MERGE_VALUES": 32}.items():
         with monkeypatch.context() as patch:
             patch.setattr(kernels, name, value)
             assert same(whole.run("triton"), expected)
-    for position in (0, 31, 32, 33, 74):
-        rows = [position, 75 + position]
+    for position, other in ((0, 32), (15, 33), (16, 34), (17, 35), (36, 36)):
+        rows = [position, 5 + other]
         last = Problem(
             whole.query[rows], whole.key_cache, whole.value_cache, whole.page_table,
-            int32(position + 1, position + 1), int32(0, 1, 2), whole.softmax_scale,
+            int32(position + 1, other + 1), int32(0, 1, 2), whole.softmax_scale,
         )  # fmt: skip
         assert same(last.run("triton"), [result[rows] for result in expected])
 
