@@ -71,6 +71,8 @@ class SwiresGenerator:
         calibrations: Sequence[Calibration] = (),
         engine: EngineConfig = EngineConfig(),  # noqa: B008, it is frozen
     ) -> None:
+        _require_kind("model", model, torch.nn.Module, "a transformers model")
+        _require_kind("processor", processor, ProcessorMixin, "the model's processor")
         if bos not in ("one", "released"):
             raise ValueError(f"bos must be 'one' or 'released', got {bos!r}")
         self.model, self.processor, self.bos = model, processor, bos
@@ -471,6 +473,11 @@ class SwiresGenerator:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self.processor.tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+
+def _require_kind(name: str, value: object, kind: type, what: str) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {what}, got {type(value).__name__}")
 
 
 def _cancel(runs: Sequence[SearchRun]) -> None:

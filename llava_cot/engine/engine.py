@@ -14,7 +14,8 @@ from llava_cot.engine.call import call_together
 from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.draw import Row, draw_rows, grow
 from llava_cot.engine.extend import read_extensions
-from llava_cot.engine.graphs import Window
+from llava_cot.engine.follow import state_of
+from llava_cot.engine.graphs import MAX_EOS_TOKEN_IDS, Window
 from llava_cot.engine.model import Prompt
 from llava_cot.engine.runner import ModelRunner
 from llava_cot.engine.schedule import Schedule
@@ -36,7 +37,8 @@ class Engine:
     recomputed when they are needed. A session that needs too many pages alone ends with ``OutOfPages``.
 
     Args:
-        model: stays as it is; the engine runs a copy of its module tree that shares every tensor.
+        model: stays as it is; the engine runs a copy of its module tree that shares every tensor. If the model is
+            changed, the next session gets a new copy.
         tags: the stop tags; their index is a continuation's ``tag``.
         decode: from token ids to text.
     """
@@ -50,22 +52,55 @@ class Engine:
         decode: Callable[[Sequence[int]], str] = lambda tokens: "",
         config: EngineConfig = EngineConfig(),  # noqa: B008, it is frozen
     ) -> None:
-        self.runner = ModelRunner(model, config)
-        self.view, self.pool = self.runner.view, self.runner.pool
-        self.tags = tags.to(self.view.device)
-        eos = model.generation_config.eos_token_id
-        self.eos_token_ids = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
-        steps_per_look = config.steps_per_look
-        if steps_per_look is None:
-            steps_per_look = CUDA_STEPS_PER_LOOK if self.view.device.type == "cuda" else 1
-        self.window = Window(self.view, self.runner.recorder, self.tags, self.eos_token_ids, steps_per_look)
-        self.schedule = Schedule(self.runner, decode)
-        self.num_threads = config.num_threads or threads_for(model, self.view.device)
+        self._model, self._decode_tokens, self._config, self._given_tags = model, decode, config, tags
         # Held as itself: an interrupt inside of ``Condition.__enter__``, which is Python, would leave it locked.
         self._mutex = threading.RLock()
         self._turn = threading.Condition(self._mutex)
         self._leader: int | None = None  # the thread that steps
         self._is_cut_short = False  # whether a step has begun and not ended
+        self._build()
+
+    def _build(self) -> None:
+        """Copy the model's module tree, and make everything that depends on it."""
+        model, config = self._model, self._config
+        self._state = state_of(model)
+        self.runner = ModelRunner(model, config)
+        self.view, self.pool = self.runner.view, self.runner.pool
+        self.tags = self._given_tags.to(self.view.device)
+        steps_per_look = config.steps_per_look
+        if steps_per_look is None:
+            steps_per_look = CUDA_STEPS_PER_LOOK if self.view.device.type == "cuda" else 1
+        self.window = Window(self.view, self.runner.recorder, self.tags, steps_per_look)
+        self.schedule = Schedule(self.runner, self._decode_tokens)
+        self.num_threads = config.num_threads or threads_for(model, self.view.device)
+
+    def _follow_model(self) -> None:
+        """Build everything again if the model has changed: its adapters, parameters, dtype or device."""
+        if torch.is_autocast_enabled(self._model.device.type):
+            raise TypeError("torch.autocast must be off, since the engine computes in the model's own dtype, got it on")
+        if state_of(self._model) == self._state:
+            return
+        with self._mutex:
+            if self._leader is None:
+                self._collect()
+            if self.schedule.jobs or self.schedule.inbox:
+                raise RuntimeError("the model must not be changed while searches run on it, but it has been")
+            self._build()
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The ids of the model's generation config, as it is now, that end an answer.
+
+        Raises:
+            ValueError: there are too many of them for the buffers of captured graphs.
+        """
+        eos = self._model.generation_config.eos_token_id
+        if isinstance(eos, torch.Tensor):
+            eos = eos.flatten().tolist()
+        ids = frozenset(eos if isinstance(eos, (list, tuple, set)) else [] if eos is None else [eos])
+        if len(ids) > MAX_EOS_TOKEN_IDS:
+            raise ValueError(f"eos_token_id must have at most {MAX_EOS_TOKEN_IDS} ids, got {len(ids)}")
+        return ids
 
     @property
     def pages_in_use(self) -> int:
@@ -87,6 +122,7 @@ class Engine:
         hold no images. What it raises ends the session. Keep the session: when nobody refers to it any more, its work
         ends.
         """
+        self._follow_model()
         job = Job(prompt if callable(prompt) else lambda: prompt, Branch(None, -1, 0, tag_state=self.tags.start_state))
         if not callable(prompt):
             job.load()
@@ -235,6 +271,7 @@ class Engine:
             slot_mapping = self.runner.append(seqs, counts)
         except OutOfPages:
             return False
+        self.window.follow(self.eos_token_ids)
         for rows in self.window.run(slots, counts, slot_mapping, self.pool.page_table(seqs)):
             for job in running:
                 job.usage.steps += bool(job.slots)

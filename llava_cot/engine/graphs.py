@@ -20,6 +20,7 @@ from llava_cot.engine.model import ModelView
 from llava_cot.engine.session import Slot
 from llava_cot_kernels.stage_tags import StageTags
 
+MAX_EOS_TOKEN_IDS = 32
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 MIN_PAGES, MIN_SEGMENTS = 16, 4
 MAX_BYTES = 2 << 30  # of the captured steps of one kind
@@ -241,13 +242,20 @@ class StepBuffers:
 class Window:
     """Up to ``num_steps`` steps in a row, each a forward pass and a draw; on CUDA a captured graph that is replayed."""
 
-    def __init__(
-        self, view: ModelView, recorder: Recorder, tags: StageTags, eos_token_ids: frozenset[int], num_steps: int
-    ) -> None:
+    def __init__(self, view: ModelView, recorder: Recorder, tags: StageTags, num_steps: int) -> None:
         self.view, self.tags, self.num_steps = view, tags, num_steps
-        self.eos_token_ids = torch.tensor(sorted(eos_token_ids) or [-2], device=view.device)
+        self.eos_token_ids = torch.full((MAX_EOS_TOKEN_IDS,), -2, device=view.device)
+        self._eos_token_ids = frozenset[int]()
         self.num_tags = len(tags.tags)
         self.captured = CapturedSteps[StepBuffers](view.device, recorder)
+
+    def follow(self, eos_token_ids: frozenset[int]) -> None:
+        """End branches with these tokens. Captured graphs read them where they stand."""
+        if eos_token_ids == self._eos_token_ids:
+            return
+        ids = sorted(eos_token_ids) + [-2] * (MAX_EOS_TOKEN_IDS - len(eos_token_ids))
+        self.eos_token_ids.copy_(torch.tensor(ids))
+        self._eos_token_ids = eos_token_ids
 
     def run(
         self, slots: list[Slot], counts: list[int], slot_mapping: torch.Tensor, page_table: torch.Tensor

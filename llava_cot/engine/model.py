@@ -123,7 +123,8 @@ class ModelView:
     @torch.inference_mode()
     def _forward(self, cache: PagedCache, **inputs: object) -> torch.Tensor:
         inputs[self._cache_parameter] = cache
-        return self._model(**inputs, use_cache=True, paged_batch=cache.batch, paged_layers=cache.layers).logits
+        with torch.autocast(self.device.type, enabled=False):  # whoever steps may have it on
+            return self._model(**inputs, use_cache=True, paged_batch=cache.batch, paged_layers=cache.layers).logits
 
     def _store_images(self, cache: PagedCache, prompts: list[Prompt]) -> list[int]:
         """The segment of each prompt's image in the store; -1 if the model has no cross-attention."""

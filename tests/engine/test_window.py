@@ -198,7 +198,7 @@ def test_a_step_needs_no_host(monkeypatch, tags, family, prefixes):
     monkeypatch.setattr(backend, "available", lambda op, device_type: ("native",))
     model = build_random_mllama(**TINY_SHAPE, seed=0) if family == "mllama" else FAMILIES[family][0](seed=0)
     view = ModelView(model.to("meta"), EngineConfig(num_pages=32))
-    window = Window(view, Recorder(), tags.to("meta"), frozenset({2}), 4)
+    window = Window(view, Recorder(), tags.to("meta"), 4)
     shape = Shape(rows=8, pages=16, segments=4, prefixes=prefixes)
     buffers, others = StepBuffers(shape, 4, len(tags.tags), view.device), graphs.PassBuffers(shape, view)
     with torch.inference_mode(), _Watch() as watch:
