@@ -4,12 +4,13 @@
 encodes the image and the whole prefix again and decodes the text after every token to look for a closing tag.
 ``CachedWay`` is the careful version of the same loop: the prompt's cache, image included, is kept and copied, and the
 candidates of one parent run as a batch of transformers' own. ``PaddedWay`` is for tests of many questions: all their
-candidates of a moment are one left-padded batch of transformers' own, each of them from pixels. All draw with the
-package's seeded sampler, so that they can be compared token for token.
+candidates of a moment are one left-padded batch of transformers' own. All draw with the package's seeded sampler, so
+that they can be compared token for token.
 """
 
 import copy
 import math
+from bisect import bisect_left
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +21,7 @@ from llava_cot_kernels.sampling import sample
 
 ORDER = ["SUMMARY", "CAPTION", "REASONING", "CONCLUSION"]
 CLOSING = [f"</{stage}>" for stage in ORDER]
+PIXELS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 
 
 @dataclass
@@ -46,7 +48,7 @@ class SeededDraw(LogitsProcessor):
     """Leaves one token possible in each row: the one that this row's seed draws."""
 
     def __init__(self, seeds, params, backend, padding=0):
-        self.seeds, self.params, self.backend, self.padding = torch.tensor(seeds), params, backend, padding
+        self.seeds, self.params, self.backend, self.padding = torch.as_tensor(seeds), params, backend, padding
         self.logprobs, self.gaps = [], []
 
     def __call__(self, input_ids, scores):
@@ -120,18 +122,24 @@ class PublishedWay:
         return [self._text(row, out[row, start:].tolist(), draw) for row in range(len(seeds))]
 
     def _text(self, row, tokens, draw):
+        logprobs, gaps = ([step[row] for step in steps] for steps in (draw.logprobs, draw.gaps))
+        return self._cut(tokens, logprobs, gaps)
+
+    def _cut(self, tokens, logprobs, gaps):
+        """The candidate that ends with its first EOS or with the token that completes its first closing tag."""
         eos = self.model.generation_config.eos_token_id
         eos = eos if isinstance(eos, list) else [eos]
-        for end in range(1, len(tokens) + 1):
+
+        def tags_in(end):
             text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True)
-            found = [tag for tag in CLOSING if tag in text]
-            if found or tokens[end - 1] in eos:
-                break
-        logprobs = [step[row] for step in draw.logprobs[:end]]
-        gaps = [step[row] for step in draw.gaps[:end]]
-        ended = tokens[end - 1] in eos
-        closed_by = min(found, key=text.index) if found and not ended else None
-        return Text(tokens[:end], logprobs, gaps, closed_by, ended)
+            return sorted((tag for tag in CLOSING if tag in text), key=text.index)
+
+        first_eos = next((at + 1 for at, token in enumerate(tokens) if token in eos), len(tokens))
+        # A text that has a tag keeps it as it grows, so that its first end is found by bisection.
+        end = 1 + bisect_left(range(1, first_eos), True, key=lambda end: bool(tags_in(end)))
+        ended, found = tokens[end - 1] in eos, tags_in(end)
+        closed_by = found[0] if found and not ended else None
+        return Text(tokens[:end], logprobs[:end], gaps[:end], closed_by, ended)
 
 
 class CachedWay(PublishedWay):
@@ -155,7 +163,13 @@ class CachedWay(PublishedWay):
 
 
 class PaddedWay(PublishedWay):
-    """One ``generate`` call for the candidates of many questions. What was drawn once is not drawn again."""
+    """One batch for the candidates of many questions. What was drawn once is not drawn again.
+
+    Each text that is continued is computed once, from pixels. After every ``chunk`` tokens the rows that have ended
+    leave the batch, and ``generate`` goes on with the others.
+    """
+
+    chunk = 12
 
     def __init__(self, model, tokenizer, questions, backend="reference"):
         self.model, self.tokenizer, self.questions, self.backend = model, tokenizer, questions, backend
@@ -164,33 +178,73 @@ class PaddedWay(PublishedWay):
     def draw_all(self, asked, params):
         """The candidates of each ``(question, prefix, seeds, limit)``."""
         wanted = [[(at, tuple(prefix), seed, limit, params) for seed in seeds] for at, prefix, seeds, limit in asked]
-        new = [candidate for row in wanted for candidate in row if candidate not in self.drawn]
+        new = list(dict.fromkeys(candidate for row in wanted for candidate in row if candidate not in self.drawn))
         if new:
             self.drawn.update(zip(new, self._generate_all(new, params), strict=True))
         return [[self.drawn[candidate] for candidate in row] for row in wanted]
 
     def _generate_all(self, candidates, params):
-        questions, prefixes, seeds, limits, _ = zip(*candidates)
-        inputs = [self.questions[at] for at in questions]
-        ids = [torch.cat([i["input_ids"][0], torch.tensor(p, dtype=torch.int64)]) for i, p in zip(inputs, prefixes)]
+        contexts = list(dict.fromkeys((at, prefix) for at, prefix, *_ in candidates))
+        of = torch.tensor([contexts.index((at, prefix)) for at, prefix, *_ in candidates])
+        ids, mask, cross_mask, cache = self._prefill(contexts)
+        start, seeds = ids.shape[1], torch.tensor([seed for _, _, seed, _, _ in candidates])
+        padding, longest = (start - mask.sum(1))[of], max(limit for *_, limit, _ in candidates)
+        cache.batch_select_indices(of)
+        ids, mask, cross_mask = ids[of], mask[of], cross_mask[of]
+        growing, drawn = torch.arange(len(candidates)), [([], [], []) for _ in candidates]
+        while len(growing):
+            draw, before = SeededDraw(seeds[growing], params, self.backend, padding[growing]), ids.shape[1]
+            stop = StopOnTags(self.tokenizer, start)
+            ids = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                cross_attention_mask=cross_mask,
+                past_key_values=cache,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                max_new_tokens=min(self.chunk, start + longest - before),
+                logits_processor=[draw],
+                stopping_criteria=[stop],
+            )
+            new = ids[:, before:].tolist()
+            for row, at in enumerate(growing.tolist()):
+                for column, steps in zip(drawn[at], (zip(*new), draw.logprobs, draw.gaps)):
+                    column += [step[row] for step in steps]
+            rest = [row for row, at in enumerate(growing.tolist()) if self._grows(drawn[at][0], candidates[at])]
+            rest = torch.tensor(rest, dtype=torch.int64)
+            more = ids.shape[1] - before
+            mask = torch.cat([mask, mask.new_ones(len(mask), more)], dim=1)[rest]
+            cross_mask = torch.cat([cross_mask, cross_mask[:, -1:].expand(-1, more, -1, -1)], dim=1)[rest]
+            growing, ids = growing[rest], ids[rest]
+            cache.batch_select_indices(rest)
+        limits = [limit for *_, limit, _ in candidates]
+        return [self._cut(*(column[:limit] for column in columns)) for columns, limit in zip(drawn, limits)]
+
+    def _grows(self, tokens, candidate):
+        *_, limit, _ = candidate
+        text = self._cut(tokens, tokens, tokens)
+        return len(tokens) < limit and not text.ended and text.closed_by is None
+
+    def _prefill(self, contexts):
+        """The padded tokens and masks of each ``(question, prefix)``, and the cache of all but their last tokens."""
+        inputs = [self.questions[at] for at, _ in contexts]
+        rows = [torch.tensor([*i["input_ids"][0].tolist(), *prefix]) for i, (_, prefix) in zip(inputs, contexts)]
         masks = [i["cross_attention_mask"][0] for i in inputs]
-        masks = [torch.cat([m, m[-1:].expand(len(row) - len(m), -1, -1)]) for m, row in zip(masks, ids)]
-        lengths = torch.tensor([len(row) for row in ids])
-        start = int(lengths.max())
-        draw = SeededDraw(seeds, params, self.backend, padding=start - lengths)
-        out = self.model.generate(
-            input_ids=_pad_left(ids),
-            attention_mask=_pad_left([torch.ones_like(row) for row in ids]),
-            cross_attention_mask=_pad_left(masks),
-            **{k: torch.cat([i[k] for i in inputs]) for k in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")},
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            max_new_tokens=max(limits),
-            logits_processor=[draw],
-            stopping_criteria=[StopOnTags(self.tokenizer, start)],
-        )
-        return [self._text(row, out[row, start : start + limit].tolist(), draw) for row, limit in enumerate(limits)]
+        masks = [torch.cat([m, m[-1:].expand(len(row) - len(m), -1, -1)]) for m, row in zip(masks, rows)]
+        ids, mask, cross_mask = _pad_left(rows), _pad_left([torch.ones_like(row) for row in rows]), _pad_left(masks)
+        cache = DynamicCache(config=self.model.config.get_text_config())
+        with torch.inference_mode():
+            self.model(
+                input_ids=ids[:, :-1],
+                attention_mask=mask[:, :-1],
+                position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, :-1],
+                cross_attention_mask=cross_mask[:, :-1],
+                **{key: torch.cat([i[key] for i in inputs]) for key in PIXELS},
+                past_key_values=cache,
+                logits_to_keep=1,
+            )
+        return ids, mask, cross_mask, cache
 
 
 def _pad_left(rows):
@@ -245,19 +299,27 @@ def swires(way, config, *, cutoff, seed, score=mean_logprob):
             return end.value
 
 
-def swires_of_all(way, config, *, cutoff, seed, score=mean_logprob):
-    """The same search on each question of a ``PaddedWay``."""
-    searches = [plain_swires(config, cutoff, seed, score) for _ in way.questions]
-    results = [None] * len(searches)
-    asked = {at: next(search) for at, search in enumerate(searches)}
+def swires_of_all(way, configs, *, cutoffs, seed, score=mean_logprob):
+    """The same search on each question of a ``PaddedWay``, with each of ``configs``: a list of results for each.
+
+    What the searches of all configurations ask for at one time is one batch; they draw with the same parameters.
+    """
+    (params,) = {config.params() for config in configs}
+    searches = {
+        (number, at): plain_swires(config, cutoff, seed, score)
+        for number, (config, cutoff) in enumerate(zip(configs, cutoffs, strict=True))
+        for at in range(len(way.questions))
+    }
+    results = [[None] * len(way.questions) for _ in configs]
+    asked = {place: next(search) for place, search in searches.items()}
     while asked:
-        drawn = iter(way.draw_all([(at, *one) for at, many in asked.items() for one in many], config.params()))
-        for at, many in list(asked.items()):
+        drawn = iter(way.draw_all([(at, *one) for (_, at), many in asked.items() for one in many], params))
+        for (number, at), many in list(asked.items()):
             try:
-                asked[at] = searches[at].send([next(drawn) for _ in many])
+                asked[number, at] = searches[number, at].send([next(drawn) for _ in many])
             except StopIteration as end:
-                results[at] = end.value
-                del asked[at]
+                results[number][at] = end.value
+                del asked[number, at]
     return results
 
 

@@ -26,20 +26,31 @@ def kinds(answer):
     return [event["event"] for event in answer.trace.data["events"]]
 
 
+def ask_all(generator, search, budgets):
+    """The answer with each budget, None included; their searches run beside each other."""
+    plans = [generator.plan(search, max_new_tokens=160, budget=budget) for budget in budgets]
+    runs = [generator.submit(SAMPLE.image, SAMPLE.question, plan) for plan in plans]
+    generator.wait(runs)
+    answers = [generator.answer_of(run) for run in runs]
+    assert generator.engine.pages_in_use == 0
+    return answers
+
+
 @pytest.mark.parametrize("search", POLICIES)
-@pytest.mark.parametrize("limit", [1, 7, 40, 90, 150, 400])
-def test_generated_tokens(tiny, search, limit):
-    answer = ask(tiny, search, Budget(generated_tokens=limit))
-    free = ask(tiny, search, None)
-    # A step of the search draws a token for each candidate; what it passes the limit by is in the reserve or in WIDTH.
-    assert answer.usage.generated_tokens <= limit + WIDTH[search]
-    if free.usage.generated_tokens < 0.75 * limit:
-        assert answer.tokens == free.tokens and "budget_spent" not in kinds(answer)
-    assert kinds(answer)[-1] == "accepted"
-    if limit == 400:
-        assert answer.conclusion  # a quarter of it is enough to finish on
-    if search not in ("token_beam", "sentence_beam"):  # whose answers share tokens, and which takes tokens back
-        assert sum(len(node["tokens"]) for node in answer.trace.data["nodes"]) == answer.usage.generated_tokens
+def test_generated_tokens(tiny, search):
+    limits = [1, 7, 40, 90, 150, 400]
+    free, *answers = ask_all(tiny, search, [None, *(Budget(generated_tokens=limit) for limit in limits)])
+    for limit, answer in zip(limits, answers, strict=True):
+        # A step draws a token for each candidate; what it passes the limit by is in the reserve or in WIDTH.
+        assert answer.usage.generated_tokens <= limit + WIDTH[search], limit
+        if free.usage.generated_tokens < 0.75 * limit:
+            assert answer.tokens == free.tokens and "budget_spent" not in kinds(answer), limit
+        assert kinds(answer)[-1] == "accepted", limit
+        if limit == 400:
+            assert answer.conclusion  # a quarter of it is enough to finish on
+        if search not in ("token_beam", "sentence_beam"):  # whose answers share tokens, and which takes tokens back
+            nodes = answer.trace.data["nodes"]
+            assert sum(len(node["tokens"]) for node in nodes) == answer.usage.generated_tokens, limit
 
 
 def test_a_spent_search_finishes_greedily_from_its_best_prefix(tiny):
@@ -66,13 +77,13 @@ def test_the_best_whole_answer_is_returned_if_there_is_one(tiny):
 
 
 @pytest.mark.parametrize("search", ["best_of_n", "swires", "stage_beam", "sentence_beam"])
-@pytest.mark.parametrize("limit", [1, 3, 6])
-def test_generations_and_scorer_calls(tiny, search, limit):
-    answer = ask(tiny, search, Budget(generations=limit))
-    assert answer.usage.generations <= limit + WIDTH[search] and answer.text
-    assert "budget_spent" in kinds(answer) or answer.usage.generations <= limit
-    answer = ask(tiny, search, Budget(scorer_calls=limit))
-    assert answer.usage.scorer_calls <= limit and answer.conclusion
+def test_generations_and_scorer_calls(tiny, search):
+    limits = [1, 3, 6]
+    for limit, answer in zip(limits, ask_all(tiny, search, [Budget(generations=limit) for limit in limits])):
+        assert answer.usage.generations <= limit + WIDTH[search] and answer.text, limit
+        assert "budget_spent" in kinds(answer) or answer.usage.generations <= limit, limit
+    for limit, answer in zip(limits, ask_all(tiny, search, [Budget(scorer_calls=limit) for limit in limits])):
+        assert answer.usage.scorer_calls <= limit and answer.conclusion, limit
 
 
 def test_what_a_scorer_draws_and_reads_counts_too(tiny):

@@ -87,11 +87,12 @@ def test_random_scripts_against_a_plain_loop():
 
 def test_one_greedy_beam_is_greedy(tiny):
     """Every sentence end is a place where a token may be taken back: the text must not notice."""
-    for seed in range(802_000, 802_010):
-        sample = shapes.sample(seed)
-        expected = tiny.answer(sample.image, sample.question, "greedy", max_new_tokens=160)
-        settings = {"candidates": 1, "keep": 1, "temperature": 0.0, "max_new_tokens": 160}
-        answer = tiny.answer(sample.image, sample.question, "sentence_beam", **settings)
+    samples = [shapes.sample(seed) for seed in range(802_000, 802_010)]
+    images, questions = [s.image for s in samples], [s.question for s in samples]
+    greedy = tiny.answer_batch(images, questions, "greedy", max_new_tokens=160)
+    settings = {"candidates": 1, "keep": 1, "temperature": 0.0, "max_new_tokens": 160}
+    answers = tiny.answer_batch(images, questions, "sentence_beam", **settings)
+    for expected, answer in zip(greedy, answers, strict=True):
         assert answer.tokens == expected.tokens
         pieces = [node["text"] for node in answer.trace.data["nodes"]]
         assert len(pieces) > 5 and "".join(pieces) == answer.text
