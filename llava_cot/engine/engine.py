@@ -63,7 +63,7 @@ class Engine:
     def _build(self) -> None:
         """Copy the model's module tree, and make everything that depends on it."""
         model, config = self._model, self._config
-        self._state = state_of(model)
+        state = state_of(model)
         self.runner = ModelRunner(model, config)
         self.view, self.pool = self.runner.view, self.runner.pool
         self.tags = self._given_tags.to(self.view.device)
@@ -73,6 +73,7 @@ class Engine:
         self.window = Window(self.view, self.runner.recorder, self.tags, steps_per_look)
         self.schedule = Schedule(self.runner, self._decode_tokens)
         self.num_threads = config.num_threads or threads_for(model, self.view.device)
+        self._state = state
 
     def _follow_model(self) -> None:
         """Build everything again if the model has changed: its adapters, parameters, dtype or device."""
