@@ -456,8 +456,11 @@ class SwiresGenerator:
     ) -> SearchRun:
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed must be in [0, 2**63), got {seed}")
+        session = self.engine.open(prompt)
+        if not plan.config.draws and not self.engine.processors.is_empty:
+            raise ValueError(f"search={plan.name!r} can't apply the logits processors of the model's generation_config")
         search = Search(
-            self.engine.open(prompt),
+            session,
             self.decode,
             seed,
             plan.config.max_new_tokens,

@@ -17,6 +17,7 @@ from llava_cot.engine.extend import read_extensions
 from llava_cot.engine.follow import state_of
 from llava_cot.engine.graphs import MAX_EOS_TOKEN_IDS, Window
 from llava_cot.engine.model import Prompt
+from llava_cot.engine.processors import LogitsProcessors
 from llava_cot.engine.runner import ModelRunner
 from llava_cot.engine.schedule import Schedule
 from llava_cot.engine.session import Extension, Job, Pending, Session
@@ -73,20 +74,21 @@ class Engine:
         self.window = Window(self.view, self.runner.recorder, self.tags, steps_per_look)
         self.schedule = Schedule(self.runner, self._decode_tokens)
         self.num_threads = config.num_threads or threads_for(model, self.view.device)
+        self.processors = LogitsProcessors(model)
         self._state = state
 
     def _follow_model(self) -> None:
         """Build everything again if the model has changed: its adapters, parameters, dtype or device."""
         if torch.is_autocast_enabled(self._model.device.type):
             raise TypeError("torch.autocast must be off, since the engine computes in the model's own dtype, got it on")
-        if state_of(self._model) == self._state:
-            return
-        with self._mutex:
-            if self._leader is None:
-                self._collect()
-            if self.schedule.jobs or self.schedule.inbox:
-                raise RuntimeError("the model must not be changed while searches run on it, but it has been")
-            self._build()
+        if state_of(self._model) != self._state:
+            with self._mutex:
+                if self._leader is None:
+                    self._collect()
+                if self.schedule.jobs or self.schedule.inbox:
+                    raise RuntimeError("the model must not be changed while searches run on it, but it has been")
+                self._build()
+        self.processors.follow(self.eos_token_ids, self.view.device)
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -240,6 +242,9 @@ class Engine:
         slots = [slot for job in running for slot in job.slots]
         if slots:
             rows = [sources[slot.branch if slot.branch.tokens else slot.branch.parent] for slot in slots]
+            if not self.processors.is_empty:
+                prompts = [job.load()["input_ids"] for job in running for _ in job.slots]
+                logits, rows = self.processors.apply(logits, rows, slots, prompts), list(range(len(slots)))
             self._grow(running, draw_rows(logits, rows, slots, self.tags))
 
     def _grow(self, running: list[Job], drawn: list[Row]) -> None:
@@ -261,7 +266,12 @@ class Engine:
     def _window(self, running: list[Job]) -> bool:
         """Let all branches grow by several tokens, if that is all there is to do; False if it takes a ``_decode``."""
         slots = [slot for job in running for slot in job.slots]
-        if not slots or any(job.pending for job in running) or any(slot.branch.seq < 0 for slot in slots):
+        if (
+            not slots
+            or not self.processors.is_empty
+            or any(job.pending for job in running)
+            or any(slot.branch.seq < 0 for slot in slots)
+        ):
             return False
         left = [slot.request.max_new_tokens - len(slot.branch.tokens) for slot in slots]
         counts = [min(count, self.window.num_steps) for count in left]

@@ -15,11 +15,13 @@ from llava_cot.stages import LLAVA_COT, Grammar
 class Limits:
     """The settings that every search has. ``budget`` None is no limit.
 
-    The class attributes are traits of the policy: whether it ``samples`` (transformers' ``do_sample``), and whether
-    every token that it draws stands at once, so that a stream may show it.
+    The class attributes are traits of the policy: whether it ``samples`` (transformers' ``do_sample``), whether the
+    engine ``draws`` its tokens and so applies the logits processors of the model's generation config, and whether every
+    token that it draws stands at once, so that a stream may show it.
     """
 
     samples: ClassVar[bool] = True
+    draws: ClassVar[bool] = True
     streams_tokens: ClassVar[bool] = False
 
     max_new_tokens: int = 2048

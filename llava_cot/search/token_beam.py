@@ -14,6 +14,7 @@ class TokenBeamConfig(Limits):
     """Names, defaults and meaning are those of transformers' ``GenerationConfig``. The answer is the best beam."""
 
     samples: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
 
     num_beams: int = 4
     length_penalty: float = 1.0  # a hypothesis scores its log-prob over length ** length_penalty

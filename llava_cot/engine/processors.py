@@ -1,0 +1,84 @@
+"""The logits processors of a model's generation config: penalties, minimum lengths, suppressed and biased tokens."""
+
+import copy
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessorList
+
+from llava_cot.engine.session import Slot
+
+# Fields of a generation config that a search can't follow, and the values at which they do nothing.
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "guidance_scale": (None, 1),
+    "encoder_repetition_penalty": (None, 1),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "forced_eos_token_id": (None,),
+    "typical_p": (None, 1),
+    "epsilon_cutoff": (None, 0),
+    "eta_cutoff": (None, 0),
+    "penalty_alpha": (None, 0),
+    "watermarking_config": (None,),
+    "stop_strings": (None,),
+    "max_time": (None,),
+}
+
+
+class LogitsProcessors:
+    """Applies what transformers builds from ``model.generation_config``, to each row with its own tokens.
+
+    ``is_empty`` says that there is nothing to apply. Sampling filters are not among them: those are the search's own.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._given: dict[str, Any] | None = None
+        self._config: GenerationConfig
+        self._by_length: dict[int, LogitsProcessorList] = {}
+        self.is_empty = True
+
+    def follow(self, eos_token_ids: frozenset[int], device: torch.device) -> None:
+        """Read the generation config again.
+
+        Raises:
+            ValueError: one of its fields can't be followed, or has a wrong value.
+        """
+        config = self._model.generation_config
+        given = {**config.to_dict(), "eos_token_id": eos_token_ids}
+        if given == self._given:
+            return
+        for name, unset in REFUSED.items():
+            if (value := getattr(config, name, None)) not in unset:
+                raise ValueError(f"generation_config.{name} is not supported by a search, got {value!r}")
+        self._config = copy.deepcopy(config)
+        self._config.do_sample = False  # or the filters of sampling would be built too
+        ids = sorted(eos_token_ids)
+        self._config._eos_token_tensor = torch.tensor(ids, device=device) if ids else None
+        self._by_length = {}
+        self.is_empty = not self._of(1, device)
+        self._given = given
+
+    def apply(
+        self, logits: torch.Tensor, rows: Sequence[int], slots: Sequence[Slot], prompts: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Return float32 [N, V]: for each slot its row of ``logits`` [R, V], processed.
+
+        ``prompts`` are the prompts of the slots, int64 [1, T].
+        """
+        scores, alike = logits[list(rows)].float(), defaultdict[tuple[int, int], list[int]](list)
+        for at, (slot, prompt) in enumerate(zip(slots, prompts, strict=True)):
+            alike[prompt.shape[1], slot.branch.length].append(at)
+        for (length, _), places in alike.items():
+            ids = [prompts[at][0].tolist() + slots[at].branch.path() for at in places]
+            processors = self._of(length, logits.device)
+            scores[places] = processors(torch.tensor(ids, device=logits.device), scores[places])
+        return scores
+
+    def _of(self, prompt_length: int, device: torch.device) -> LogitsProcessorList:
+        if prompt_length not in self._by_length:
+            self._by_length[prompt_length] = self._model._get_logits_processor(
+                self._config, input_ids_seq_length=prompt_length, device=device
+            )
+        return self._by_length[prompt_length]
