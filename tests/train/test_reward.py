@@ -127,7 +127,7 @@ def test_an_empty_batch_has_a_loss_of_zero(tiny, config):
 def test_the_command_makes_a_scorer(tiny, config, tmp_path):
     settings = config.model_dump(mode="json") | {"objective": "sft", "output": str(tmp_path / "reward")}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    result = CliRunner().invoke(app, ["train-reward", str(tmp_path / "config.yaml"), "optimizer.lr=0.003", "epochs=3"])
+    result = CliRunner().invoke(app, ["train-reward", str(tmp_path / "config.yaml"), "optimizer.lr=0.003", "epochs=2"])
     assert result.exit_code == 0, result.output
     losses = [line["loss"] for line in read_metrics(tmp_path / "reward")]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and sum(losses[-3:]) / 3 < 0.66
