@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.ranks import CONTEXT
 
 from llava_cot import tiny_path
 from llava_cot.checkpoint import checkpoint_sha256
 from llava_cot.stages import render
+from tools.small_world import ablation
 from tools.small_world.ablation import LAST_SEED, Setting, evaluate, main, run, said
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +22,12 @@ STAGES = {"SUMMARY": "I count.", "CAPTION": "A dog.", "REASONING": "It is one.",
 def setting(overrides=(), **changes) -> Setting:
     numbers = {"steps": 2, "first_question": 720_000, "questions": 3, **changes}
     return Setting.load(tiny_path(), ROOT / "configs/ablation.yaml", ["batch_size=4", *overrides], **numbers)
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch):
+    """Workers are forked from a server that has imported torch, instead of importing it each."""
+    monkeypatch.setattr(ablation, "get_context", lambda _: CONTEXT)
 
 
 @pytest.fixture(autouse=True)

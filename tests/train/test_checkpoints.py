@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers.ranks import run_ranks, start_ranks
+from helpers.ranks import Ranks, run_ranks, start_ranks
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
@@ -124,14 +124,22 @@ def resume(folder):
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
+def two():
+    """Two ranks."""
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def saved(two, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "checkpoints"
-    return folder, run_ranks(2, save_and_go_on, folder)
+    return folder, two.run(save_and_go_on, folder)
 
 
-def test_resume_is_bit_exact_and_what_changed_after_the_call_is_not_saved(saved):
+def test_resume_is_bit_exact_and_what_changed_after_the_call_is_not_saved(two, saved):
     folder, expected = saved
-    for got, want in zip(run_ranks(2, resume, folder), expected):
+    for got, want in zip(two.run(resume, folder), expected):
         assert got["extra"] == {"tokens": 12, "rank": 0}
         assert_equal(got["saved"], want["saved"])
         assert got["losses"] == want["losses"]
@@ -202,8 +210,8 @@ def housekeeping(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_housekeeping(tmp_path):
-    for names in run_ranks(2, housekeeping, tmp_path / "checkpoints"):
+def test_housekeeping(two, tmp_path):
+    for names in two.run(housekeeping, tmp_path / "checkpoints"):
         assert names == [".step-300.part", "step-200", "step-302", "step-notes"]
 
 
@@ -246,7 +254,7 @@ def check_whole(folder):
     return checkpoints._steps(), sorted(path.name for path in folder.iterdir())
 
 
-def test_a_kill_in_the_middle_of_a_save_leaves_whole_checkpoints(tmp_path):
+def test_a_kill_in_the_middle_of_a_save_leaves_whole_checkpoints(two, tmp_path):
     rng = random.Random(0)
     halves, last = 0, 0
     kills = 0
@@ -263,7 +271,7 @@ def test_a_kill_in_the_middle_of_a_save_leaves_whole_checkpoints(tmp_path):
         halves += bool(parts(tmp_path))
         kills += 1
         last = max(whole_steps(tmp_path))
-    (steps, names), other = run_ranks(2, check_whole, tmp_path)
+    (steps, names), other = two.run(check_whole, tmp_path)
     assert (steps, names) == other
     assert names == sorted(f"step-{step}" for step in steps) and max(steps) == last >= 3
 

@@ -21,17 +21,14 @@ from llava_cot.train.metrics import read_metrics
 from llava_cot.train.model import build_model
 from llava_cot.train.objectives.dpo import Dpo, completion_logprobs
 from llava_cot.train.trainer import Trainer
-from tools.small_world.search_data import write_search_data
 
 SETTINGS = {"device": "cpu", "workers": 0, "precision": {"compute": "float32"}, "activation_checkpointing": False}
+EPOCHS = 4
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("search")
-    counts = write_search_data(folder, range(300_000, 300_008), tiny_path())
-    assert counts["traces"] == 8 and counts["preferences"] >= 8 and counts["steps"] >= 16
-    return folder
+def folder(search_data):
+    return search_data
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +37,10 @@ def rows(folder):
 
 
 @pytest.fixture(scope="module")
-def config(folder):
+def config(folder, tmp_path_factory):
     return TrainConfig(
         model=str(tiny_path()),
-        output=folder / "out",
+        output=tmp_path_factory.mktemp("out"),
         data=folder / "preferences.jsonl",
         images=folder,
         objective="dpo",
@@ -147,12 +144,17 @@ def test_an_empty_batch_has_a_loss_of_zero(tiny, config):
     assert losses.total == 0 and not losses.parts.any()
 
 
-def test_training_prefers_what_was_chosen_and_a_resumed_run_is_the_same(config):
-    straight = run(config.model_copy(update={"output": config.output / "straight", "epochs": 4}))
+@pytest.fixture(scope="module")
+def straight(config):
+    """The losses of a run without interruption."""
+    return run(config.model_copy(update={"output": config.output / "straight", "epochs": EPOCHS}))
+
+
+def test_training_prefers_what_was_chosen_and_a_resumed_run_is_the_same(config, straight):
     assert straight[0] == pytest.approx(math.log(2), abs=1e-4)  # the model is its own reference at first
     last = read_metrics(config.output / "straight")[-1]
     assert last["loss"] < 0.6 and last["preference/margin"] > 0.2
-    halves = {"output": config.output / "halves", "epochs": 4}
+    halves = {"output": config.output / "halves", "epochs": EPOCHS}
     run(config.model_copy(update=halves | {"max_steps": 3}))
     (reference,) = (config.output / "halves").glob("reference-*.jsonl")
     written = reference.stat().st_mtime_ns
@@ -164,13 +166,13 @@ def work(config: TrainConfig) -> None:
     Trainer(config, torch.device("cpu")).run()
 
 
-def test_two_ranks_have_the_references_of_one(config):
-    settings = {"max_steps": 3, "rows_per_batch": 1}
-    one = run(config.model_copy(update=settings | {"output": config.output / "one"}))
-    both = config.model_copy(update=settings | {"output": config.output / "both"})
+def test_two_ranks_have_the_references_of_one(config, straight):
+    """And its losses, from micro-batches of another size."""
+    settings = {"epochs": EPOCHS, "max_steps": 3, "rows_per_batch": 1, "output": config.output / "both"}
+    both = config.model_copy(update=settings)
     run_ranks(2, work, both)
-    assert losses_of(both.output) == pytest.approx(one, rel=1e-5)
-    files = [next((config.output / name).glob("reference-*.jsonl")) for name in ("one", "both")]
+    assert losses_of(both.output) == pytest.approx(straight[:3], rel=1e-5)
+    files = [next((config.output / name).glob("reference-*.jsonl")) for name in ("straight", "both")]
     for row, other in zip(*map(read, files), strict=True):
         assert row["values"] == pytest.approx(other["values"], rel=1e-5)
 

@@ -23,16 +23,13 @@ from llava_cot.train.config import TrainConfig
 from llava_cot.train.metrics import read_metrics
 from llava_cot.train.model import build_model
 from llava_cot.train.objectives.reward import Reward
-from tools.small_world.search_data import write_search_data
 
 SETTINGS = {"device": "cpu", "workers": 0, "precision": {"compute": "float32"}, "activation_checkpointing": False}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("search")
-    write_search_data(folder, range(300_000, 300_006), tiny_path())
-    return folder
+def folder(search_data):
+    return search_data
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +38,10 @@ def rows(folder):
 
 
 @pytest.fixture(scope="module")
-def config(folder):
+def config(folder, tmp_path_factory):
     return TrainConfig(
         model=str(tiny_path()),
-        output=folder / "out",
+        output=tmp_path_factory.mktemp("out"),
         data=folder / "steps.jsonl",
         images=folder,
         objective="reward",
@@ -127,15 +124,15 @@ def test_an_empty_batch_has_a_loss_of_zero(tiny, config):
     assert losses.total == 0 and not losses.parts.any()
 
 
-def test_the_command_makes_a_scorer(tiny, folder, config):
-    settings = config.model_dump(mode="json") | {"objective": "sft", "output": str(folder / "reward")}
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    result = CliRunner().invoke(app, ["train-reward", str(folder / "config.yaml"), "optimizer.lr=0.003", "epochs=3"])
+def test_the_command_makes_a_scorer(tiny, config, tmp_path):
+    settings = config.model_dump(mode="json") | {"objective": "sft", "output": str(tmp_path / "reward")}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    result = CliRunner().invoke(app, ["train-reward", str(tmp_path / "config.yaml"), "optimizer.lr=0.003", "epochs=2"])
     assert result.exit_code == 0, result.output
-    losses = [line["loss"] for line in read_metrics(folder / "reward")]
+    losses = [line["loss"] for line in read_metrics(tmp_path / "reward")]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4) and sum(losses[-3:]) / 3 < 0.66
 
-    made = folder / "reward" / "model"
+    made = tmp_path / "reward" / "model"
     assert isinstance(RewardModel.from_pretrained(made), RewardModel)
     verify_policy(made, tiny_path())
     sample = shapes.sample(710_000)

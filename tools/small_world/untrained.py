@@ -44,9 +44,11 @@ def build_config(processor: MllamaProcessor) -> MllamaConfig:
     return MllamaConfig(text_config=text, vision_config=vision, image_token_index=VOCAB_SIZE)
 
 
-def build_model(processor: MllamaProcessor, seed: int) -> MllamaForConditionalGeneration:
+def build_model(
+    processor: MllamaProcessor, seed: int, config: MllamaConfig | None = None
+) -> MllamaForConditionalGeneration:
     torch.manual_seed(seed)
-    model = MllamaForConditionalGeneration(build_config(processor))
+    model = MllamaForConditionalGeneration(config or build_config(processor))
     with torch.no_grad():  # the gates start at zero, and behind a closed gate the image is never seen
         for name, parameter in model.named_parameters():
             if name.endswith(("cross_attn_attn_gate", "cross_attn_mlp_gate", "gate_attn", "gate_ffn")):
