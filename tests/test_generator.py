@@ -278,9 +278,10 @@ def test_a_seed_is_an_answer(tiny, search):
 )
 def test_a_batch_is_its_questions(tiny, bare_generator, search):
     """Also where the pages are so few that the questions must take turns."""
-    images, questions = [s.image for s in SAMPLES], [s.question for s in SAMPLES]
+    samples = SAMPLES[:3]
+    images, questions = [s.image for s in samples], [s.question for s in samples]
     alone, peaks = [], []
-    for sample in SAMPLES:
+    for sample in samples:
         tiny.engine.runner.peak_pages = 0
         alone.append(essence(ask(tiny, sample, search, seed=5)))
         peaks.append(tiny.engine.runner.peak_pages)

@@ -2,15 +2,17 @@
 
 import random
 import signal
+import time
 
 import pytest
 
-from llava_cot import SwiresConfig, TokenBeamConfig
+from llava_cot import STAGES, SwiresConfig, TokenBeamConfig
 from llava_cot.data import shapes
 from llava_cot.engine import draw, runner
 from llava_cot_kernels import OutOfPages
 
-CONFIG = SwiresConfig.published(max_new_tokens=160)
+LIMITS = dict(zip(STAGES, (6, 8, 8, 4)))  # tokens: short searches, to interrupt many
+CONFIG = SwiresConfig.published(max_stage_tokens=LIMITS, max_rounds=2)  # which no stage passes: it goes back once
 SAMPLE = shapes.sample(802_000)
 
 
@@ -53,10 +55,12 @@ def test_an_interrupt_at_any_call_of_an_op(tiny, monkeypatch, module, where):
     assert tiny.answer(SAMPLE.image, SAMPLE.question, CONFIG).tokens == expected
 
 
-@pytest.mark.parametrize("search", [CONFIG, TokenBeamConfig(num_beams=4, max_new_tokens=160)], ids=["swires", "beams"])
+@pytest.mark.parametrize("search", [CONFIG, TokenBeamConfig(num_beams=4, max_new_tokens=20)], ids=["swires", "beams"])
 def test_a_signal_at_any_time(tiny, search):
-    """Ctrl-C between any two bytecodes, 100 times, at random."""
-    clock = random.Random(0)
+    """Ctrl-C between any two bytecodes, 100 times, at random in what the search takes here, at most its first 0.1 s."""
+    clock, began = random.Random(0), time.perf_counter()
+    tiny.answer(SAMPLE.image, SAMPLE.question, search)
+    whole = time.perf_counter() - began
     interrupted = 0
 
     def handler(signum, frame):
@@ -66,7 +70,7 @@ def test_a_signal_at_any_time(tiny, search):
     try:
         for _ in range(100):
             try:
-                signal.setitimer(signal.ITIMER_REAL, clock.uniform(0.001, 0.15))
+                signal.setitimer(signal.ITIMER_REAL, clock.uniform(0.001, max(0.002, min(0.1, whole))))
                 tiny.answer(SAMPLE.image, SAMPLE.question, search)
             except Interruption:
                 interrupted += 1

@@ -34,9 +34,9 @@ from llava_cot_kernels import OutOfPages
 
 RANKS = Borda({confidence: 1, vote: 1})
 SAMPLES = [shapes.sample(seed) for seed in range(806_000, 806_006)]
-LIMITS = dict(zip(map(str, STAGES), (16, 20, 24, 8)))  # tokens: some stages close and some do not
+LIMITS = dict(zip(map(str, STAGES), (14, 14, 14, 6)))  # tokens: some stages close and some do not
 PAGE_SIZE = 4  # of the twins' engine
-NUM_SEARCHES, NUM_SCHEDULES = 33, 32
+NUM_SEARCHES, NUM_SCHEDULES = 33, 22
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,14 @@ def _search(rng: random.Random, judge: JudgeScorer, kind: int) -> Any:
         dict(prompt_tokens=rng.randrange(10, 200)),
     ]
     budget = rng.choice([None, None, None, *(Budget(**limit) for limit in limits)])
-    drawn = dict(temperature=rng.choice([0.6, 1.0]), max_new_tokens=rng.choice([40, 70]), budget=budget)
+    drawn = dict(temperature=rng.choice([0.6, 1.0]), max_new_tokens=rng.choice([25, 45]), budget=budget)
     swires = dict(cutoff=rng.choice([-1.0, -0.05, 0.0, 0.4]), max_stage_tokens=LIMITS, scorer=scorer, **drawn)
     kinds = [
-        lambda: GreedyConfig(max_new_tokens=60, budget=budget),
+        lambda: GreedyConfig(max_new_tokens=40, budget=budget),
         lambda: SampleConfig(num_return_sequences=3, **drawn),
         lambda: BestOfNConfig(n=3, scorer=scorer, **drawn),
         lambda: MajorityConfig(n=4, scorer=scorer, **drawn),
-        lambda: TokenBeamConfig(num_beams=rng.randrange(1, 5), max_new_tokens=30, budget=budget),
+        lambda: TokenBeamConfig(num_beams=rng.randrange(1, 5), max_new_tokens=20, budget=budget),
         lambda: SentenceBeamConfig(candidates=4, keep=2, scorer=scorer, **drawn),
         lambda: StageBeamConfig(max_stage_tokens=LIMITS, scorer=scorer, **drawn),
         lambda: SwiresConfig.published(**swires),
@@ -146,8 +146,8 @@ def searches(tiny):
 
 def run(engine, jobs: list[SearchRun], rng: random.Random, tally: Counter) -> bool:
     """Run ``jobs``, cancelling some of them; False if it was given up on the way."""
-    cancel_at = {rng.randrange(1, 80): job for job in rng.sample(jobs, min(len(jobs), rng.randrange(3)))}
-    close_at = rng.randrange(1, 200) if rng.random() < 0.25 else None
+    cancel_at = {rng.randrange(1, 50): job for job in rng.sample(jobs, min(len(jobs), rng.randrange(3)))}
+    close_at = rng.randrange(1, 70) if rng.random() < 0.25 else None
     for step in itertools.count():
         if all(job.done for job in jobs):
             return True

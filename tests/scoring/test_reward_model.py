@@ -41,10 +41,15 @@ def spans():
     return [span(seed, render(shapes.sample(seed).stages)[:cut]) for seed in SEEDS[:3] for cut in cuts]
 
 
+@pytest.fixture(scope="module")
+def alone(scorer, spans):
+    """The score of each of ``spans``, asked for by itself."""
+    return [scorer.get_scores([one])[0] for one in spans]
+
+
 @pytest.mark.parametrize("batch_size", [2, 5, 24, 100])
-def test_a_batch_scores_as_each_alone(scorer, spans, batch_size):
+def test_a_batch_scores_as_each_alone(scorer, spans, alone, batch_size):
     batched = RewardModelScorer(scorer.model, scorer.processor, view=scorer.view, batch_size=batch_size)
-    alone = [scorer.get_scores([one])[0] for one in spans]
     np.testing.assert_allclose(batched.get_scores(spans), alone, atol=1e-5, rtol=1e-5)
     assert len({round(score, 4) for score in alone}) > len(spans) // 2
 
