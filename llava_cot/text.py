@@ -1,52 +1,141 @@
-"""The text of answers: one spelling for equal answers, and decoding token by token."""
+"""One spelling for equal answers, so that votes are not split and verdicts do not hang on typography."""
 
 import re
-from collections.abc import Callable, Sequence
+import unicodedata
+from fractions import Fraction
+
+# Before compatibility forms are taken apart, which would join a digit with a power or a fraction behind it.
+_POWERS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+_POWER = re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+")
+_MIXED = re.compile(r"(?<=[0-9])(?=[¼-¾⅐-⅞↉])")
+_THIN_THOUSANDS = re.compile(r"(?<=[0-9])[\u00a0\u2009\u202f'\u2019](?=[0-9]{3}(?![0-9]))")
+_CHARACTERS = str.maketrans({
+    **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe58\ufe63\uff0d", "-"),
+    **dict.fromkeys("\u2018\u2019\u201a\u201b\u2032", "'"),
+    **dict.fromkeys("\u201c\u201d\u201e\u201f\u2033\u00ab\u00bb\u300c\u300d\u300e\u300f", '"'),
+    "\u3002": ".", "\u3001": ",", "\u2044": "/", "\u2215": "/", "\u00ba": "°", "\u02da": "°",
+})  # fmt: skip
+
+_LATEX = [
+    (re.compile(r"\\(?:left|right|displaystyle|,|;|!|quad)(?![a-z])|\\ "), ""),
+    (re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|boxed|fbox)\s*\{([^{}]*)\}"), r"\1"),
+    (re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"\1/\2"),
+    (re.compile(r"\\[dt]?frac\s*([0-9])\s*([0-9])"), r"\1/\2"),
+    (re.compile(r"\^\s*\{?\\circ\}?|\\degree"), "°"),
+    (re.compile(r"\\([%$#&_])"), r"\1"),
+    (re.compile(r"\^\{([^{}]*)\}"), r"^\1"),
+    (re.compile(r"\{,\}"), ","),
+    (re.compile(r"\\pi(?![a-z])"), "π"),
+    (re.compile(r"\\times(?![a-z])|\\cdot(?![a-z])"), "*"),
+]
+_MATH = [re.compile(p, re.DOTALL) for p in (r"\$\$([^$]+)\$\$", r"\$([^$]+)\$", r"\\\((.+)\\\)", r"\\\[(.+)\\\]")]
 
 # An option's letter with its mark, as in "(B) a cat". If a second option follows, the first alone is not the answer.
 _OPTION = re.compile(r"[(*]*([a-h])\**[).:]+\**(?=\s|$)(?!.*\b[a-h]\**[).:])")
 # A number that is not part of a word, of a longer number or of something like 192.168.0.1.
 _NUMBER = re.compile(r"(?<![\w.,])([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9]))(\.[0-9]+)?(?![.,]?[0-9])")
-_SURROUNDING = " .,;:!?'\"`*()\u2018\u2019\u201c\u201d"  # signs, units and square brackets have a meaning and stay
+_FRACTION = re.compile(r"(-?)(?:([0-9]{1,30}) )?([0-9]{1,30}) ?/ ?([0-9]{1,30})(%|°[cf]?| [a-z/]{1,4})?")
+_SURROUNDING = " .,;:!?'\"`*_()"  # signs, units and square brackets have a meaning and stay
+
+# What stands behind a number, however it is spelled.
+_UNITS = {
+    "%": "percent|per cent|pct",
+    "°": "degrees?|deg",
+    "°c": "degrees? celsius|° ?celsius|degrees? c|° c",
+    "°f": "degrees? fahrenheit|° ?fahrenheit|degrees? f|° f",
+    "mm": "milli ?met(?:er|re)s?",
+    "cm": "centi ?met(?:er|re)s?",
+    "m": "met(?:er|re)s?",
+    "km": "kilo ?met(?:er|re)s?",
+    "in": "inch(?:es)?",
+    "ft": "feet|foot",
+    "mi": "miles?",
+    "mg": "milli ?grams?",
+    "g": "grams?|grammes?",
+    "kg": "kilo ?grams?|kilos?",
+    "ml": "milli ?lit(?:er|re)s?",
+    "l": "lit(?:er|re)s?",
+    "s": "seconds?|secs?",
+    "min": "minutes?|mins?",
+    "h": "hours?|hrs?",
+    "km/h": "kilo ?met(?:er|re)s? per hour|kmh|kph",
+    "mph": "miles? per hour",
+}
+_UNIT_NAMES = [
+    (re.compile(rf"(?<=[0-9]) ?-?(?:{names}|{re.escape(unit)})(?!\w)"), unit if unit[0] in "%°" else f" {unit}")
+    for unit, names in sorted(_UNITS.items(), key=lambda item: -len(item[1]))
+]
+_CURRENCIES = {"$": r"us\$|usd|us dollars?|dollars?", "€": "eur|euros?", "£": "gbp|pounds? sterling", "¥": "jpy|yen"}
+_BEFORE = [(re.compile(rf"(?:{names}|{re.escape(sign)}) ?(?=-?[0-9.])"), sign) for sign, names in _CURRENCIES.items()]
+_BEHIND = [
+    (
+        re.compile(rf"(?<![0-9.])(-?(?:[0-9]+\.)?[0-9]+) ?(?:{names}|{re.escape(sign)})(?!\w)"),
+        rf"{sign}\1",
+    )
+    for sign, names in _CURRENCIES.items()
+]
 
 
 def normalise(text: str) -> str:
-    """Return ``text`` in a form for comparing: lower case, single spaces, no surrounding punctuation.
+    """Return ``text`` in a form for comparing: equal answers become equal strings.
 
-    Numbers are read as in English: "1,000" and "1000.0" become "1000", and ".50" becomes "0.5". The letter of an
-    option (A to H) with a mark stands for the whole option: "(B)", "B." and "B: a cat" become "b", as "B" alone does. A
-    drawback is that "E. coli" becomes "e". A text of nothing but punctuation keeps it.
+    Case, space, quotes, surrounding punctuation, invisible characters, full-width forms, composed accents, kinds of
+    dashes, Markdown and LaTeX (``$4$``, ``\\\\boxed{4}``, ``\\\\frac{1}{2}``) do not matter.
+
+    Numbers are read as in English: "1,000" and "1000.0" become "1000", and ".50" becomes "0.5". A lone fraction becomes
+    a decimal number if it has few digits ("3/4" and "¾" become "0.75"), else its lowest terms. The common units,
+    percent and currencies behind or before a number have one spelling; they stay part of the answer.
+
+    The letter of an option (A to H) with a mark stands for the whole option: "(B)", "B." and "B: a cat" become "b", as
+    "B" alone does. A drawback is that "E. coli" becomes "e". A text of nothing but punctuation keeps it.
     """
-    text = " ".join(text.casefold().split())
+    text = _plain_characters(text)
+    text = _without_latex(text)
+    text = " ".join(text.split())
     if option := _OPTION.match(text):
         return option[1]
-    text = _NUMBER.sub(_plain, text)
-    return text.strip(_SURROUNDING) or text
+    text = _NUMBER.sub(_plain_number, text)
+    text = text.strip(_SURROUNDING) or text
+    for pattern, name in (*_UNIT_NAMES, *_BEHIND, *_BEFORE):
+        text = pattern.sub(name, text)
+    text = re.sub(r"^-([$€£¥])(?=[0-9])", r"\1-", re.sub(r"^\+ ?(?=[0-9])|(?<=^-) (?=[0-9])", "", text))
+    if (fraction := _FRACTION.fullmatch(text)) and (fraction[5] or "").strip() in {"", *_UNITS}:
+        text = _decimal(*fraction.groups()[:4]) + (fraction[5] or "")
+    return "0" if text == "-0" else text
 
 
-def _plain(number: re.Match[str]) -> str:
+def _plain_characters(text: str) -> str:
+    text = _THIN_THOUSANDS.sub("", text)
+    text = _POWER.sub(lambda power: "^" + power[0].translate(_POWERS), _MIXED.sub(" ", text))
+    text = text.translate(_CHARACTERS)
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).translate(_CHARACTERS)
+    return "".join(c for c in text if unicodedata.category(c) != "Cf")
+
+
+def _without_latex(text: str) -> str:
+    for _ in range(8):  # from the inside out
+        before = text = text.strip()
+        for pattern, plain in _LATEX if "\\" in text or "{" in text else ():
+            text = pattern.sub(plain, text)
+        for pattern in _MATH:
+            if found := pattern.fullmatch(text.strip(" .,;*")):
+                text = found[1]
+        if text == before:
+            break
+    return text
+
+
+def _plain_number(number: re.Match[str]) -> str:
     fraction = (number[2] or "").rstrip("0").rstrip(".")
     return (number[1].replace(",", "") or "0") + fraction
 
 
-class Detokeniser:
-    """Turns tokens into text as they arrive. A character whose tokens are not complete yet is held back.
-
-    Only the last few tokens are decoded again, so the cost per token does not grow with the text. They are needed
-    because the text of a token may depend on the token before it.
-    """
-
-    def __init__(self, decode: Callable[[list[int]], str]) -> None:
-        self._decode = decode
-        self._tokens: list[int] = []
-        self._start = self._end = 0  # the last tokens whose text is known; new ones are decoded together with them
-
-    def add(self, tokens: Sequence[int], *, is_last: bool = False) -> str:
-        """Return the text that ``tokens`` add. ``is_last`` releases what is held back."""
-        self._tokens += tokens
-        known = self._decode(self._tokens[self._start : self._end])
-        text = self._decode(self._tokens[self._start :])
-        if not is_last and (len(text) <= len(known) or text.endswith("\ufffd")):
-            return ""
-        self._start, self._end = self._end, len(self._tokens)
-        return text[len(known) :]
+def _decimal(sign: str, whole: str | None, above: str, below: str) -> str:
+    if int(below) == 0:
+        return f"{sign}{above}/{below}"
+    value = int(whole or 0) + Fraction(int(above), int(below))
+    digits = next((n for n in range(7) if 10**n % value.denominator == 0), 0)
+    if digits == 0:
+        return f"{sign}{value}"
+    decimal = str(value.numerator * 10**digits // value.denominator).rjust(digits + 1, "0")
+    return f"{sign}{decimal[:-digits]}.{decimal[-digits:]}"

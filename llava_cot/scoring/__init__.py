@@ -7,6 +7,7 @@ from llava_cot.scoring.confidence import confidence, lowest_group, negative_entr
 from llava_cot.scoring.diagnostics import Diagnosis, diagnose, within_question_auc
 from llava_cot.scoring.judge import JudgeScorer
 from llava_cot.scoring.scorer import Scorer, Span, groupwise
+from llava_cot.text import normalise
 
 # For use without a second model: captions by shared facts, reasonings by where they lead, the rest by votes
 by_stage = ByStage({"CAPTION": self_consistency, "REASONING": look_ahead, "CONCLUSION": vote}, default=vote)
@@ -50,6 +51,7 @@ __all__ = [
     "look_ahead",
     "lowest_group",
     "negative_entropy",
+    "normalise",
     "resolve_scorer",
     "self_certainty",
     "self_consistency",

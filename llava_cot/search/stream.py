@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
+from llava_cot.detokenise import Detokeniser
 from llava_cot.search.events import Event, TextDelta
 from llava_cot.search.run import SearchRun
-from llava_cot.text import Detokeniser
 
 
 class EventStream:
