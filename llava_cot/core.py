@@ -7,9 +7,14 @@ continuations. The same policy therefore runs on the local engine, on a remote s
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import Any, Literal, Protocol, TypeVar
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 Bos = Literal["one", "released"]  # BOS tokens at the start of a prompt: the released weights were trained with two
+
+
+KINDS: dict[Any, type] = {int: Integral, float: Real, bool: bool, str: str}  # numpy's numbers are numbers too
 
 
 class Finish(StrEnum):
@@ -39,6 +44,7 @@ class SamplingParams:
 
     Raises:
         ValueError: a value out of its range.
+        TypeError: a value that is no number.
     """
 
     temperature: float = 1.0
@@ -47,6 +53,7 @@ class SamplingParams:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         for name, ok, bound in (
             ("temperature", self.temperature >= 0, ">= 0"),
             ("temperature", self.temperature < float("inf"), "finite"),
@@ -115,6 +122,23 @@ class Continuation:
     seed: int = 0
     top: tuple[tuple[int, float], ...] = ()  # the most likely next tokens with their log-probs, the best first
     wanted: tuple[float, ...] = ()  # log-probs of the next tokens that ``Extend.want`` names
+
+
+def check_kinds(settings: Any) -> None:
+    """Check that every number, truth value and string of a dataclass is one, as its annotation says.
+
+    Raises:
+        TypeError: one is of another type, such as a number that is given as text.
+    """
+    for field in fields(settings):
+        kinds = get_args(field.type) if isinstance(field.type, UnionType) else (field.type,)
+        if not set(kinds) <= {*KINDS, type(None)}:
+            continue  # its own check knows more
+        value = getattr(settings, field.name)
+        allowed = [KINDS.get(kind, kind) for kind in kinds]
+        if not isinstance(value, tuple(allowed)) or (isinstance(value, bool) and bool not in kinds):
+            wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise TypeError(f"{field.name} must be {wanted}, got {value!r}")
 
 
 def _require_integers(**fields_of: Sequence[Any]) -> None:

@@ -5,8 +5,9 @@ import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 import torch
 import transformers
@@ -81,6 +82,12 @@ class SwiresGenerator:
         tags = StageTags.from_tokenizer(processor.tokenizer, [*grammar.close_tags, *SENTENCE_ENDS])
         self.engine = Engine(model, tags, self.decode, engine)
         self._processing = threading.Lock()  # tokenizers may not be used by two threads at once
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a SwiresGenerator can't be pickled, since it holds a running engine: make one in each process, with "
+            "SwiresGenerator.from_pretrained(...). Answers and traces can be pickled"
+        )
 
     @cached_property
     def aio(self) -> AsyncGenerator:
@@ -454,6 +461,8 @@ class SwiresGenerator:
         question: str | None = None,
         load_image: Callable[[], Image | None] = lambda: None,
     ) -> SearchRun:
+        if not isinstance(seed, Integral) or isinstance(seed, bool):
+            raise TypeError(f"seed must be an integer, got {seed!r}")
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed must be in [0, 2**63), got {seed}")
         session = self.engine.open(prompt)

@@ -212,6 +212,42 @@ def test_bad_input_is_one_line_on_stderr(run, image, change, message):
     assert "Traceback" not in err and (err.count("\n") == 1 or "--model" in change)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"--search": "beam"}, "search must be one of"),
+        ({"--search": "swires:mine"}, "search must be a policy or one of"),
+        ({"--search": "greedy", "--scorer": "vote"}, "scorer is not supported by search='greedy'"),
+        ({"--scorer": "taste"}, "scorer must be one of"),
+        ({"image": "none.png"}, "image must be a readable image, got 'none.png': No such file"),
+        ({"image": "."}, "image must be a readable image, got '.': it is not a file"),
+        ({"question": " "}, "question must be a non-empty string"),
+        ({"--trace": "no/such/folder/trace.html"}, "trace must be a file in a folder that exists, got 'no/such/folder"),
+        ({"--trace": "."}, "trace must be a file in a folder that exists"),
+        ({"--device": "nowhere"}, "device must be one that torch can use here, got 'nowhere': "),
+        ({"--device": "cuda:99"}, "device must be one that torch can use here, got 'cuda:99': "),
+    ],
+)
+def test_what_needs_no_weights_is_checked_before_they_are_loaded(run, image, monkeypatch, change, message):
+    from llava_cot.generator import SwiresGenerator
+
+    monkeypatch.setattr(SwiresGenerator, "from_pretrained", lambda *args, **kwargs: pytest.fail("weights were loaded"))
+    given = {"image": image, "question": "?", **change}
+    image, question = given.pop("image"), given.pop("question")
+    status, _, err = run("answer", image, question, *(part for option in given.items() for part in option))
+    assert status == 2 and err.startswith(f"error: {message}") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_without_unicode_shows_the_answer(image, encoding):
+    command = [sys.executable, "-c", "from llava_cot.cli import main; main()"]
+    arguments = ["answer", image, "How many? é … 图", "--search", "stage_beam", "--max-new-tokens", "8"]
+    env = {"PYTHONPATH": ":".join(sys.path), "PYTHONIOENCODING": encoding}
+    done = subprocess.run([*command, *arguments], env=env, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert b"answer:" in done.stdout and b"How many?" in done.stdout
+
+
 def test_what_a_model_writes_is_never_markup(run, image, monkeypatch):
     """Brackets in a candidate or an answer are text, also where they look like rich's markup."""
     from llava_cot.generator import SwiresGenerator

@@ -1,6 +1,8 @@
 """The generator on the real engine: every outcome it documents, and what it must leave untouched."""
 
+import copy
 import json
+import pickle
 import warnings
 import weakref
 
@@ -136,6 +138,12 @@ BAD_ANSWERS = {
         "a policy function must bring its own settings, got 'top_p'",
     ),
     "seed below": (lambda g, f: ask(g, seed=-1), ValueError, r"seed must be in \[0, 2\*\*63\), got -1"),
+    "a seed as text": (lambda g, f: ask(g, seed="3"), TypeError, "seed must be an integer, got '3'"),
+    "no seed": (lambda g, f: ask(g, seed=None), TypeError, "seed must be an integer, got None"),
+    "a setting as text": (lambda g, f: ask(g, max_new_tokens="8"), TypeError, "max_new_tokens must be int, got '8'"),
+    "a setting of None": (lambda g, f: ask(g, temperature=None), TypeError, "temperature must be float, got None"),
+    "a truth value": (lambda g, f: ask(g, max_rounds=True), TypeError, "max_rounds must be int, got True"),
+    "half a candidate": (lambda g, f: ask(g, search="best_of_n", n=2.5), TypeError, r"n must be int, got 2\.5"),
     "seed above": (
         lambda g, f: ask(g, seed=2**63),
         ValueError,
@@ -389,6 +397,16 @@ def test_a_policy_function(tiny):
     first, second = answer.trace.data["nodes"]
     best = min((first, second), key=lambda node: (not node["closed"], -node["score"]))
     assert answer.tokens == best["tokens"] and len(best["tokens"]) <= 50
+
+
+def test_answers_travel_and_generators_say_why_they_do_not(tiny):
+    answer = ask(tiny, search="greedy", max_new_tokens=5)
+    again = pickle.loads(pickle.dumps(answer))
+    assert (again.text, again.tokens, again.stages) == (answer.text, answer.tokens, answer.stages)
+    assert again.trace.to_json() == answer.trace.to_json()
+    for give in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match=r"a SwiresGenerator can't be pickled, since .*make one in each process"):
+            give(tiny)
 
 
 @pytest.mark.parametrize(

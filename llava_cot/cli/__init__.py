@@ -1,6 +1,7 @@
 """The ``llava-cot`` command. It turns arguments into calls; the work of each command is done elsewhere."""
 
 import sys
+from io import TextIOWrapper
 
 import typer
 from rich.console import Console
@@ -17,6 +18,9 @@ for part in (search, data, train):
 
 def main() -> None:
     """Run the command. Bad input and kernels that are not built print one line and exit with 2, without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # an ASCII or Latin-1 terminal shows "?" for what it lacks
+            stream.reconfigure(errors="replace")
     try:
         app()
     except (ValueError, TypeError, OSError, ImportError) as error:

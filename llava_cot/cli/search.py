@@ -15,7 +15,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from llava_cot.atomic import replacing
+from llava_cot.atomic import check_output, replacing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -137,6 +137,8 @@ def report(
                 print(f"failed: {row.source}: {error}", file=sys.stderr)
         Console().print(to_table(rows))
         return
+    if html is not None:
+        check_output(html, "html")
     record = read_trace(traces)
     Console().print(record.trace.to_tree())
     if html is not None:
@@ -181,14 +183,27 @@ def _run(
     trace: Path | None,
     gold: str | None = None,
 ) -> str:
+    from llava_cot.image import check_image, open_image
+    from llava_cot.search import make_plan
+    from llava_cot.stages import LLAVA_COT
+
+    # All that needs no weights is checked before they are loaded.
+    plan = _search(search)
+    make_plan(plan, {name: value for name, value in settings.items() if name != "seed"}, LLAVA_COT)
+    check_image(image)
+    if trace is not None:
+        check_output(trace, "trace")
+    if device is not None:
+        _check_device(device)
+
     from transformers.utils import logging
 
     from llava_cot.generator import SwiresGenerator
-    from llava_cot.image import open_image
+    from llava_cot.prompt import check_question
 
+    check_question(question)
     logging.disable_progress_bar()
     generator = SwiresGenerator.from_pretrained(model, device=device)
-    plan = _search(search)
 
     def write(found: "Trace") -> None:
         if trace is not None:
@@ -210,6 +225,16 @@ def _run(
         raise
     write(result.trace)
     return result.conclusion
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch raises either where a back end is missing
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"device must be one that torch can use here, got {device!r}: {reason}") from None
 
 
 def _search(name: str) -> "str | SwiresConfig":

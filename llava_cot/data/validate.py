@@ -16,7 +16,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import BinaryIO
 
-from llava_cot.atomic import replacing
+from llava_cot.atomic import check_output, replacing
 from llava_cot.data.checks import LineChecks, Verdict
 from llava_cot.data.defect import Defect
 from llava_cot.data.tally import Report
@@ -91,9 +91,8 @@ def _check_files(data: Path | str, outputs: dict[str, Path | str | None]) -> Non
     for name, path in outputs.items():
         if path is None:
             continue
+        check_output(path, name)
         real = os.path.realpath(path)
-        if os.path.isdir(real) or not os.path.isdir(os.path.dirname(real)):
-            raise ValueError(f"{name} must be a file in a folder that exists, got {str(path)!r}")
         if real in taken:
             raise ValueError(f"{name} must be another file than {taken[real]}, got {str(path)!r} for both")
         taken[real] = name

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from llava_cot.core import check_kinds
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -27,6 +29,7 @@ class EngineConfig:
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         for name in ("page_size", "num_pages", "steps_per_look", "num_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from llava_cot.core import Limit, Usage
+from llava_cot.core import Limit, Usage, check_kinds
 
 RESERVED = ("generated_tokens", "seconds")  # finishing an answer spends these
 
@@ -28,6 +28,7 @@ class Budget:
     reserve: float = 0.25
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         for name, value in self.limits().items():
             if not value > 0:
                 raise ValueError(f"budget.{name} must be > 0, got {value}")

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llava_cot.core import Program, SamplingParams
-from llava_cot.scoring.scorer import Scorer
+from llava_cot.core import Program, SamplingParams, check_kinds
+from llava_cot.scoring import Scorer, resolve_scorer
 from llava_cot.search.budget import Budget
 from llava_cot.search.search import Search
 from llava_cot.search.tree import Node
@@ -28,6 +28,7 @@ class Limits:
     budget: Budget | None = None
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be >= 1, got {self.max_new_tokens}")
 
@@ -75,6 +76,10 @@ class Scored(Decoding):
     """A search that ranks its candidates by the scores of ``scorer``, a name or a callable."""
 
     scorer: str | Scorer = "confidence"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        resolve_scorer(self.scorer)  # raises for an unknown name
 
 
 @dataclass(frozen=True)
