@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from transformers import BatchFeature, PreTrainedTokenizerBase
 
 MARK = "\ufdd0"  # a noncharacter, which no text may contain
-PER_TOKEN = ("input_ids", "attention_mask", "cross_attention_mask", "mm_token_type_ids", "token_type_ids")
 
 
 def marked(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -55,8 +54,9 @@ def without_marks(
     inputs: "BatchFeature", tokenizer: "PreTrainedTokenizerBase", marks: int
 ) -> "dict[str, torch.Tensor]":
     """Return a processor's inputs for one text, without the tokens of its marks."""
+    shape = inputs["input_ids"].shape
     kept = unmarked(inputs["input_ids"][0].tolist(), tokenizer, marks)
-    return {name: tensor[:, kept] if name in PER_TOKEN else tensor for name, tensor in inputs.items()}
+    return {name: tensor[:, kept] if tensor.shape[:2] == shape else tensor for name, tensor in inputs.items()}
 
 
 def _mark_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -126,8 +127,14 @@ class ModelView:
     @torch.inference_mode()
     def _forward(self, cache: PagedCache, **inputs: object) -> torch.Tensor:
         inputs[self._cache_parameter] = cache
-        with torch.autocast(self.device.type, enabled=False):  # whoever steps may have it on
+        with self._without_autocast():
             return self._model(**inputs, use_cache=True, paged_batch=cache.batch, paged_layers=cache.layers).logits
+
+    def _without_autocast(self) -> AbstractContextManager[None]:
+        """Whoever steps the engine may have it on."""
+        kind = self.device.type
+        is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return torch.autocast(kind, enabled=False) if is_on else nullcontext()
 
     def _store_images(self, cache: PagedCache, prompts: list[Prompt]) -> list[int]:
         """The segment of each prompt's image in the store; -1 if the model has no cross-attention."""

@@ -49,7 +49,7 @@ def trimmed(sequence, pad):
 
 @pytest.mark.parametrize("num_beams", [2, 4, 8])
 def test_the_tiny_model(tiny, fresh_tiny, num_beams):
-    for seed in range(800_300, 800_305):
+    for seed in range(800_300, 800_303):
         sample = shapes.sample(seed)
         inputs = build_inputs(tiny.processor, sample.image, sample.question, "one")
         settings = {"num_beams": num_beams, "max_new_tokens": 160}
@@ -67,7 +67,7 @@ def test_random_models_that_end_anywhere(bare_generator, early_stopping, length_
     for m in (model, untouched):
         m.generation_config.eos_token_id, m.generation_config.pad_token_id = [3, 7, 11], 0
     generator = bare_generator(model, page_size=4)
-    for num_beams, length, limit in itertools.product((1, 2, 5), (1, 17), (1, 2, 9, 24)):
+    for num_beams, length, limit in itertools.product((1, 2, 5), (1, 17), (1, 2, 17)):
         inputs = random_inputs(model, length=length, ratio_id=1, seed=length)
         settings = {
             "num_beams": num_beams, "max_new_tokens": limit,
