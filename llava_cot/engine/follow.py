@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # such as ``training`` and the tables of parameters and hooks
+
 
 class ModuleState(NamedTuple):
     """What a copy of a module depends on. Tensors are compared by identity: their values are shared with the copy."""
@@ -12,6 +14,7 @@ class ModuleState(NamedTuple):
     name: str
     kind: type
     tensors: tuple[tuple[str, int, torch.dtype, torch.device], ...]
+    hooks: tuple[int, ...]  # ids of the forward hooks
     settings: tuple[tuple[str, Any], ...]  # attributes that are plain data, such as which adapters are active
 
 
@@ -24,18 +27,20 @@ def state_of(model: nn.Module) -> list[ModuleState]:
     """
     found = []
     for name, module in model.named_modules():
-        if "forward" in vars(module):
+        own = vars(module)
+        if "forward" in own:
             raise ValueError(
                 f"model must not have a replaced forward, got one on {name or 'the model'!r}: "
                 "unwrap it, and use EngineConfig(compile=True) to compile its layers"
             )
-        tensors = {**module._parameters, **module._buffers}
+        tensors = (*module._parameters.items(), *module._buffers.items())
         found.append(
             ModuleState(
                 name,
                 type(module),
-                tuple((key, id(t), t.dtype, t.device) for key, t in tensors.items() if t is not None),
-                tuple((key, _frozen(v)) for key, v in vars(module).items() if key != "training" and _is_plain(v)),
+                tuple((key, id(t), t.dtype, t.device) for key, t in tensors if t is not None),
+                (*module._forward_hooks, *module._forward_pre_hooks),
+                tuple((key, _frozen(v)) for key, v in own.items() if key not in OF_EVERY_MODULE and _is_plain(v)),
             )
         )
     return found

@@ -94,6 +94,7 @@ CHANGES = {
     "a parameter replaced": (None, replace_parameter),
     "a parameter's tensor replaced": (None, replace_tensor),
     "values written": (None, write_values),
+    "a hook": (None, lambda model: model.lm_head.register_forward_hook(lambda module, given, out: out.flip(-1))),
     "another dtype": (None, lambda model: model.to(torch.bfloat16)),
     "a layer removed": (None, remove_layer),
 }
