@@ -76,10 +76,13 @@ errors += [error(imports("llava_cot.generator"))]
 print(json.dumps(errors))
 """
 COMMAND = """
-import contextlib, io, json, sys
+import contextlib, io, json, sys, tempfile
+from PIL import Image
 from llava_cot.cli import main
 
-sys.argv = ["llava-cot", "answer", "image.png", "How many?"]
+image = tempfile.NamedTemporaryFile(suffix=".png")
+Image.new("RGB", (8, 8)).save(image.name)
+sys.argv = ["llava-cot", "answer", image.name, "How many?"]
 out, err, code = io.StringIO(), io.StringIO(), None
 with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
     try:
