@@ -7,13 +7,36 @@ few tokens of its own, and ``unmarked`` takes those tokens out again. What is le
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     import torch
     from transformers import BatchFeature, PreTrainedTokenizerBase
 
 MARK = "\ufdd0"  # a noncharacter, which no text may contain
+
+
+class SpecialTokens(NamedTuple):
+    """The special tokens of a tokenizer: their ids, and a pattern that finds the longest one that a text spells."""
+
+    ids: frozenset[int]
+    pattern: re.Pattern[str]
+
+
+# A tokenizer builds its table of added tokens anew at each look, which takes a millisecond.
+_KNOWN: "WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, SpecialTokens]]" = WeakKeyDictionary()
+
+
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> SpecialTokens:
+    """Return the special tokens of ``tokenizer``. They are looked up again when it has more tokens than before."""
+    size, known = _KNOWN.get(tokenizer, (-1, None))
+    if known is None or size != len(tokenizer):
+        added = {id: token.content for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        spelled = sorted(added.values(), key=len, reverse=True)
+        known = SpecialTokens(frozenset(added), re.compile("|".join(map(re.escape, spelled)) or "(?!)"))
+        _KNOWN[tokenizer] = len(tokenizer), known
+    return known
 
 
 def marked(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -24,18 +47,35 @@ def marked(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     """
     if MARK in text:
         raise ValueError("the text must not contain the noncharacter U+FDD0")
-    special = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, special)) if special else "(?!)")
-    return pattern.sub(lambda found: found[0][0] + MARK + found[0][1:], text)
+    return special_tokens(tokenizer).pattern.sub(lambda found: found[0][0] + MARK + found[0][1:], text)
 
 
-def unmarked(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase", marks: int) -> list[int]:
-    """Return the places of ``ids`` that do not belong to one of ``marks`` marks.
+def token_ids(text: str, tokenizer: "PreTrainedTokenizerBase", *, add_special_tokens: bool = False) -> list[int]:
+    """Tokenize ``text``, parts of which are ``marked``, and return the ids without those of the marks.
+
+    Raises:
+        ValueError: see ``unmarked``.
+    """
+    ids = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+    return [ids[place] for place in unmarked(ids, text, tokenizer)]
+
+
+def without_marks(inputs: "BatchFeature", text: str, tokenizer: "PreTrainedTokenizerBase") -> "dict[str, torch.Tensor]":
+    """Return a processor's inputs for one ``text``, without the tokens of its marks."""
+    if MARK not in text:
+        return dict(inputs)
+    shape = inputs["input_ids"].shape
+    kept = unmarked(inputs["input_ids"][0].tolist(), text, tokenizer)
+    return {name: tensor[:, kept] if tensor.shape[:2] == shape else tensor for name, tensor in inputs.items()}
+
+
+def unmarked(ids: Sequence[int], text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the places of ``ids``, the tokens of ``text``, that do not belong to a mark.
 
     Raises:
         ValueError: the tokenizer did not read every mark as tokens of its own.
     """
-    if not marks:
+    if MARK not in text:
         return list(range(len(ids)))
     mark, kept, found = _mark_ids(tokenizer), list[int](), 0
     at = 0
@@ -45,18 +85,9 @@ def unmarked(ids: Sequence[int], tokenizer: "PreTrainedTokenizerBase", marks: in
         else:
             kept.append(at)
             at += 1
-    if found != marks:
+    if found != text.count(MARK):
         raise ValueError("the text must not spell a special token, since this tokenizer can't read one as text")
     return kept
-
-
-def without_marks(
-    inputs: "BatchFeature", tokenizer: "PreTrainedTokenizerBase", marks: int
-) -> "dict[str, torch.Tensor]":
-    """Return a processor's inputs for one text, without the tokens of its marks."""
-    shape = inputs["input_ids"].shape
-    kept = unmarked(inputs["input_ids"][0].tolist(), tokenizer, marks)
-    return {name: tensor[:, kept] if tensor.shape[:2] == shape else tensor for name, tensor in inputs.items()}
 
 
 def _mark_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:

@@ -6,7 +6,7 @@ from transformers import PreTrainedConfig, ProcessorMixin
 from llava_cot.core import Bos
 from llava_cot.families import Prompt, family_of
 from llava_cot.image import ImageLike, open_image
-from llava_cot.literal import MARK, marked, without_marks
+from llava_cot.literal import marked, without_marks
 
 
 def build_inputs(processor: ProcessorMixin, image: ImageLike, question: str, bos: Bos) -> Prompt:
@@ -30,7 +30,7 @@ def build_inputs(processor: ProcessorMixin, image: ImageLike, question: str, bos
         add_special_tokens=bos == "released" or not written,
         return_tensors="pt",
     )
-    batch = without_marks(batch, processor.tokenizer, text.count(MARK))
+    batch = without_marks(batch, text, processor.tokenizer)
     return {name: tensor for name, tensor in batch.items() if name != "attention_mask"}  # nothing is padded
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from llava_cot.data import shapes
 from llava_cot.data.conversations import parse_conversation
 from llava_cot.data.encode import encode
-from llava_cot.literal import MARK, marked, unmarked
+from llava_cot.literal import MARK, marked, token_ids
 from llava_cot.prompt import build_inputs
 
 IMAGE = shapes.sample(0).image
@@ -77,11 +77,17 @@ BYTES = byte_fallback_tokenizer()
 def test_any_text_with_any_tokenizer(tiny, parts):
     text = "".join(parts)
     for tokenizer in (tiny.processor.tokenizer, BYTES):
-        spelled = marked(text, tokenizer)
-        ids = tokenizer(spelled, add_special_tokens=False)["input_ids"]
-        kept = [ids[at] for at in unmarked(ids, tokenizer, spelled.count(MARK))]
+        kept = token_ids(marked(text, tokenizer), tokenizer)
         assert not special_ids(tokenizer).intersection(kept)
         assert tokenizer.decode(kept, clean_up_tokenization_spaces=False) == text
+
+
+def test_special_tokens_that_are_added_later():
+    tokenizer = byte_fallback_tokenizer()
+    assert marked("<new>", tokenizer) == "<new>"
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<new>"]})
+    kept = token_ids(marked("<new>", tokenizer), tokenizer)
+    assert not special_ids(tokenizer).intersection(kept) and tokenizer.decode(kept) == "<new>"
 
 
 def test_a_tokenizer_that_can_not_spell_the_mark():
@@ -91,7 +97,7 @@ def test_a_tokenizer_that_can_not_spell_the_mark():
     )
     text = marked("<s>", words)
     with pytest.raises(ValueError, match="the text must not spell a special token"):
-        unmarked(words(text)["input_ids"], words, 1)
+        token_ids(text, words)
     with pytest.raises(ValueError, match=r"must not contain the noncharacter U\+FDD0"):
         marked(f"a{MARK}", words)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from llava_cot.core import Bos
 from llava_cot.data.conversations import Conversation
 from llava_cot.data.example import IGNORE_INDEX, Example
-from llava_cot.literal import MARK, marked, unmarked
+from llava_cot.literal import marked, special_tokens, token_ids
 from llava_cot.stages import LLAVA_COT, Grammar
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def _encode_turns(
     conversation: Conversation, processor: "ProcessorMixin", grammar: Grammar, bos: Bos
 ) -> tuple[list[int], list[int], list[int]]:
     tokenizer = processor.tokenizer
-    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    special = special_tokens(tokenizer).ids
     messages: list[dict] = []
     input_ids: list[int] = []
     labels: list[int] = []
@@ -89,8 +89,7 @@ def _encode_turns(
         begin = _rest(prompt, text, f"turn {index}'s prompt")
         written = index > 0 or begin.startswith(tokenizer.bos_token or "")
         add_bos = index == 0 and (bos == "released" or not written)
-        ids = tokenizer(begin, add_special_tokens=add_bos)["input_ids"]
-        extend([ids[at] for at in unmarked(ids, tokenizer, begin.count(MARK))])
+        extend(token_ids(begin, tokenizer, add_special_tokens=add_bos))
 
         answer = tokenizer(turn.answer, add_special_tokens=False, return_offsets_mapping=True)
         if found := special.intersection(answer["input_ids"]):

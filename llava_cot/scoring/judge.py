@@ -7,7 +7,7 @@ from itertools import permutations
 from typing import TYPE_CHECKING, Literal
 
 from llava_cot.core import Continuation, Expand, Extend, Program, SamplingParams
-from llava_cot.literal import MARK, marked, unmarked
+from llava_cot.literal import marked, token_ids
 from llava_cot.scoring.scorer import Span
 
 if TYPE_CHECKING:
@@ -116,8 +116,7 @@ class JudgeScorer:
         text = self.processor.apply_chat_template(turns, add_generation_prompt=True)
         # It begins with the special token that ends a turn, so no word is split at the seam.
         behind = text.partition(_SENTINEL)[2]
-        ids = tokenizer(behind, add_special_tokens=False).input_ids
-        tokens = [ids[at] for at in unmarked(ids, tokenizer, behind.count(MARK))]
+        tokens = token_ids(behind, tokenizer)
         has_ended = list(written[-1:]) == tokens[:1]  # a whole answer has ended its turn itself
         return Extend(
             parent, tuple(tokens[has_ended:]), want=() if self.generate else tuple(self._ids[0] + self._ids[1])

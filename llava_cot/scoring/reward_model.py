@@ -173,21 +173,18 @@ class RewardModelScorer:
         return scores
 
     def _from_logits(self, images: list[Image.Image], questions: list[str], texts: list[str]) -> list[float]:
-        if len(texts) > 1 and any(MARK in self._literal(text) for text in (*questions, *texts)):
+        tokenizer = self.processor.tokenizer
+        read = [self._prompt(question) + marked(text, tokenizer) for question, text in zip(questions, texts)]
+        if len(read) > 1 and any(MARK in text for text in read):  # marks are taken out of one text at a time
             return [self._from_logits([i], [q], [t])[0] for i, q, t in zip(images, questions, texts)]
-        texts = [self._prompt(self._literal(q)) + self._literal(t) for q, t in zip(questions, texts)]
         # The chat template has written the special tokens already.
         options: dict[str, Any] = {"add_special_tokens": False, "padding": True, "padding_side": "right"}
-        inputs = self.processor(images=[[image] for image in images], text=texts, **options, return_tensors="pt")
-        if MARK in texts[0]:
-            inputs = BatchFeature(without_marks(inputs, self.processor.tokenizer, texts[0].count(MARK)))
+        inputs = self.processor(images=[[image] for image in images], text=read, **options, return_tensors="pt")
+        inputs = BatchFeature(without_marks(inputs, read[0], tokenizer))
         return self.model(**inputs.to(self.model.device, self.model.dtype)).logits.float().squeeze(-1).tolist()
 
-    def _literal(self, text: str) -> str:
-        return marked(text, self.processor.tokenizer)
-
     def _prompt(self, question: str) -> str:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
+        content = [{"type": "image"}, {"type": "text", "text": marked(question, self.processor.tokenizer)}]
         return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
     def _from_chats(self, images: list[Image.Image], questions: list[str], texts: list[str]) -> list[float]:
