@@ -5,7 +5,8 @@ import binascii
 import io
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from typing import IO, Any
 from urllib.parse import unquote_to_bytes, urlsplit
@@ -45,32 +46,21 @@ def open_image(image: ImageLike) -> Image.Image:
         ValueError: there is no such file, or it is not an image that can be read to its end. The message names it.
         TypeError: ``image`` is of another type.
     """
-    name = _name_of(image)
-    try:
+    with naming(_name_of(image)):
         if isinstance(image, Image.Image):
             return to_rgb(image)
         if isinstance(image, np.ndarray):
             return to_rgb(_from_array(image))
         with Image.open(_file_of(image)) as opened:
             return to_rgb(opened)
-    except TypeError:
-        raise
-    except UnidentifiedImageError:
-        raise ValueError(f"image must be a readable image, got {name}: its format is not known") from None
-    except Exception as error:  # a decoder may raise anything on a broken file
-        raise ValueError(f"image must be a readable image, got {name}: {reason_of(error)}") from None
 
 
 def check_image(image: ImageLike) -> None:
     """Raise what ``open_image`` would raise, as far as that can be told without reading a file."""
     if isinstance(image, (Image.Image, np.ndarray)) or hasattr(image, "read"):
         return
-    try:
+    with naming(_name_of(image)):
         _file_of(image)
-    except TypeError:
-        raise
-    except Exception as error:
-        raise ValueError(f"image must be a readable image, got {_name_of(image)}: {reason_of(error)}") from None
 
 
 def reopenable(image: ImageLike) -> ImageLike:
@@ -78,9 +68,18 @@ def reopenable(image: ImageLike) -> ImageLike:
     return _read(image) if hasattr(image, "read") else image
 
 
-def reason_of(error: Exception) -> str:
-    """Return what Pillow or the file system raised as one line."""
-    return getattr(error, "strerror", None) or " ".join(f"{error or type(error).__name__}".split())[:200]
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Turn what goes wrong in reading the image ``name`` into a ``ValueError`` of one line that names it."""
+    try:
+        yield
+    except TypeError:
+        raise
+    except UnidentifiedImageError:
+        raise ValueError(f"image must be a readable image, got {name}: its format is not known") from None
+    except Exception as error:  # a decoder may raise anything on a broken file
+        reason = getattr(error, "strerror", None) or " ".join(f"{error or type(error).__name__}".split())[:200]
+        raise ValueError(f"image must be a readable image, got {name}: {reason}") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -19,7 +19,7 @@ class SearchRun(Drive):
     def _end(self) -> None:
         super()._end()
         if self.done:  # nothing looks at the image any more, and it may be large
-            self.search.load_image = lambda: None
+            self.search.forget_image()
 
 
 def run(search: Search, policy: Policy) -> Program[list[Node]]:

@@ -81,6 +81,10 @@ class Search:
             self._image = self.load_image()
         return self._image
 
+    def forget_image(self) -> None:
+        """Keep neither the image nor what it would be opened from."""
+        self._image, self.load_image = None, lambda: None
+
     def can_grow(self, node: Node) -> bool:
         """Whether another stage may come after ``node``."""
         return bool(self.grammar.allowed(stages_of(node))) and self.can_continue(node)

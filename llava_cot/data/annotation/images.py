@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from llava_cot.image import is_plain, reason_of, to_rgb
+from llava_cot.image import is_plain, naming, to_rgb
 
 SENT_AS_THEY_ARE = ("JPEG", "PNG", "WEBP")  # every endpoint reads these
 
@@ -34,12 +34,9 @@ def read_image(path: Path) -> SentImage:
         data = path.read_bytes()
     except OSError as error:
         raise ValueError(f"image must be a readable file, got {str(path)!r}: {error.strerror}") from None
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            kind, is_kept = image.format, image.format in SENT_AS_THEY_ARE and is_plain(image)
-            pixels = to_rgb(image)
-    except Exception as error:  # a decoder may raise anything on a broken file
-        raise ValueError(f"image must be a readable image, got {str(path)!r}: {reason_of(error)}") from None
+    with naming(repr(str(path))), Image.open(io.BytesIO(data)) as image:
+        kind, is_kept = image.format, image.format in SENT_AS_THEY_ARE and is_plain(image)
+        pixels = to_rgb(image)
     sent = data
     if not is_kept:
         kind, buffer = "PNG", io.BytesIO()
