@@ -249,11 +249,11 @@ class Engine:
 
     def _grow(self, running: list[Job], drawn: list[Row]) -> None:
         """Note what all growing branches of ``running`` drew; those that end with it grow no more."""
-        rows, now = iter(drawn), time.perf_counter()
+        rows, now, ends = iter(drawn), time.perf_counter(), self.eos_token_ids
         for job in running:
             own = [next(rows) for _ in job.slots]
             try:
-                grow(job.slots, own, self.eos_token_ids, self.tags, self.pool)
+                grow(job.slots, own, ends, self.tags, self.pool)
             except ValueError as error:
                 job.error, job.slots = error, []
             job.usage.generated_tokens += len(job.slots)

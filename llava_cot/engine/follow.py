@@ -1,10 +1,12 @@
 """Tell whether a model is still as it was when the engine copied its module tree."""
 
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+NOT_PLAIN = object()
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # such as ``training`` and the tables of parameters and hooks
 
 
@@ -40,26 +42,24 @@ def state_of(model: nn.Module) -> list[ModuleState]:
                 type(module),
                 tuple((key, id(t), t.dtype, t.device) for key, t in tensors if t is not None),
                 (*module._forward_hooks, *module._forward_pre_hooks),
-                tuple((key, _frozen(v)) for key, v in own.items() if key not in OF_EVERY_MODULE and _is_plain(v)),
+                tuple(
+                    (key, plain)
+                    for key, value in own.items()
+                    if key not in OF_EVERY_MODULE and (plain := _frozen(value)) is not NOT_PLAIN
+                ),
             )
         )
     return found
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
 def _frozen(value: Any) -> Any:
-    """Return a copy that later changes of ``value`` leave alone."""
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_frozen, value))
-    if isinstance(value, (set, frozenset)):
-        return frozenset(value)
-    if isinstance(value, dict):
-        return tuple((key, _frozen(item)) for key, item in value.items())
-    return value
+    """Return a copy of plain data that later changes of it leave alone, and ``NOT_PLAIN`` for anything else."""
+    kind = type(value)  # asking a configuration object for its class is slow
+    if issubclass(kind, dict):
+        return _frozen([*value.items()])
+    if issubclass(kind, (list, tuple, set, frozenset)):
+        parts = [_frozen(part) for part in value]
+        if any(part is NOT_PLAIN for part in parts):
+            return NOT_PLAIN
+        return frozenset(parts) if issubclass(kind, (set, frozenset)) else tuple(parts)
+    return value if issubclass(kind, (bool, int, float, str, NoneType)) else NOT_PLAIN
