@@ -6,7 +6,7 @@ few tokens of its own, and ``unmarked`` takes those tokens out again. What is le
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import BatchFeature, PreTrainedTokenizerBase
 
+# Of Llama, Qwen, ...: an answer must not spell one, for a model that learnt to would end its turn. A question may.
+SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")
 MARK = "\ufdd0"  # a noncharacter, which no text may contain
 
 
@@ -39,15 +41,19 @@ def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> SpecialTokens:
     return known
 
 
-def marked(text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """Return ``text`` with a mark after the first character of each special token that it spells.
+def marked(text: str, tokenizer: "PreTrainedTokenizerBase", *, keep: Collection[str] = ()) -> str:
+    """Return ``text`` with a mark after the first character of each special token that it spells but those of ``keep``.
 
     Raises:
         ValueError: ``text`` contains the mark itself.
     """
     if MARK in text:
         raise ValueError("the text must not contain the noncharacter U+FDD0")
-    return special_tokens(tokenizer).pattern.sub(lambda found: found[0][0] + MARK + found[0][1:], text)
+
+    def mark(found: re.Match[str]) -> str:
+        return found[0] if found[0] in keep else found[0][0] + MARK + found[0][1:]
+
+    return special_tokens(tokenizer).pattern.sub(mark, text)
 
 
 def token_ids(text: str, tokenizer: "PreTrainedTokenizerBase", *, add_special_tokens: bool = False) -> list[int]:

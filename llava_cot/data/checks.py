@@ -1,6 +1,5 @@
 """Check whether a line in LLaVA-CoT-100k's layout can be trained on. data/images.py checks its image files."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,13 +9,14 @@ from typing import Any
 from llava_cot.data.conversations import Conversation, parse_conversation
 from llava_cot.data.defect import Defect
 from llava_cot.data.images import ImageChecks
+from llava_cot.data.rows import parse_row
+from llava_cot.literal import MARK, SPECIAL_TOKEN
 from llava_cot.stages import LLAVA_COT, Outcome
 
 UNKNOWN, FOLDER, TEXT_ONLY = "(unknown)", "(the folder itself)", "(no image)"  # sources that are not a folder
 LEAK = re.compile(r"\bstandard answers?\b", re.IGNORECASE)  # the annotation prompt's name for the answer it was given
 # Images come before the first question. A placeholder would be read as text, or as one image too many.
 PLACEHOLDER = re.compile(r"<image(?:_\d+)?>", re.IGNORECASE)
-SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")  # of Llama, Qwen, ...; a model that learnt to spell it would end its turn
 FIELDS = {"row": "not an object", "id": "bad id", "image": "bad image field", "conversations": "wrong turns"}
 
 
@@ -72,15 +72,11 @@ def source_of(row: Any) -> str:
 
 def _read(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8"), parse_constant=_refuse)
+        return parse_row(line)
     except UnicodeDecodeError as error:
         raise Defect("not UTF-8", f"byte {error.start} of the line is {line[error.start]:#04x}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise Defect("not JSON", str(error)) from None
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
 
 
 def _parse(row: Any) -> Conversation:
@@ -98,6 +94,8 @@ def _check_text(conversation: Conversation) -> None:
             text.encode()
         except UnicodeEncodeError as error:  # json accepts half of a surrogate pair, a tokenizer does not
             raise Defect("not Unicode", f"{_short(repr(text))} has half a character, {text[error.start]!a}") from None
+        if MARK in text:
+            raise Defect("not Unicode", f"{_short(repr(text))} has the noncharacter {MARK!a}")
     for index, turn in enumerate(conversation.turns):
         question, answer = f"conversations[{2 * index}]", f"conversations[{2 * index + 1}]"
         if found := PLACEHOLDER.search(turn.question):

@@ -1,10 +1,11 @@
 """Rows in LLaVA-CoT-100k's layout: ``{"id", "image", "conversations": [{"from", "value"}]}``."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from llava_cot.data.rows import naming_row, parsed_rows
 
 
 @dataclass(frozen=True)
@@ -55,19 +56,14 @@ def parse_conversation(row: Mapping[str, Any]) -> Conversation:
 
 
 def read_conversations(path: Path | str) -> Iterator[tuple[int, Conversation]]:
-    """Yield the conversations of a .jsonl with their line numbers. Blank lines are skipped.
+    """Yield the conversations of a data file with the numbers of their rows. Blank lines are skipped.
 
-    Only one line is in memory at a time.
+    Only one row is in memory at a time.
 
     Raises:
-        ValueError: a line is not JSON or not a conversation; the message names the file, the line and the field.
+        ValueError: a row is not JSON or not a conversation; the message names the file, the row and the field.
     """
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                conversation = parse_conversation(json.loads(line.decode("utf-8")))
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"line {number} of {str(path)!r}: {error}") from None
-            yield number, conversation
+    for number, row in parsed_rows(path):
+        with naming_row(path, number):
+            conversation = parse_conversation(row)
+        yield number, conversation

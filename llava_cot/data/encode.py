@@ -10,17 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llava_cot.chat import render
 from llava_cot.core import Bos
 from llava_cot.data.conversations import Conversation
 from llava_cot.data.example import IGNORE_INDEX, Example
-from llava_cot.literal import marked, special_tokens, token_ids
+from llava_cot.literal import SPECIAL_TOKEN, marked, special_tokens, token_ids, unmarked
 from llava_cot.stages import LLAVA_COT, Grammar
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
-
-# Llama 3.2's template writes today's date into a conversation without an image. This is its own default, a fixed date.
-DATE = "26 Jul 2024"
 
 
 def encode(
@@ -39,8 +37,8 @@ def encode(
     next opening tag, and the end of the turn belong to that stage too.
 
     Raises:
-        ValueError: the template does not render a conversation as a continuation of its beginning, or a turn contains a
-            special token.
+        ValueError: the template does not render a conversation as a continuation of its beginning, or an answer spells
+            a token of a turn, such as ``<|eot_id|>``.
     """
     try:
         input_ids, labels, stages = _encode_turns(conversation, processor, grammar, bos)
@@ -85,36 +83,42 @@ def _encode_turns(
         images = [{"type": "image"} for _ in conversation.images] if index == 0 else []
         question = marked(turn.question, tokenizer)
         messages.append({"role": "user", "content": [*images, {"type": "text", "text": question}]})
-        prompt = _render(processor, messages, True)
+        prompt = render(processor, messages, add_generation_prompt=True)
         begin = _rest(prompt, text, f"turn {index}'s prompt")
         written = index > 0 or begin.startswith(tokenizer.bos_token or "")
         add_bos = index == 0 and (bos == "released" or not written)
         extend(token_ids(begin, tokenizer, add_special_tokens=add_bos))
 
-        answer = tokenizer(turn.answer, add_special_tokens=False, return_offsets_mapping=True)
-        if found := special.intersection(answer["input_ids"]):
-            token = tokenizer.convert_ids_to_tokens(min(found))
-            raise ValueError(f"turn {index}'s answer must be plain text, got the special token {token!r}")
-        opened, stage_of = _stage_starts(turn.answer, grammar)
-        # Tokens are adjacent, although a tokenizer may trim spaces from its offsets.
-        starts, ends = zip(*answer["offset_mapping"])
-        firsts = map(min, starts, (0, *ends))
-        extend(answer["input_ids"], [stage_of[bisect_right(opened, first)] for first in firsts])
+        extend(*_encode_answer(turn.answer, processor, grammar, f"turn {index}'s answer"))
 
         messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
-        text = _render(processor, messages, False)
+        text = render(processor, messages, add_generation_prompt=False)
         end = tokenizer(_rest(text, prompt + turn.answer, f"turn {index}"), add_special_tokens=False)["input_ids"]
         closes = next((at + 1 for at, token in enumerate(end) if token in special), 0)
         if not closes:
             raise ValueError("the chat template must end an assistant's turn with a special token, got none")
-        extend(end[:closes], [stage_of[-1]] * closes)
+        extend(end[:closes], [_stage_starts(turn.answer, grammar)[1][-1]] * closes)
         extend(end[closes:])
     return input_ids, labels, stages
 
 
-def _render(processor: "ProcessorMixin", messages: list[dict], add_generation_prompt: bool) -> str:
-    date = {"date_string": DATE} if "date_string" in (processor.chat_template or "") else {}
-    return processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **date)
+def _encode_answer(
+    answer: str, processor: "ProcessorMixin", grammar: Grammar, what: str
+) -> tuple[list[int], list[int]]:
+    """Return the tokens of an answer and the stage of each. Only a tag may be a special token; others are text."""
+    tokenizer = processor.tokenizer
+    if (found := SPECIAL_TOKEN.search(answer)) and found[0] in tokenizer.get_added_vocab():
+        raise ValueError(f"{what} must be plain text, got the special token {found[0]!r}")
+    tags = [tag for name in grammar.names for tag in grammar.tag_pair(name)]
+    written = marked(answer, tokenizer, keep=tags)
+    tokens = tokenizer(written, add_special_tokens=False, return_offsets_mapping=True)
+    opened, stage_of = _stage_starts(written, grammar)
+    # Tokens are adjacent, although a tokenizer may trim spaces from its offsets.
+    starts, ends = zip(*tokens["offset_mapping"])
+    firsts = map(min, starts, (0, *ends))
+    stages = [stage_of[bisect_right(opened, first)] for first in firsts]
+    kept = unmarked(tokens["input_ids"], written, tokenizer)
+    return [tokens["input_ids"][at] for at in kept], [stages[at] for at in kept]
 
 
 def _rest(text: str, before: str, what: str) -> str:

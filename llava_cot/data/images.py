@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from hashlib import blake2b
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from PIL import Image
@@ -68,9 +68,9 @@ class ImageChecks:
     def _judge(self, path: str) -> tuple[str, str | None]:
         """Return the kind of defect and its detail, or an empty kind and the mode of the image."""
         try:
-            real = os.path.realpath(os.path.join(self.root, path))
-            if os.path.isabs(path) or not real.startswith(os.path.join(self.root, "")):
+            if not self._is_inside(path):
                 return "image outside of the folder", "must be a path inside of it"
+            real = os.path.join(self.root, path)
             info = os.stat(real)
         except (OSError, ValueError) as error:  # ValueError: a null byte
             return "missing image", f"can't be found: {getattr(error, 'strerror', None) or error}"
@@ -79,6 +79,17 @@ class ImageChecks:
         if not info.st_size:
             return "image of zero size", "has 0 bytes"
         return self._look(real) if self.decode else ("", None)
+
+    def _is_inside(self, path: str) -> bool:
+        """Return whether a row's path stays in the folder.
+
+        A link in the folder may lead out of it, since its owner made it: in the hub's cache, every file is one.
+        """
+        if os.path.isabs(path) or os.path.normpath(path) == os.curdir:
+            return False
+        if os.pardir not in PurePath(path).parts:
+            return True
+        return os.path.realpath(os.path.join(self.root, path)).startswith(os.path.join(self.root, ""))
 
     def _look(self, path: str) -> tuple[str, str | None]:
         try:

@@ -11,17 +11,15 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, nullcontext
 from dataclasses import replace
-from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import BinaryIO
 
 from llava_cot.atomic import check_output, replacing
 from llava_cot.data.checks import LineChecks, Verdict
 from llava_cot.data.defect import Defect
+from llava_cot.data.rows import raw_rows
 from llava_cot.data.tally import Report
 
-MAX_LINE = 64 << 20  # bytes; a longer line is not a row, and memory must stay bounded
 CHUNK_LINES, CHUNK_BYTES = 64, 1 << 20  # the most that a worker gets at a time
 
 Judged = tuple[list[bytes], Sequence[Verdict | None]]
@@ -39,6 +37,7 @@ def validate_file(
 ) -> Report:
     """Copy the good lines of ``data`` to ``clean`` and the bad ones to ``quarantine``, and count both by source.
 
+    ``llava_cot.data.rows`` says what ``data`` may be. The rows of a JSON array or a Parquet table become lines.
     ``quarantine`` gets one object ``{line, reason, raw}`` per bad line. ``raw`` is the line without its newline, and
     ``raw.encode("utf-8", "surrogateescape")`` restores its bytes. The first of several good lines with one id is kept.
     Blank lines are only counted. All files appear when the last line is judged, or not at all. Memory holds a 16-byte
@@ -50,8 +49,8 @@ def validate_file(
         advance: a function that gets the number of bytes that were judged since its last call.
 
     Raises:
-        ValueError: ``data`` is not a file, two arguments name one file, an output cannot be written, or a line has more
-            than 64 MiB.
+        ValueError: ``data`` is not a file, two arguments name one file, an output cannot be written, or ``data`` can't
+            be read (see ``raw_rows``).
     """
     if workers < 1:
         raise ValueError(f"workers must be >= 1, got {workers}")
@@ -61,8 +60,7 @@ def validate_file(
         replacing(report) if report is not None else nullcontext() as report_file,
         replacing(quarantine) as bad,
         replacing(clean) as good,
-        open(data, "rb") as file,
-        closing(_judge(_chunks(file, str(data)), checks, workers)) as judged,
+        closing(_judge(_chunks(raw_rows(data)), checks, workers)) as judged,
     ):
         for chunk, verdicts in judged:
             for line, verdict in zip(chunk, verdicts, strict=True):
@@ -98,11 +96,9 @@ def _check_files(data: Path | str, outputs: dict[str, Path | str | None]) -> Non
         taken[real] = name
 
 
-def _chunks(file: BinaryIO, name: str) -> Iterator[list[bytes]]:
+def _chunks(rows: Iterator[bytes]) -> Iterator[list[bytes]]:
     chunk, size = list[bytes](), 0
-    for number, line in enumerate(iter(partial(file.readline, MAX_LINE + 1), b""), 1):
-        if len(line) > MAX_LINE:
-            raise ValueError(f"line {number} of {name!r} must have at most {MAX_LINE} bytes, got more")
+    for line in rows:
         chunk.append(line)
         size += len(line)
         if len(chunk) == CHUNK_LINES or size >= CHUNK_BYTES:

@@ -5,7 +5,6 @@ images. Train models on the variants of one data set, from one base, to see what
 """
 
 import argparse
-import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -14,6 +13,7 @@ from typing import Any
 
 from llava_cot.data.conversations import parse_conversation
 from llava_cot.data.jsonl import write_jsonl
+from llava_cot.data.rows import naming_row, parsed_rows
 from llava_cot.stages import LLAVA_COT, STAGES, Stage
 
 DESCRIBE = "Describe the image."
@@ -86,23 +86,20 @@ VARIANTS: dict[str, Variant] = {
 
 
 def convert(source: Path | str, target: Path | str, variant: str) -> int:
-    """Write the variant of a jsonl file, and return how many rows it has.
+    """Write the variant of a data file, and return how many rows it has.
 
     Raises:
-        ValueError: an unknown variant, or a line that is not a conversation in four stages. ``target`` is unchanged
+        ValueError: an unknown variant, or a row that is not a conversation in four stages. ``target`` is unchanged
             then.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {list(VARIANTS)}, got {variant!r}")
 
     def rows() -> Iterator[Row]:
-        with open(source, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        yield from VARIANTS[variant](json.loads(line))
-                    except (ValueError, RecursionError) as error:
-                        raise ValueError(f"line {number} of {str(source)!r}: {error}") from None
+        for number, row in parsed_rows(source):
+            with naming_row(source, number):
+                made = VARIANTS[variant](row)
+            yield from made
 
     return write_jsonl(rows(), target)
 

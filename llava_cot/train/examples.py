@@ -1,6 +1,7 @@
 """The examples of a run. They are encoded once, cached on disk, and read when they are needed."""
 
 import hashlib
+import inspect
 import json
 import signal
 import sys
@@ -10,18 +11,38 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import datasets.exceptions
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from transformers import ProcessorMixin
 
+from llava_cot import literal
+from llava_cot.data import encode
 from llava_cot.data.batches import BatchPlan
 from llava_cot.data.collate import Batch, Collator
 from llava_cot.data.example import Example
+from llava_cot.data.rows import parse_row, raw_rows
 from llava_cot.train.config import TrainConfig
 from llava_cot.train.distributed import rank_0_first
 from llava_cot.train.objectives.objective import Objective
 
 Rows = list[list[int]]
+RAW = datasets.Features({"number": datasets.Value("int64"), "raw": datasets.Value("large_binary")})
+_TOKENS = [datasets.Value("int64")]
+EXAMPLES = datasets.Features(
+    {
+        "examples": [
+            {
+                "input_ids": _TOKENS,
+                "labels": _TOKENS,
+                "stages": _TOKENS,
+                "images": [datasets.Value("string")],
+                "value": datasets.Value("float64"),
+            }
+        ],
+        "length": datasets.Value("int64"),
+    }
+)
 
 
 def load_examples(
@@ -38,30 +59,48 @@ def load_examples(
     assert path is not None
     rows = _read(path)
     template, tokenizer = processor.chat_template, processor.tokenizer.backend_tokenizer.to_str()
-    settings = [rows._fingerprint, tokenizer, template, config.bos, str(images), config.objective]
+    code = [inspect.getsource(part) for part in (type(objective), encode, literal)]
+    settings = [rows._fingerprint, tokenizer, template, config.bos, str(images), config.objective, code]
     fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
 
-    def encode_row(row: dict[str, Any], index: int) -> dict[str, Any]:
+    def encode_row(row: dict[str, Any]) -> dict[str, Any]:
         try:
-            examples = objective.encode(row, processor, images, config.bos)
+            examples = objective.encode(parse_row(row["raw"]), processor, images, config.bos)
         except ValueError as error:
-            raise ValueError(f"row {index + 1} of {str(path)!r} must fit {config.objective}: {error}") from None
+            message = f"row {row['number']} of {str(path)!r} must fit {config.objective}: {error}"
+            raise ValueError(message) from None
         length = sum(len(example.input_ids) for example in examples)
         return {"examples": [vars(example) for example in examples], "length": length}
 
     with rank_0_first():
         return rows.map(
-            encode_row, with_indices=True, remove_columns=rows.column_names, new_fingerprint=fingerprint, desc="encode"
+            encode_row, remove_columns=rows.column_names, features=EXAMPLES, new_fingerprint=fingerprint, desc="encode"
         )
 
 
 def _read(path: Path) -> datasets.Dataset:
+    """Return a table of the rows' JSON, of which no type is guessed."""
     if not path.is_file():
-        raise ValueError(f"data must be a .jsonl file, got {str(path)!r}")
+        raise ValueError(f"data must be a file, got {str(path)!r}")
+    if not any(raw.strip() for raw in raw_rows(path)):
+        raise ValueError(f"data must have a row, got none in {str(path)!r}")
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    with rank_0_first():
-        return datasets.load_dataset("json", data_files=str(path), split="train")
+    with open(path, "rb") as file:
+        content = hashlib.file_digest(file, "sha256").hexdigest()  # the name of the cached table
+    try:
+        with rank_0_first():
+            return datasets.Dataset.from_generator(
+                _numbered, features=RAW, gen_kwargs={"path": str(path), "content": content}
+            )
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise error.__cause__ or error from None
+
+
+def _numbered(path: str, content: str) -> Iterator[dict[str, Any]]:
+    for number, raw in enumerate(raw_rows(path), 1):
+        if raw.strip():
+            yield {"number": number, "raw": raw}
 
 
 def split(rows: datasets.Dataset, fraction: float) -> tuple[datasets.Dataset, datasets.Dataset]:

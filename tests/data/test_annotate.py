@@ -286,17 +286,17 @@ def test_an_image_that_is_not_there_is_a_reject_until_it_is(serve, make):
 
 
 BAD = [
-    ("{", "line 2 of '.*': "),
-    ("[]", "line 2 of '.*': row must be an object, got list"),
-    ('{"id": "x", "image": "red.png", "question": "?"}', "line 2 .*: answer must be a non-empty string, got None"),
-    ('{"id": "x", "image": 3, "question": "?", "answer": "4"}', "line 2 .*: image must be a path"),
+    ("{", "row 2 of '.*': "),
+    ("[]", "row 2 of '.*': row must be an object, got list"),
+    ('{"id": "x", "image": "red.png", "question": "?"}', "row 2 .*: answer must be a non-empty string, got None"),
+    ('{"id": "x", "image": 3, "question": "?", "answer": "4"}', "row 2 .*: image must be a path"),
     (
         '{"id": "q0", "image": "red.png", "question": "?", "answer": "4"}',
-        "line 2 .*: id must be unique, got 'q0' again",
+        "row 2 .*: id must be unique, got 'q0' again",
     ),
-    ('{"id": "x", "image": "red.png", "conversations": []}', "line 2 .*: conversations must be"),
-    ('{"id": "x", "question": "<image>", "answer": "4"}', "line 2 .*: question must have text beside <image>"),
-    ('{"id": "x", "question": "?", "answer": "4", "hints": 1}', "line 2 .*: hints must be a string, got 1"),
+    ('{"id": "x", "image": "red.png", "conversations": []}', "row 2 .*: conversations must be"),
+    ('{"id": "x", "question": "<image>", "answer": "4"}', "row 2 .*: question must have text beside <image>"),
+    ('{"id": "x", "question": "?", "answer": "4", "hints": 1}', "row 2 .*: hints must be a string, got 1"),
 ]
 
 

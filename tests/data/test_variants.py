@@ -141,7 +141,7 @@ def test_what_is_not_in_four_stages(tmp_path, old, new, message):
     target.write_text("as it was")
     with pytest.raises(ValueError) as raised:
         convert(source, target, "direct")
-    assert str(raised.value) == f"line 3 of {str(source)!r}: {message}" and target.read_text() == "as it was"
+    assert str(raised.value) == f"row 3 of {str(source)!r}: {message}" and target.read_text() == "as it was"
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
@@ -153,7 +153,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     source.write_text("[1]\n")
     with pytest.raises(SystemExit):
         main()
-    assert f"line 1 of {str(source)!r}: row must be an object, got list" in capsys.readouterr().err
+    assert f"row 1 of {str(source)!r}: row must be an object, got int" in capsys.readouterr().err
 
 
 def test_an_unknown_variant(tmp_path):

@@ -1,12 +1,12 @@
 """Read the rows of any VQA jsonl as conversations with standard answers."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llava_cot.data.conversations import Conversation, Turn, parse_conversation
+from llava_cot.data.rows import naming_row, parsed_rows
 
 PLACEHOLDER = "<image>"  # in questions of other data sets; here images come before the first question
 
@@ -25,25 +25,20 @@ class Question:
 
 
 def read_questions(path: Path | str) -> Iterator[Question]:
-    """Read lines with ``{"id", "image", "question", "answer"}`` and optional ``hints``, or rows of LLaVA-CoT-100k.
+    """Read rows with ``{"id", "image", "question", "answer"}`` and optional ``hints``, or rows of LLaVA-CoT-100k.
 
     Raises:
-        ValueError: a line is not JSON, a field is missing or malformed, or an id occurs twice. The message names the
-            file, the line and the field.
+        ValueError: a row is not JSON, a field is missing or malformed, or an id occurs twice. The message names the
+            file, the row and the field.
     """
     seen: dict[str, int] = {}
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                question = _parse(json.loads(line))
-                if question.id in seen:
-                    raise ValueError(f"id must be unique, got {question.id!r} again after line {seen[question.id]}")
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"line {number} of {str(path)!r}: {error}") from None
-            seen[question.id] = number
-            yield question
+    for number, row in parsed_rows(path):
+        with naming_row(path, number):
+            question = _parse(row)
+            if question.id in seen:
+                raise ValueError(f"id must be unique, got {question.id!r} again after row {seen[question.id]}")
+        seen[question.id] = number
+        yield question
 
 
 def _parse(row: Any) -> Question:
