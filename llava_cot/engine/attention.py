@@ -38,6 +38,8 @@ def paged_attention_forward(
     image attend to padding tiles too).
     """
     layer = paged_layers[module.layer_idx]
+    if paged_batch.is_prefill:
+        layer.check_unchanged(key, value)
     if paged_batch.is_prefill and not isinstance(layer, PagedLayer):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
     if paged_batch.is_prefill and flash_attn_func and _flash_attn_takes(query):

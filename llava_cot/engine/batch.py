@@ -24,6 +24,7 @@ class Batch:
     prefix_lens: torch.Tensor | None = None  # [P] int32, how many
     image_group: torch.Tensor | None = None  # [T] int32, the image segment of each token; None where none is stored
     image_cu_seqlens: torch.Tensor | None = None  # [G + 1] int32, the segments of the store; None where none is stored
+    has_blind_rows: bool = False  # whether the image group of some rows is -1: they must pass cross-attention unchanged
 
     @property
     def is_prefill(self) -> bool:

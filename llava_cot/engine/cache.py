@@ -10,10 +10,22 @@ from llava_cot_kernels.paged_kv import store_kv
 
 
 class _Layer(CacheLayerMixin):
-    """What a cache layer of a single forward pass need not do."""
+    """What a cache layer of a single forward pass need not do.
+
+    In a prefill, ``keys`` and ``values`` [rows, Hkv, T, D] are what the model gave to the cache.
+    """
 
     is_sliding = False
     is_compileable = False
+
+    def check_unchanged(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Check that a layer attends to what it gave to the cache, since decoding reads only that.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if key is not self.keys or value is not self.values:
+            raise ValueError("model must attend to the keys and values that it caches, but a layer changes them after")
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.is_initialized = True
@@ -42,7 +54,13 @@ class PagedLayer(_Layer):
         # [rows, Hkv, T, D], a strided view of the projection; of a single row it stays one
         key, value = (states.transpose(1, 2).flatten(0, 1) for states in (key_states, value_states))
         store_kv(key, value, self.kv_cache[0], self.kv_cache[1], self.batch.slot_mapping)
+        if self.batch.is_prefill:
+            self.keys, self.values = key_states, value_states
         return key_states, value_states
+
+    def check_unchanged(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        super().check_unchanged(key, value)
+        self.keys = self.values = None  # the pages have them, and a pass over long prompts has many layers
 
     def get_seq_length(self) -> int:
         return 0 if self.batch.is_prefill else 1  # models that are given positions only ask whether there is anything

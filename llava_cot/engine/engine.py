@@ -61,6 +61,7 @@ class Engine:
         self._is_cut_short = False  # whether a step has begun and not ended
         self._build()
 
+    @torch.inference_mode(False)  # what it allocates is written in any mode
     def _build(self) -> None:
         """Copy the model's module tree, and make everything that depends on it."""
         model, config = self._model, self._config
@@ -237,6 +238,8 @@ class Engine:
                     job.open(self._within_context(pending), self._fork(job, pending))
                 else:
                     job.reply([pending.extension.branch] if pending.extension else pending.answer)
+                if pending.extension and pending.extension.is_spoilt:
+                    job.error = ValueError("logits must have no NaN, got some behind tokens that were given")
             self.schedule.release(job, is_forked=True)
             job.pending = []
         slots = [slot for job in running for slot in job.slots]

@@ -36,14 +36,16 @@ class Shape(NamedTuple):
     pages: int  # of a row's page table
     segments: int  # of the image store
     prefixes: int  # that rows share
+    has_blind_rows: bool = False
 
     @classmethod
-    def with_room(cls, rows: int, pages: int, segments: int, prefixes: int) -> "Shape":
+    def with_room(cls, rows: int, pages: int, segments: int, prefixes: int, has_blind_rows: bool = False) -> "Shape":
         return cls(
             next((size for size in ROWS if size >= rows), -(-rows // ROWS[-1]) * ROWS[-1]),
             _power_of_two(max(MIN_PAGES, pages)),
             _power_of_two(max(MIN_SEGMENTS, segments)),
             _power_of_two(prefixes) if prefixes else 0,
+            has_blind_rows,
         )
 
 
@@ -168,6 +170,7 @@ class PassBuffers:
             image_cu_seqlens=torch.zeros(shape.segments + 1, dtype=torch.int32, device=device)
             if view.cross_layers
             else None,
+            has_blind_rows=shape.has_blind_rows,
         )
         self.logits = torch.zeros(rows, view.vocab_size, dtype=view.dtype, device=device)
 
@@ -185,7 +188,8 @@ class Replay:
         assert batch.page_table is not None
         n, pages = batch.page_table.shape
         segments = 0 if batch.image_cu_seqlens is None else len(batch.image_cu_seqlens) - 1
-        shape = Shape.with_room(n, pages, segments, 0 if batch.prefix_lens is None else len(batch.prefix_lens))
+        prefixes = 0 if batch.prefix_lens is None else len(batch.prefix_lens)
+        shape = Shape.with_room(n, pages, segments, prefixes, batch.has_blind_rows)
         to, run = self.captured.get(shape, lambda: PassBuffers(shape, self.view), self.step)
         to.token[:n], to.position[:n] = token_ids, positions
         for name, idle in (("slot_mapping", -1), ("seq_lens", 0), ("image_group", -1), ("prefix_group", -1)):
@@ -233,6 +237,7 @@ class StepBuffers:
         self.drawn = Drawn(zeros(num_steps, 4, rows, dtype=torch.int64), zeros(num_steps, 4, rows, dtype=torch.float32))
         # Where the host looks; there is no pinned memory without a GPU, and no need of it.
         is_cuda = device.type == "cuda"
+        self.has_blind_rows = shape.has_blind_rows
         self.seen = (
             Drawn(*(torch.zeros_like(t, device="cpu").pin_memory() for t in self.drawn)) if is_cuda else self.drawn
         )
@@ -285,7 +290,9 @@ class Window:
             image_group, image_cu_seqlens = self.view.images.segments([branch.image for branch in branches])
             prefix_group, prefix_lens = shared_prefixes(branches)
             num_segments = 0 if image_cu_seqlens is None else len(image_cu_seqlens) - 1
-            to, step = self._open(n, page_table.shape[1], num_segments, len(prefix_lens))
+            is_blind = image_group is not None and any(branch.image < 0 for branch in branches)
+            shape = Shape.with_room(n, page_table.shape[1], num_segments, len(prefix_lens), is_blind)
+            to, step = self._open(shape)
             for buffer, values in zip(to.candidates, candidates([*range(n)], slots, torch.device("cpu"))):
                 _put(buffer[:n], values)
             _put(to.token[:n], [branch.tokens[-1] for branch in branches])
@@ -312,9 +319,8 @@ class Window:
                     mark.record()
         return to
 
-    def _open(self, n: int, pages: int, segments: int, prefixes: int) -> tuple[StepBuffers, Step]:
-        """Buffers with room for ``n`` rows, all of them idle or stale, and what runs a step on them."""
-        shape = Shape.with_room(n, pages, segments, prefixes)
+    def _open(self, shape: Shape) -> tuple[StepBuffers, Step]:
+        """Buffers of this shape, whose rows are all idle or stale, and what runs a step on them."""
         return self.captured.get(
             shape, lambda: StepBuffers(shape, self.num_steps, self.num_tags, self.view.device), self.step
         )
@@ -335,6 +341,7 @@ class Window:
             prefix_lens=at.prefix_lens if len(at.prefix_lens) else None,
             image_group=torch.where(alive, at.image_group, -1) if self.view.cross_layers else None,
             image_cu_seqlens=at.image_cu_seqlens if self.view.cross_layers else None,
+            has_blind_rows=at.has_blind_rows,
         )
         logits = self.view.decode(at.token, length + at.offset - 1, batch)
         drawn = draw(logits, at.candidates._replace(row=torch.where(alive, at.candidates.row, -1)), self.tags)

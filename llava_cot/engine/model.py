@@ -3,10 +3,12 @@
 import copy
 import inspect
 import logging
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.utils.deterministic
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
@@ -38,7 +40,7 @@ class Prefilled(NamedTuple):
     """What a prompt leaves behind, besides its keys and values in the pages."""
 
     logits: torch.Tensor  # [V], of the next token
-    image: int  # the image's segment in the store; -1 if the model has no cross-attention
+    image: int  # the segment of its images in the store; -1 if it has none, or the model has no cross-attention
     position_offset: int  # from a later token's index to its rotary position
 
 
@@ -87,9 +89,10 @@ class ModelView:
         page_bytes = num_self * page_size * token_bytes
         self.num_pages = max(1, for_pages // page_bytes) if num_pages is None else num_pages
         shape = (2, num_self, self.num_pages, page_size, *heads)
-        self.kv_cache = torch.empty(shape, dtype=self.dtype, device=self.device)
         capacity = min(for_images // (num_cross * token_bytes), MAX_IMAGE_TOKENS) if num_cross else 0
-        self.images = ImageStore(num_cross, *heads, capacity, self.dtype, self.device)
+        with _left_unwritten():
+            self.kv_cache = torch.empty(shape, dtype=self.dtype, device=self.device)
+            self.images = ImageStore(num_cross, *heads, capacity, self.dtype, self.device)
         logger.info(
             "room for %d tokens in %d pages (%.2f GiB) and for %d image tokens (%.2f GiB)",
             *(self.num_pages * page_size, self.num_pages, self.num_pages * page_bytes / 2**30),
@@ -122,6 +125,9 @@ class ModelView:
         cache = PagedCache(self.kv_cache, self.images, self.cross_layers, batch)
         keep = 0 if with_logits else token_ids.new_empty(0)
         rows = {"input_ids": token_ids.unsqueeze(0), "position_ids": positions.unsqueeze(0)}
+        if batch.has_blind_rows:
+            assert batch.image_group is not None
+            rows |= self.family.blind_inputs(batch.image_group)
         return self._forward(cache, logits_to_keep=keep, **rows)[0]
 
     @torch.inference_mode()
@@ -137,8 +143,8 @@ class ModelView:
         return torch.autocast(kind, enabled=False) if is_on else nullcontext()
 
     def _store_images(self, cache: PagedCache, prompts: list[Prompt]) -> list[int]:
-        """The segment of each prompt's image in the store; -1 if the model has no cross-attention."""
-        if not self.cross_layers:
+        """The segment of each prompt's images in the store; -1 if it has none, or the model has no cross-attention."""
+        if not self.cross_layers or "pixel_values" not in prompts[0]:
             return [-1] * len(prompts)
         layers = [cache.layers[index] for index in self.cross_layers]
         segments = []
@@ -149,6 +155,17 @@ class ModelView:
             kept = torch.stack([key, value])[:, :, self.family.stored_image_tokens(prompt)]
             segments.append(self.images.add(kept))
         return segments
+
+
+@contextmanager
+def _left_unwritten() -> Iterator[None]:
+    """A context in which torch.empty writes nothing. With deterministic algorithms it would fill every page."""
+    settings: Any = torch.utils.deterministic
+    before, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
+    try:
+        yield
+    finally:
+        settings.fill_uninitialized_memory = before
 
 
 def _require_full_attention(text: Any) -> None:

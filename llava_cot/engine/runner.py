@@ -44,7 +44,7 @@ class ModelRunner:
 
     def prefill(self, roots: list[Branch], prompts: list[Prompt]) -> None:
         """Compute prompts, in one pass those whose images have one shape, if that is not too much at once."""
-        passes: dict[tuple[int, ...], list[list[int]]] = {}
+        passes: dict[tuple[int, ...] | None, list[list[int]]] = {}
         for row, prompt in enumerate(prompts):
             alike = passes.setdefault(self.view.family.image_shape(prompt), [[]])
             if alike[-1] and self._is_too_much([prompts[other] for other in (*alike[-1], row)]):
@@ -83,6 +83,7 @@ class ModelRunner:
             prefix_lens=column(prefix_lens) if prefix_lens else None,
             image_group=group,
             image_cu_seqlens=cu_seqlens,
+            has_blind_rows=group is not None and any(branch.image < 0 for branch in branches),
         )
         positions = [
             start + branch.position_offset + index

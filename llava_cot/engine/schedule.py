@@ -238,7 +238,7 @@ class Schedule:
                 job.usage.recomputed_tokens += job.root.length
             else:
                 job.usage.prompt_tokens += job.root.length
-                job.usage.image_encodings += 1
+                job.usage.image_encodings += "pixel_values" in job.load()
             for branch in job.branches:
                 branch.image = job.root.image
 

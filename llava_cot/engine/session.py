@@ -1,5 +1,6 @@
 """One prompt in the engine: the session that its owner holds, and the job that the schedule runs for it."""
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,11 @@ class Extension:
     unread: list[int]
     first_logits: torch.Tensor | None
     top: dict[int, float]  # that of the parent
+
+    @property
+    def is_spoilt(self) -> bool:
+        """Whether a log-prob that was read for it is NaN."""
+        return any(math.isnan(x) for x in (*self.branch.logprobs, *self.branch.top.values(), *self.branch.wanted))
 
 
 @dataclass(eq=False)

@@ -23,16 +23,24 @@ class Mllama(Family):
         "aspect_ratio_mask": ("batch", "images", "tiles"),
         "cross_attention_mask": ("batch", "tokens", "images", "tiles"),
     }
-    optional = frozenset({"attention_mask", "aspect_ratio_mask"})
+    may_end_early = frozenset({"cross_attention_mask"})
     has_custom_generate = True
     training = MllamaTraining
 
     @property
+    def sizes(self) -> dict[str, int]:
+        vision = self.config.vision_config
+        return {"tiles": vision.max_num_tiles, "height": vision.image_size, "width": vision.image_size}
+
+    @property
     def cross_layers(self) -> tuple[int, ...]:
-        return tuple(self.config.text_config.cross_attention_layers)
+        return tuple(sorted(set(self.config.text_config.cross_attention_layers)))
 
     def split_images(self, inputs: Prompt, keep: torch.Tensor) -> list[Prompt]:
         names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+        ids, most = inputs["aspect_ratio_ids"], len(self.config.vision_config.supported_aspect_ratios)
+        if ids.min() < 0 or ids.max() > most:
+            raise ValueError(f"aspect_ratio_ids must be in [0, {most}], got {ids.flatten().tolist()}")
         cross_mask = inputs["cross_attention_mask"]
         missing = keep.shape[1] - cross_mask.shape[1]
         if missing > 0:  # tokens after those that the processor saw see what the last of those saw
@@ -53,6 +61,17 @@ class Mllama(Family):
 
         Every later token sees the same ones.
         """
+        if "cross_attention_mask" not in prompt:
+            return torch.zeros(0, dtype=torch.bool)
         vision = self.config.vision_config
         tiles = prompt["cross_attention_mask"][0, -1].flatten().bool()
         return tiles.repeat_interleave((vision.image_size // vision.patch_size) ** 2 + 1)
+
+    def blind_inputs(self, image_group: torch.Tensor) -> Prompt:
+        """Return a mask in which a token sees one tile or none.
+
+        The model makes the mask of its MLPs from it. It leaves out as many tokens at the start as its cache has, which
+        says 1. The mask of the attention itself is not read.
+        """
+        sees = (image_group >= 0).long()
+        return {"cross_attention_mask": torch.cat([sees[:1], sees]).view(1, -1, 1, 1)}
