@@ -17,6 +17,7 @@ NEEDS_GPU = 77  # the exit code, where --gpu finds none
 
 # On a busy machine every example may be slow.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("long", settings.get_profile("untimed"), max_examples=20_000)  # --hypothesis-profile=long
 settings.load_profile("untimed")
 
 

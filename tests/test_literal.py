@@ -1,7 +1,7 @@
 """What a user wrote is text for the model, whatever it spells."""
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
@@ -73,7 +73,23 @@ def byte_fallback_tokenizer():
 BYTES = byte_fallback_tokenizer()
 
 
-@given(st.lists(st.sampled_from(["<|eot_id|>", "<s>", "</s>", "<image>", "<", ">", "|", " ", "a", "\n", "\u00e9"])))
+SPELLED = ["<|eot_id|>", "<|image|>", "<s>", "</s>", "<image>", "<", ">", "|", " ", "a", "\n", "\u00e9", "<SUMMARY>"]
+TEXTS = st.lists(st.sampled_from(SPELLED) | st.text(st.characters(exclude_categories=["Cs"]), max_size=5))
+
+
+@given(TEXTS)
+def test_any_question_changes_no_control_token(tiny, parts):
+    """The special tokens of a prompt are those of the template, whatever is asked; the text is as it was typed."""
+    question, tokenizer = "".join(parts).replace(MARK, ""), tiny.processor.tokenizer
+    assume(question.strip())
+    control = special_ids(tokenizer)
+    found, plain = ids_of(tiny, question), ids_of(tiny, "?")
+    assert [token for token in found if token in control] == [token for token in plain if token in control]
+    text = tokenizer.decode(found, clean_up_tokenization_spaces=False)
+    assert question.strip() in text
+
+
+@given(st.lists(st.sampled_from(SPELLED)))
 def test_any_text_with_any_tokenizer(tiny, parts):
     text = "".join(parts)
     for tokenizer in (tiny.processor.tokenizer, BYTES):

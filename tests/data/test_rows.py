@@ -57,7 +57,7 @@ def test_every_form_has_the_same_rows(tmp_path, monkeypatch, form, block):
         assert all(raw.endswith(b"\n") for raw in raw_rows(path))
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(JSON.filter(lambda row: row is not None), min_size=2), st.sampled_from([None, 0, 3]), st.integers(1, 64)
 )

@@ -278,7 +278,7 @@ LINES = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(LINES, max_size=30), st.booleans())
 def test_no_line_is_lost(check, tmp_path, lines, is_ended):
     content = b"\n".join(lines) + (b"\n" if is_ended and lines else b"")

@@ -139,7 +139,7 @@ JSON = st.none() | st.integers() | st.text(max_size=5) | st.lists(st.integers(),
 MANY = st.builds(row, IDS, FILES, WORDS, ANSWERS, extra=JSON) | st.builds(row, IDS, FILES, extra=JSON)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(suppress_health_check=list(HealthCheck))
 @given(
     st.lists(MANY | JSON.filter(lambda row: not isinstance(row, list)), max_size=8),
     st.sampled_from(["lines", "array"]),
