@@ -6,8 +6,19 @@ import torch
 from torch import Tensor
 
 from llava_cot_kernels.backend import OPS, choose
-from llava_cot_kernels.checks import FLOATS, Sizes, can_read, check_contiguous, check_last_dim_contiguous, check_range
+from llava_cot_kernels.checks import (
+    FLOATS,
+    Sizes,
+    can_read,
+    check_contiguous,
+    check_finite,
+    check_last_dim_contiguous,
+    check_no_gradient,
+    check_range,
+)
 from llava_cot_kernels.reference import attention as reference
+
+_INSTEAD = 'use backend="reference", which has one'
 
 
 def paged_attention(
@@ -47,10 +58,12 @@ def paged_attention(
 
     Returns:
         ``out [T, Hq, D]`` in the query's dtype. With ``return_lse`` also ``lse``, float32 ``[T, Hq]`` (natural log). A
-        query that has no key, because its position is negative, gives 0 and -inf.
+        query that has no key, because its position is negative, gives 0 and -inf. So does one whose scores are all
+        -inf. A score of NaN or +inf makes its row NaN.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or device does not fit, or (on CPU) an index is out of range.
+        ValueError, TypeError: a shape, dtype or device does not fit, or (on CPU) an index is out of range. Or a query,
+            key or value requires grad while gradients are recorded; only ``"reference"`` is differentiable.
 
     Source: PagedAttention, arXiv:2309.06180; the online softmax of FlashAttention, arXiv:2205.14135; the shared
     prefix as in Hydragen, arXiv:2402.05099.
@@ -65,7 +78,10 @@ def paged_attention(
     check_last_dim_contiguous("page_table", page_table)
     for name, tensor in (("key_cache", key_cache), ("value_cache", value_cache), ("seq_lens", seq_lens)):
         check_contiguous(name, tensor)
-    _check_heads(sizes["Hq"], sizes["Hkv"])
+    _check_heads(sizes)
+    softmax_scale = check_finite("softmax_scale", softmax_scale)
+    if not sizes["page_size"]:
+        raise ValueError("key_cache must have page_size >= 1 in dimension 1, got 0")
     if cu_seqlens_q is None:
         if sizes["T"] != sizes["B"]:
             raise ValueError(
@@ -76,7 +92,7 @@ def paged_attention(
         sizes.check("cu_seqlens_q", cu_seqlens_q, str(sizes["B"] + 1), torch.int32, query.device)
         check_contiguous("cu_seqlens_q", cu_seqlens_q)
         _check_offsets("cu_seqlens_q", cu_seqlens_q, sizes["T"], whole=True)
-    check_range("seq_lens", seq_lens, 0, sizes["P"] * sizes["page_size"])
+    check_range("seq_lens", seq_lens, 0, sizes["P"] * sizes["page_size"] if sizes["num_pages"] else 0)
     check_range("page_table", page_table, 0, max(sizes["num_pages"] - 1, 0))
     if (prefix_group is None) != (prefix_lens is None):
         raise ValueError("prefix_group and prefix_lens must be given together, got only one of them")
@@ -88,6 +104,8 @@ def paged_attention(
         check_range("prefix_group", prefix_group, -1, sizes["G"] - 1)
     chosen = choose("paged_attention", query.device.type, backend)
     if chosen in OPS:
+        floats = (("query", query), ("key_cache", key_cache), ("value_cache", value_cache))
+        check_no_gradient(f"{chosen} paged_attention", floats, _INSTEAD)
         out, lse = _empty_results(query)
         OPS[chosen].paged_attention(
             query, key_cache, value_cache, page_table, seq_lens, cu_seqlens_q, prefix_group, prefix_lens,
@@ -129,10 +147,12 @@ def shared_attention(
 
     Returns:
         ``out [N, Hq, D]`` in the query's dtype. With ``return_lse`` also ``lse``, float32 ``[N, Hq]`` (natural log). An
-        idle row and a row of an empty image give 0 and -inf.
+        idle row and a row of an empty image give 0 and -inf, as does a row whose scores are all -inf. A score of NaN or
+        +inf makes its row NaN.
 
     Raises:
-        ValueError, TypeError: a shape, dtype or device does not fit, or (on CPU) an index is out of range.
+        ValueError, TypeError: a shape, dtype or device does not fit, or (on CPU) an index is out of range. Or a query,
+            key or value requires grad while gradients are recorded; only ``"reference"`` is differentiable.
 
     Source: Hydragen's batched attention to a shared prefix, arXiv:2402.05099.
     """
@@ -142,8 +162,10 @@ def shared_attention(
     sizes.check("value", value, "S Hkv D", query.dtype, query.device)
     sizes.check("group", group, "N", torch.int32, query.device)
     sizes.check("cu_seqlens_k", cu_seqlens_k, "_", (torch.int32, torch.int64), query.device)
-    _check_heads(sizes["Hq"], sizes["Hkv"])
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
+    _check_heads(sizes)
+    softmax_scale = check_finite("softmax_scale", softmax_scale)
+    floats = (("query", query), ("key", key), ("value", value))
+    for name, tensor in floats:
         check_last_dim_contiguous(name, tensor)
     check_contiguous("group", group)
     check_contiguous("cu_seqlens_k", cu_seqlens_k)
@@ -153,6 +175,7 @@ def shared_attention(
     check_range("group", group, -1, cu_seqlens_k.numel() - 2)
     chosen = choose("shared_attention", query.device.type, backend)
     if chosen in OPS:
+        check_no_gradient(f"{chosen} shared_attention", floats, _INSTEAD)
         out, lse = _empty_results(query)
         OPS[chosen].shared_attention(query, key, value, group, cu_seqlens_k.long(), softmax_scale, out, lse)
     else:
@@ -165,9 +188,12 @@ def _empty_results(query: Tensor) -> tuple[Tensor, Tensor]:
     return out, torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
 
 
-def _check_heads(query_heads: int, kv_heads: int) -> None:
-    if not kv_heads or query_heads % kv_heads:
-        raise ValueError(f"query must have a multiple of Hkv={kv_heads} heads in dimension 1, got {query_heads}")
+def _check_heads(sizes: Sizes) -> None:
+    heads, kv_heads = sizes["Hq"], sizes["Hkv"]
+    if not heads or not kv_heads or heads % kv_heads:
+        raise ValueError(f"query must have a multiple of Hkv={kv_heads} heads in dimension 1, at least 1, got {heads}")
+    if not sizes["D"]:
+        raise ValueError("query must have D >= 1 in dimension 2, got 0")
 
 
 def _check_offsets(name: str, offsets: Tensor, end: int, *, whole: bool) -> None:

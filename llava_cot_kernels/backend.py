@@ -25,7 +25,12 @@ def available(op: str, device_type: str) -> tuple[str, ...]:
 
     Triton runs on CUDA. It also runs on the CPU if its interpreter is on (TRITON_INTERPRET=1) and works. The
     interpreter of Triton 3.6 does not work with numpy 2.5.
+
+    Raises:
+        ValueError: the device is "meta", whose tensors have no values.
     """
+    if device_type == "meta":
+        raise ValueError(f"tensors of {op} must be on a device that holds values, such as cpu, got meta")
     found = []
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"llava_cot_kernels::{op}", device_type.upper()):
         found.append("native")

@@ -1,13 +1,12 @@
 """Log-probs of given tokens without a softmax tensor, from logits or from hidden states and the output embedding."""
 
-import math
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from llava_cot_kernels.backend import OPS, choose
-from llava_cot_kernels.checks import FLOATS, Sizes, can_read
+from llava_cot_kernels.checks import FLOATS, Sizes, can_read, check_finite
 from llava_cot_kernels.reference import logprob as reference
 from llava_cot_kernels.reference.logprob import IGNORE_INDEX
 
@@ -67,7 +66,7 @@ def linear_logprobs(
         weight: [V, H], in the dtype of ``hidden``.
         targets: int64 [T], token ids in [0, V), or -100 to leave a row out. Such a row costs nothing and gives 0 and no
             gradient. On a GPU targets are not checked, and any other value gives NaN.
-        temperature: the divisor of the logits; finite and > 0.
+        temperature: the divisor of the logits, > 0 and finite in float32.
         entropy: whether to return the entropy of the whole distribution too.
         backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``.
 
@@ -84,15 +83,14 @@ def linear_logprobs(
     sizes.check("weight", weight, "V H", hidden.dtype, hidden.device)
     sizes.check("targets", targets, "T", torch.int64, hidden.device)
     _check_targets(targets, sizes["V"])
-    if not isinstance(temperature, int | float):
-        raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature must be finite and > 0, got {temperature}")
+    temperature = check_finite("temperature", temperature)
+    if temperature <= 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}")
     chosen = choose("linear_logprobs", hidden.device.type, backend)
     if chosen == "reference":
         return reference.linear_logprobs(hidden, weight, targets, temperature=temperature, entropy=entropy)
     logprobs, entropies = _LinearLogprobs.apply(
-        _unit_stride(hidden), _unit_stride(weight), targets.contiguous(), float(temperature), chosen
+        _unit_stride(hidden), _unit_stride(weight), targets.contiguous(), temperature, chosen
     )
     return (logprobs, entropies) if entropy else logprobs
 
@@ -109,6 +107,8 @@ class _TokenLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: torch.Tensor) -> tuple[torch.Tensor, None]:
         logits, targets = ctx.saved_tensors
+        if not logits.numel():
+            return torch.zeros_like(logits), None
         grad, target = grad_logprobs[:, None], targets.clamp(0, logits.shape[1] - 1)[:, None]
         grad_logits = torch.softmax(logits, dim=-1, dtype=torch.float32).mul_(-grad).scatter_add_(1, target, grad)
         grad_logits.masked_fill_(targets[:, None] == IGNORE_INDEX, 0)

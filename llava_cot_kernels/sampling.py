@@ -1,18 +1,18 @@
 """Seeded sampling of many candidates in one pass, with their scores and the stage tags that they close."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from llava_cot_kernels.backend import OPS, choose
-from llava_cot_kernels.checks import FLOATS, Sizes, can_read
+from llava_cot_kernels.checks import FLOATS, Sizes, can_read, check_no_gradient
 from llava_cot_kernels.reference import sampling as reference
 from llava_cot_kernels.reference import stage_tags as reference_stage_tags
 from llava_cot_kernels.stage_tags import StageTags
 
 MAX_VOCABULARY = 2**23  # masses of at most 2^40 each must sum within 63 bits
+_INSTEAD = "use detach(), and token_logprobs for a differentiable log-prob of the tokens"
 
 
 class SampleOutput(NamedTuple):
@@ -37,9 +37,12 @@ class _Parameter(NamedTuple):
 
 _INTEGERS = (torch.int64, torch.int32)
 _REALS = (*FLOATS, torch.float64)
+_INFINITY = 2.0**128 - 2.0**103  # the least number that float32 rounds to infinity
 _PARAMETERS = {
-    "temperature": _Parameter(torch.float32, _REALS, ">= 0 and finite", lambda t: (t >= 0) & (t < math.inf)),
-    "top_k": _Parameter(torch.int64, _INTEGERS, ">= 0", lambda k: k >= 0),
+    "temperature": _Parameter(
+        torch.float32, _REALS, ">= 0 and finite in float32", lambda t: (t >= 0) & (t < _INFINITY)
+    ),
+    "top_k": _Parameter(torch.int64, _INTEGERS, "in [0, 2**63)", lambda k: (k >= 0) & (k <= 2**63 - 1)),
     "top_p": _Parameter(torch.float32, _REALS, "in (0, 1]", lambda p: (p > 0) & (p <= 1)),
     "min_p": _Parameter(torch.float32, _REALS, "in [0, 1]", lambda p: (p >= 0) & (p <= 1)),
     "seed": _Parameter(torch.int64, _INTEGERS, "in [0, 2**63)", lambda s: (s >= 0) & (s <= 2**63 - 1)),
@@ -80,7 +83,7 @@ def sample(
         logits: [R, V] float32, bfloat16 or float16; ``-inf`` masks a token.
         row: int64 [N], the row that each candidate draws from, or -1 for an idle slot. ``None`` means N = R, in order.
         temperature: >= 0. 0 takes the largest logit and ignores the filters; ties go to the lower id.
-        top_k: >= 0, a number of tokens; 0 turns the filter off.
+        top_k: in [0, 2**63), a number of tokens; 0 turns the filter off.
         top_p: in (0, 1].
         min_p: in [0, 1], relative to the most likely token.
         seed: in [0, 2**63).
@@ -99,12 +102,14 @@ def sample(
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype, device or value. On CPU also: a row has NaN or
             +inf, or nothing but -inf. On CUDA and inside torch.compile no value is read back. A bad row then gives
-            token -1 and status 1.
+            token -1 and status 1. While gradients are recorded also: the logits or a parameter require grad, because no
+            output is differentiable.
 
     Source: Philox, Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
     """
     sizes = Sizes()
     sizes.check("logits", logits, "R V", FLOATS)
+    check_no_gradient("sample", (("logits", logits),), _INSTEAD)
     if not 1 <= sizes["V"] < MAX_VOCABULARY:
         raise ValueError(f"logits must have 1 <= V < 2**23, got V={sizes['V']}")
     row = _candidate_rows(row, logits, sizes)
@@ -144,6 +149,7 @@ def _per_candidate(name: str, value: float | torch.Tensor, sizes: Sizes, device:
     dtype, accepted, expected, is_valid = _PARAMETERS[name]
     if isinstance(value, torch.Tensor):
         sizes.check(name, value, "N", accepted, device)
+        check_no_gradient("sample", ((name, value),), _INSTEAD)
         if can_read(value):
             bad = value[~is_valid(value)]
             if len(bad):
@@ -154,6 +160,7 @@ def _per_candidate(name: str, value: float | torch.Tensor, sizes: Sizes, device:
         raise TypeError(f"{name} must be {kind} or an [N] tensor, got {type(value).__name__}")
     if not is_valid(value):
         raise ValueError(f"{name} must be {expected}, got {value}")
+    value = float(value) if dtype.is_floating_point else value  # an integer may have more than 64 bits
     return torch.full((sizes["N"],), value, dtype=dtype, device=device)
 
 
@@ -165,15 +172,23 @@ def _initial_state(
         if tag_state is not None:
             raise ValueError("tag_state must be None without tags, since a state belongs to an automaton")
         return torch.zeros(sizes["N"], dtype=torch.int32, device=device)
+    if not isinstance(tags, StageTags):
+        raise TypeError(f"tags must be StageTags or None, got {type(tags).__name__}")
     if tags.table.device != device:
         raise ValueError(f"tags must be on {device}, got {tags.table.device}; use tags.to(device)")
-    if tag_state is None or isinstance(tag_state, int):
-        tag_state = torch.full((sizes["N"],), tag_state or tags.start_state, dtype=torch.int32, device=device)
-    sizes.check("tag_state", tag_state, "N", torch.int32, device)
-    if can_read(tag_state):
-        outside = tag_state[(tag_state < 0) | (tag_state >= tags.num_states)]
-        if len(outside):
-            raise ValueError(f"tag_state must be in [0, num_states={tags.num_states}), got {outside[0].item()}")
+    if tag_state is None:
+        tag_state = tags.start_state
+    if isinstance(tag_state, int):
+        outside = [] if 0 <= tag_state < tags.num_states else [tag_state]
+    else:
+        sizes.check("tag_state", tag_state, "N", torch.int32, device)
+        outside = []
+        if can_read(tag_state):
+            outside = tag_state[(tag_state < 0) | (tag_state >= tags.num_states)].tolist()
+    if outside:
+        raise ValueError(f"tag_state must be in [0, num_states={tags.num_states}), got {outside[0]}")
+    if isinstance(tag_state, int):
+        return torch.full((sizes["N"],), tag_state, dtype=torch.int32, device=device)
     return tag_state.clone()
 
 

@@ -28,6 +28,7 @@ class StageTags:
 
     Raises:
         ValueError: a tag is empty or occurs twice.
+        TypeError: ``tags`` is a single string, a tag is no string, or a token is no byte string.
 
     Source: Aho and Corasick, "Efficient string matching", 1975.
     """
@@ -35,13 +36,15 @@ class StageTags:
     start_state = 0
 
     def __init__(self, token_bytes: Sequence[bytes], tags: Sequence[str | bytes]) -> None:
-        self.tags = tuple(tag.encode() if isinstance(tag, str) else bytes(tag) for tag in tags)
+        if isinstance(tags, str | bytes):
+            raise TypeError(f"tags must be a sequence of strings, got {tags!r}")
+        self.tags = tuple(tag.encode() if isinstance(tag, str) else _as_bytes("tags", tag) for tag in tags)
         for i, tag in enumerate(self.tags):
             if not tag:
                 raise ValueError(f"tags must not be empty byte strings, got one at index {i}")
             if tag in self.tags[:i]:
                 raise ValueError(f"tags must be distinct, got {tag!r} twice")
-        self._tokens = [bytes(token) for token in token_bytes]
+        self._tokens = [_as_bytes("token_bytes", token) for token in token_bytes]
         self._table, self._ends = _build_automaton(self.tags)
         self.max_token_bytes = max(map(len, self._tokens), default=0)
         lengths = torch.tensor([0, *map(len, self._tokens)], dtype=torch.int64)
@@ -97,6 +100,13 @@ class StageTags:
             if closed < 0 and self._ends[state] >= 0:
                 closed, overhang = self._ends[state], len(data) - i - 1
         return state, closed, overhang
+
+
+def _as_bytes(name: str, value: Any) -> bytes:
+    """Convert what is bytes, and not a number: ``bytes(5)`` is five zeros."""
+    if not isinstance(value, bytes | bytearray | memoryview):
+        raise TypeError(f"{name} must hold byte strings, got {type(value).__name__}")
+    return bytes(value)
 
 
 def _build_automaton(tags: Sequence[bytes]) -> tuple[list[list[int]], list[int]]:

@@ -62,6 +62,10 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, softmax_
     scores = torch.einsum("nhgd,shd->nhgs", grouped, key.to(dtype)) * softmax_scale
     visible = visible[:, None, None, :]
     scores = scores.masked_fill(~visible, -torch.inf)
-    weights = scores.softmax(-1).masked_fill(~visible, 0)  # softmax gives NaN for a row without keys; it must be 0
+    weights = scores.softmax(-1).masked_fill(
+        scores.isneginf(), 0
+    )  # softmax gives NaN for a row without keys; must be 0
     out = torch.einsum("nhgs,shd->nhgd", weights, value.to(dtype))
-    return out.flatten(1, 2).to(query.dtype), scores.logsumexp(-1).flatten(1, 2)
+    lse = scores.logsumexp(-1)
+    lse = lse.masked_fill(lse.isposinf(), torch.nan)  # as its weights
+    return out.flatten(1, 2).to(query.dtype), lse.flatten(1, 2)

@@ -69,10 +69,10 @@ def test_the_op_refuses_what_would_leave_memory():
 
 
 ERRORS = [
-    ({"temperature": -0.5}, ValueError, "temperature must be >= 0 and finite, got -0.5"),
-    ({"temperature": math.inf}, ValueError, "temperature must be >= 0 and finite, got inf"),
-    ({"temperature": torch.tensor([1.0, math.nan])}, ValueError, "temperature must be >= 0 and finite, got nan"),
-    ({"top_k": -1}, ValueError, "top_k must be >= 0, got -1"),
+    ({"temperature": -0.5}, ValueError, "temperature must be >= 0 and finite in float32, got -0.5"),
+    ({"temperature": math.inf}, ValueError, "temperature must be >= 0 and finite in float32, got inf"),
+    ({"temperature": torch.tensor([1.0, math.nan])}, ValueError, "temperature must be >= 0 and .*, got nan"),
+    ({"top_k": -1}, ValueError, r"top_k must be in \[0, 2\*\*63\), got -1"),
     ({"top_k": 1.5}, TypeError, r"top_k must be an integer or an \[N\] tensor, got float"),
     ({"top_k": torch.ones(2)}, TypeError, "top_k must be int64 or int32, got float32"),
     ({"top_p": 1.5}, ValueError, r"top_p must be in \(0, 1\], got 1.5"),
