@@ -9,9 +9,15 @@ is tokenized unchanged, without a BOS or an EOS from the tokenizer.
 So TRL can train on a completion from the middle of an answer only as text, and ``TextForm`` is for that. The messages
 of ``MessageForm`` are exact for whole answers. With a prefix they are for trainers that render the prompt with
 ``continue_final_message=True``.
+
+In text, what a question spells looks like what the template wrote. So ``TextForm`` puts a mark (``llava_cot.literal``)
+into each special token that a question spells. ``objective: dpo`` takes the marks out of the tokens, and reads what the
+search read. To TRL a mark is a character of the text, U+FDD0, and the special token is text all the same.
 """
 
 from typing import TYPE_CHECKING, Any, Protocol
+
+from llava_cot.literal import SPECIAL_TOKEN, marked, special_tokens
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -43,6 +49,9 @@ class MessageForm:
 class TextForm:
     """Writes rows of plain text. The image is the image token of ``processor``'s chat template.
 
+    Special tokens that a question spells are marked. So are those of the model's text that the template writes too, or
+    that look like ``<|eot_id|>``. Others may be stage tags, which a fine-tune may have added as special tokens.
+
     Raises:
         ValueError: the template has no visible end of a turn.
     """
@@ -51,19 +60,27 @@ class TextForm:
         self._processor = processor
         marker = "the answer stands here"
         messages = [*MessageForm().prompt("?", "", "one"), *MessageForm().completion(marker, True)]
-        _, found, self.end = processor.apply_chat_template(messages).partition(marker)
+        written = processor.apply_chat_template(messages)
+        self._control = set(special_tokens(processor.tokenizer).pattern.findall(written))
+        _, found, self.end = written.partition(marker)
         if not found or not self.end.strip():
             raise ValueError(f"processor must have a chat template that ends an assistant's turn, got {self.end!r}")
 
     def prompt(self, question: str, prefix: str, bos: str) -> str:
-        user = MessageForm().prompt(question, "", bos)
+        tokenizer = self._processor.tokenizer
+        user = MessageForm().prompt(marked(question, tokenizer), "", bos)
         text = self._processor.apply_chat_template(user, add_generation_prompt=True)
-        token = self._processor.tokenizer.bos_token or ""
+        token = tokenizer.bos_token or ""
         # The text has the BOS, as in build_inputs, so tokenizing the row must not add one.
-        return (token if bos == "released" or not text.startswith(token) else "") + text + prefix
+        return (token if bos == "released" or not text.startswith(token) else "") + text + self._drawn(prefix)
 
     def completion(self, text: str, is_end: bool) -> str:
-        return text + (self.end if is_end else "")
+        return self._drawn(text) + (self.end if is_end else "")
+
+    def _drawn(self, text: str) -> str:
+        tokenizer = self._processor.tokenizer
+        spelled = set(special_tokens(tokenizer).pattern.findall(text)) - self._control
+        return marked(text, tokenizer, keep={token for token in spelled if not SPECIAL_TOKEN.fullmatch(token)})
 
 
 MESSAGES = MessageForm()

@@ -12,6 +12,7 @@ from llava_cot.core import Bos
 from llava_cot.data.collate import Batch
 from llava_cot.data.encode import check_counts
 from llava_cot.data.example import IGNORE_INDEX, Example
+from llava_cot.literal import token_ids
 from llava_cot.train.config import Dpo as Settings
 from llava_cot.train.objectives.objective import Losses
 from llava_cot.train.objectives.rows import image_files
@@ -47,15 +48,13 @@ class Dpo:
     def encode(self, row: Mapping[str, Any], processor: ProcessorMixin, images: Path, bos: Bos) -> list[Example]:
         """Return the chosen and the rejected example of a text row of ``llava-cot export --format preferences``.
 
-        Prompt and completion are tokenized apart, because the model stopped reading and began to draw between them.
+        Prompt and completion are tokenized apart, because the model stopped reading and began to draw between them. The
+        marks of ``TextForm`` are taken out, so these are the tokens of the search, whatever the question spells.
         """
         for name in ("prompt", "chosen", "rejected"):
             if not isinstance(row.get(name), str) or not row[name]:
                 raise ValueError(f"{name} must be text, as TextForm writes it, got {str(row.get(name))[:80]!r}")
-        tokenizer = processor.tokenizer
-        prompt, *completions = (
-            tokenizer(row[name], add_special_tokens=False)["input_ids"] for name in ("prompt", "chosen", "rejected")
-        )
+        prompt, *completions = (token_ids(row[name], processor.tokenizer) for name in ("prompt", "chosen", "rejected"))
         files = image_files(row, images)
         check_counts("prompt must have", prompt, processor, images=len(files), bos=bos)
         return [

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from llava_cot.core import Bos
 from llava_cot.data.collate import Batch
 from llava_cot.data.encode import check_counts
 from llava_cot.data.example import IGNORE_INDEX, Example
-from llava_cot.stages import STAGES
+from llava_cot.literal import marked, token_ids
+from llava_cot.stages import LLAVA_COT, STAGES
 from llava_cot.train.objectives.objective import Losses
 from llava_cot.train.objectives.rows import image_files
 
@@ -32,17 +33,21 @@ class Reward:
     reference = None
 
     def encode(self, row: Mapping[str, Any], processor: ProcessorMixin, images: Path, bos: Bos) -> list[Example]:
-        """Return one example per stage, with its value, of a row of ``llava-cot export --format steps``."""
+        """Return one example per stage, with its value, of a row of ``llava-cot export --format steps``.
+
+        Special tokens that the question or the answer spells are text, but for the tags of stages.
+        """
         completions, stages, values = _steps(row)
         if bos != "one":
             raise ValueError(f"bos must be 'one', which is what RewardModelScorer reads, got {bos!r}")
         tokenizer = processor.tokenizer
-        prompt = processor.apply_chat_template(_messages(row), add_generation_prompt=True)
+        prompt = processor.apply_chat_template(_messages(row, tokenizer), add_generation_prompt=True)
+        tags = {tag for stage in {*STAGES, *stages} for tag in LLAVA_COT.tag_pair(stage)}
         files = image_files(row, images)
         examples = []
         for end, (stage, value) in enumerate(zip(stages, values), 1):
-            text = prompt + "".join(completions[:end]).rstrip()
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            text = "".join(completions[:end]).rstrip()
+            ids = token_ids(prompt + marked(text, tokenizer, keep=tags), tokenizer)
             check_counts("prompt must have", ids, processor, images=len(files), bos=bos)
             place = STAGES.index(stage) if stage in STAGES else -1
             none = [IGNORE_INDEX] * len(ids)
@@ -79,13 +84,14 @@ def _steps(row: Mapping[str, Any]) -> tuple[list[str], list[str], list[float]]:
     return completions, stages, values
 
 
-def _messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _messages(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     prompt = row.get("prompt")
     if not isinstance(prompt, list) or not prompt:
         raise ValueError(f"prompt must be messages, got {str(prompt)[:80]!r}")
-    return [{**turn, "content": list(map(_known, turn["content"]))} for turn in prompt]
+    return [{**turn, "content": [_known(part, tokenizer) for part in turn["content"]]} for turn in prompt]
 
 
-def _known(part: Mapping[str, Any]) -> dict[str, Any]:
+def _known(part: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     # In a table, every part of a message has the keys of all parts, filled with nulls.
-    return {key: value for key, value in part.items() if value is not None}
+    known = {key: value for key, value in part.items() if value is not None}
+    return known | {"text": marked(known["text"], tokenizer)} if "text" in known else known
