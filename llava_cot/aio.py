@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from llava_cot.answer import Answer, Finished
 from llava_cot.engine.aio import AsyncEngine
-from llava_cot.image import ImageLike
+from llava_cot.image import Images
 from llava_cot.search import SearchLike
 from llava_cot.search.events import Event
 from llava_cot.search.stream import EventStream
@@ -28,7 +28,7 @@ class AsyncGenerator:
         self.engine = AsyncEngine(generator.engine)
 
     async def answer(
-        self, image: ImageLike, question: str, search: SearchLike = "swires", *, seed: int = 0, **settings: Any
+        self, image: Images, question: str, search: SearchLike = "swires", *, seed: int = 0, **settings: Any
     ) -> Answer:
         """See ``SwiresGenerator.answer``."""
         return (await self.answer_batch([image], [question], search, seed=seed, **settings))[0]
@@ -36,7 +36,7 @@ class AsyncGenerator:
     @overload
     async def answer_batch(
         self,
-        images: Sequence[ImageLike],
+        images: Sequence[Images],
         questions: Sequence[str],
         search: SearchLike = "swires",
         *,
@@ -48,7 +48,7 @@ class AsyncGenerator:
     @overload
     async def answer_batch(
         self,
-        images: Sequence[ImageLike],
+        images: Sequence[Images],
         questions: Sequence[str],
         search: SearchLike = "swires",
         *,
@@ -59,7 +59,7 @@ class AsyncGenerator:
 
     async def answer_batch(
         self,
-        images: Sequence[ImageLike],
+        images: Sequence[Images],
         questions: Sequence[str],
         search: SearchLike = "swires",
         *,
@@ -75,13 +75,13 @@ class AsyncGenerator:
         return self._generator.answers_of(runs) if return_exceptions else [*map(self._generator.answer_of, runs)]
 
     async def stream(
-        self, image: ImageLike, question: str, search: SearchLike = "swires", *, seed: int = 0, **settings: Any
+        self, image: Images, question: str, search: SearchLike = "swires", *, seed: int = 0, **settings: Any
     ) -> AsyncEvents[Event | Finished, None]:
         """See ``SwiresGenerator.stream``."""
         events: list[Event] = []
         plan = self._generator.plan_of_stream(search, **settings)
         run = self._generator.submit(image, question, plan, seed=seed, on_event=events.append)
-        seen, loop = EventStream(run, events, self._generator.decode), asyncio.get_running_loop()
+        seen, loop = EventStream(run, events, self._generator.detokeniser()), asyncio.get_running_loop()
         queue: asyncio.Queue[Event | None] = asyncio.Queue()
 
         def pass_on() -> None:

@@ -4,7 +4,8 @@ Nothing here knows about torch, pages or a model. A policy yields requests; what
 continuations. The same policy therefore runs on the local engine, on a remote server and on scripted answers in a test.
 """
 
-from collections.abc import Callable, Generator, Sequence
+import reprlib
+from collections.abc import Callable, Generator, Iterable, Sequence, Sized
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from numbers import Integral, Real
@@ -127,6 +128,8 @@ class Continuation:
 def check_kinds(settings: Any) -> None:
     """Check that every number, truth value and string of a dataclass is one, as its annotation says.
 
+    Numbers of other libraries, such as numpy's, become Python's.
+
     Raises:
         TypeError: one is of another type, such as a number that is given as text.
     """
@@ -139,13 +142,42 @@ def check_kinds(settings: Any) -> None:
         if not isinstance(value, tuple(allowed)) or (isinstance(value, bool) and bool not in kinds):
             wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
             raise TypeError(f"{field.name} must be {wanted}, got {value!r}")
+        if isinstance(value, Real) and not isinstance(value, (int, float)):
+            object.__setattr__(settings, field.name, int(value) if isinstance(value, Integral) else float(value))
 
 
-def _require_integers(**fields_of: Sequence[Any]) -> None:
-    for name, values in fields_of.items():
-        for value in values:
-            if not isinstance(value, int):
-                raise TypeError(f"{name} must be integers, got {value!r}")
+def check_kind(name: str, value: Any, kind: Any, wanted: str) -> None:
+    """Check that ``value`` is an instance of ``kind``, a type or a tuple of types.
+
+    Raises:
+        TypeError: it is not. The message says that ``name`` must be ``wanted``.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {wanted}, got {reprlib.repr(value)}")
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    """Return ``value`` as Python's int.
+
+    Raises:
+        TypeError: it is no integer; a truth value is none.
+        ValueError: it is below ``least``.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be int, got {reprlib.repr(value)}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value}")
+    return int(value)
+
+
+def _integers(name: str, values: Any) -> tuple[int, ...]:
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be integers, got {reprlib.repr(values)}")
+    values = tuple(values)
+    for value in values:
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise TypeError(f"{name} must be integers, got {reprlib.repr(value)}")
+    return tuple(map(int, values))
 
 
 @dataclass(frozen=True)
@@ -157,7 +189,8 @@ class Expand:
     taken back. When ``limit`` is reached, every continuation of this request stops with ``Finish.STOPPED``.
 
     Raises:
-        ValueError: ``max_new_tokens`` below 1.
+        ValueError: ``max_new_tokens`` below 1, or a seed outside [0, 2**63).
+        TypeError: a field of another type.
     """
 
     parent: int
@@ -169,15 +202,20 @@ class Expand:
     limit: Limit | None = None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be >= 1, got {self.max_new_tokens}")
-        _require_integers(max_new_tokens=(self.max_new_tokens,), seeds=self.seeds)
+        check_kind("parent", self.parent, Integral, "the id of a continuation")
+        (most,) = _integers("max_new_tokens", (self.max_new_tokens,))
+        if most < 1:
+            raise ValueError(f"max_new_tokens must be >= 1, got {most}")
+        object.__setattr__(self, "max_new_tokens", most)
+        object.__setattr__(self, "seeds", _integers("seeds", self.seeds))
         for seed in self.seeds:
             if not 0 <= seed < 2**63:
                 raise ValueError(f"seeds must be in [0, 2**63), got {seed}")
+        check_kind("params", self.params, SamplingParams, "SamplingParams")
         for name, tags in (("stops", self.stops), ("trims", self.trims)):
             if not (isinstance(tags, frozenset) or (tags is None and name == "stops")):
                 raise TypeError(f"{name} must be a frozenset of tags, got {tags!r}")
+        check_kind("limit", self.limit, (Limit, type(None)), "a Limit or None")
 
 
 @dataclass(frozen=True)
@@ -190,6 +228,7 @@ class Extend:
 
     Raises:
         ValueError: a negative ``top``, or a request that asks for nothing.
+        TypeError: a parent, a token or a ``top`` that is no integer.
     """
 
     parent: int
@@ -199,7 +238,10 @@ class Extend:
     generated: bool = False
 
     def __post_init__(self) -> None:
-        _require_integers(tokens=self.tokens, top=(self.top,), want=self.want)
+        check_kind("parent", self.parent, Integral, "the id of a continuation")
+        for name in ("tokens", "want"):
+            object.__setattr__(self, name, _integers(name, getattr(self, name)))
+        object.__setattr__(self, "top", *_integers("top", (self.top,)))
         if self.top < 0:
             raise ValueError(f"top must be >= 0, got {self.top}")
         if not (self.tokens or self.top or self.want):
@@ -211,9 +253,15 @@ class Release:
     """A request to forget continuations that nothing will be grown from; the reply is an empty list.
 
     What was grown from them before, or is in the same list of requests, stays.
+
+    Raises:
+        TypeError: an id that is no integer.
     """
 
     ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", _integers("ids", self.ids))
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,13 +270,31 @@ class Call:
 
     Calls of equal functions by several searches in one step are merged into one call. An exception that the function
     raises is raised in the search that asked.
+
+    Raises:
+        TypeError: ``function`` can't be called, or ``items`` is no sequence.
     """
 
     function: Callable[[list[Any]], Sequence[Any]]
     items: Sequence[Any]
 
+    def __post_init__(self) -> None:
+        check_kind("function", self.function, Callable, "callable")
+        check_kind("items", self.items, Sized, "a sequence")
+
 
 Request = Expand | Extend | Release | Call
+
+
+def requests_of(yielded: Any) -> list[Request]:
+    """Return as a list what a program has yielded. A back end checks what is in it.
+
+    Raises:
+        TypeError: it is no collection.
+    """
+    check_kind("what a program yields", yielded, Iterable, "a list of requests")
+    return list(yielded)
+
 
 Result = TypeVar("Result")
 

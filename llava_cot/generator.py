@@ -1,12 +1,13 @@
 """The public face: a model, its processor, and every search on them."""
 
+import reprlib
 import threading
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal, NoReturn, overload
 
 import torch
@@ -25,16 +26,18 @@ from transformers import (
 from llava_cot.aio import AsyncGenerator
 from llava_cot.answer import Answer, Finished
 from llava_cot.checkpoint import checkpoint_sha256
-from llava_cot.core import Bos
-from llava_cot.custom_generate import SearchOutput, arguments, refuse_unknown
+from llava_cot.core import Bos, check_kind, whole_number
+from llava_cot.custom_generate import SearchOutput, arguments, refuse_own
+from llava_cot.detokenise import Detokeniser
 from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.engine import Engine
+from llava_cot.engine.generation_config import SETTINGS
 from llava_cot.families import Prompt, family_of
-from llava_cot.image import ImageLike, check_image, open_image, reopenable
+from llava_cot.image import Images, check_image, images_of, open_image, reopenable
 from llava_cot.prompt import build_inputs, check_question, split_rows
 from llava_cot.scoring import Calibration
 from llava_cot.scoring.scorer import name_of
-from llava_cot.search import Plan, Search, SearchLike, SwiresConfig, make_plan
+from llava_cot.search import Plan, Search, SearchLike, SwiresConfig, make_plan, settings_of
 from llava_cot.search.events import Event
 from llava_cot.search.run import SearchRun
 from llava_cot.search.search import SENTENCE_ENDS
@@ -43,9 +46,16 @@ from llava_cot.search.tree import Node
 from llava_cot.stages import LLAVA_COT, Grammar
 from llava_cot.tiny import tiny_path
 from llava_cot.trace import Trace, trace_data
-from llava_cot_kernels.stage_tags import StageTags
+from llava_cot.vocabulary import Vocabulary
 
 CALIBRATION_FILE = "swires_calibration.json"
+# The arguments of transformers' from_pretrained that say where files come from
+SOURCE = (
+    *("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies"),
+    *("trust_remote_code", "code_revision"),
+)
+# The settings of a search that ``generate`` takes with transformers' meaning
+DECODING = frozenset({*SETTINGS, "max_new_tokens"})
 
 
 class SwiresGenerator:
@@ -74,12 +84,18 @@ class SwiresGenerator:
     ) -> None:
         _require_kind("model", model, torch.nn.Module, "a transformers model")
         _require_kind("processor", processor, ProcessorMixin, "the model's processor")
+        check_kind("grammar", grammar, Grammar, "a Grammar")
+        check_kind("engine", engine, EngineConfig, "an EngineConfig")
+        check_kind("calibrations", calibrations, (list, tuple), "a list of Calibrations")
+        for calibration in calibrations:
+            check_kind("calibrations", calibration, Calibration, "a list of Calibrations")
         if bos not in ("one", "released"):
             raise ValueError(f"bos must be 'one' or 'released', got {bos!r}")
         self.model, self.processor, self.bos = model, processor, bos
         self.calibrations = {calibration.scorer: calibration for calibration in calibrations}
         self.grammar = grammar
-        tags = StageTags.from_tokenizer(processor.tokenizer, [*grammar.close_tags, *SENTENCE_ENDS])
+        self.vocabulary = Vocabulary(processor.tokenizer, grammar.all_tags)
+        tags = self.vocabulary.stop_tags([*grammar.close_tags, *SENTENCE_ENDS])
         self.engine = Engine(model, tags, self.decode, engine)
         self._processing = threading.Lock()  # tokenizers may not be used by two threads at once
 
@@ -108,28 +124,32 @@ class SwiresGenerator:
     ) -> "SwiresGenerator":
         """Load a model folder or hub name; ``"tiny"`` is the bundled scale model. ``kwargs`` go to transformers.
 
-        A ``swires_calibration.json`` in a local folder is loaded with it.
+        Those that say where files come from, such as ``revision``, ``subfolder`` and ``token``, are the processor's
+        too. A ``swires_calibration.json`` in a local folder is loaded with it.
         """
         path = tiny_path() if str(name) == "tiny" else name
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **kwargs)
         if device is not None:
             model = model.to(device)
-        processor = AutoProcessor.from_pretrained(path)
-        file = Path(path) / CALIBRATION_FILE
+        source = {name: kwargs[name] for name in SOURCE if name in kwargs}
+        processor = AutoProcessor.from_pretrained(path, **source)
+        folder = Path(path) / kwargs.get("subfolder", "")
+        file = folder / CALIBRATION_FILE
         calibrations = Calibration.load_all(file) if file.is_file() else []
-        sha256 = checkpoint_sha256(path)
+        sha256 = checkpoint_sha256(folder)
         for calibration in calibrations:
             if calibration.model not in (None, sha256):
                 raise ValueError(f"{file} must be of the weights beside it, {sha256}, got one of {calibration.model}")
         return cls(model, processor, bos=bos, grammar=grammar, calibrations=calibrations, engine=engine)
 
     def answer(
-        self, image: ImageLike, question: str, search: SearchLike = "swires", *, seed: int = 0, **settings: Any
+        self, image: Images, question: str, search: SearchLike = "swires", *, seed: int = 0, **settings: Any
     ) -> Answer:
-        """Answer one question about one image.
+        """Answer one question, which may be about an image, several or none.
 
         Args:
-            image: a PIL image, an [H, W, 3] uint8 array or a path.
+            image: a path, a PIL image, bytes or anything else that ``llava_cot.image.open_image`` takes, a list of
+                such, or None.
             search: a name of ``llava_cot.search.POLICIES``, its configuration object, or a policy function.
             seed: everything random comes from it, 0 <= seed < 2**63.
             settings: fields of the search's configuration to change, e.g. ``max_new_tokens=512``.
@@ -145,7 +165,7 @@ class SwiresGenerator:
     @overload
     def answer_batch(
         self,
-        images: Sequence[ImageLike],
+        images: Sequence[Images],
         questions: Sequence[str],
         search: SearchLike = "swires",
         *,
@@ -157,7 +177,7 @@ class SwiresGenerator:
     @overload
     def answer_batch(
         self,
-        images: Sequence[ImageLike],
+        images: Sequence[Images],
         questions: Sequence[str],
         search: SearchLike = "swires",
         *,
@@ -168,7 +188,7 @@ class SwiresGenerator:
 
     def answer_batch(
         self,
-        images: Sequence[ImageLike],
+        images: Sequence[Images],
         questions: Sequence[str],
         search: SearchLike = "swires",
         *,
@@ -190,7 +210,7 @@ class SwiresGenerator:
             _cancel(runs)
 
     def stream(
-        self, image: ImageLike, question: str, search: SearchLike = "swires", *, seed: int = 0, **settings: Any
+        self, image: Images, question: str, search: SearchLike = "swires", *, seed: int = 0, **settings: Any
     ) -> Generator[Event | Finished, None, None]:
         """As ``answer``, but yields events as they happen (``llava_cot.search.events``) and last ``Finished(answer)``.
 
@@ -200,7 +220,7 @@ class SwiresGenerator:
         plan = self.plan_of_stream(search, **settings)
         run = self.submit(image, question, plan, seed=seed, on_event=events.append)
         try:
-            seen = EventStream(run, events, self.decode)
+            seen = EventStream(run, events, self.detokeniser())
             while not run.done:
                 self.engine.step()
                 yield from seen.take()
@@ -235,7 +255,7 @@ class SwiresGenerator:
 
     def submit(
         self,
-        image: ImageLike,
+        image: Images,
         question: str,
         plan: Plan,
         *,
@@ -244,21 +264,24 @@ class SwiresGenerator:
     ) -> SearchRun:
         """Start a search; it goes on whenever the engine steps. Keep the result: a search that nobody holds ends.
 
-        The image is opened when the search is admitted, and closed again once the model has seen it. An image or a
+        Images are opened when the search is admitted, and closed again once the model has seen them. An image or a
         question that can't be used is the search's error.
         """
-        source = reopenable(image)
+        sources = [*map(reopenable, images_of(image))]
+
+        def open_all() -> list[Image]:
+            return [*map(open_image, sources)]
 
         def prepare() -> Prompt:
-            opened = open_image(source)
+            opened = open_all()
             with self._processing:
                 return build_inputs(self.processor, opened, question, self.bos)
 
-        return self._start(prepare, plan, seed, on_event, question, lambda: open_image(source))
+        return self._start(prepare, plan, seed, on_event, question, open_all)
 
     def submit_all(
         self,
-        images: Sequence[ImageLike],
+        images: Sequence[Images],
         questions: Sequence[str],
         plan: Plan,
         *,
@@ -273,12 +296,16 @@ class SwiresGenerator:
         Raises:
             ValueError, TypeError: naming the argument that is wrong.
         """
+        for name, items in (("images", images), ("questions", questions)):
+            if isinstance(items, (str, bytes, Mapping)) or not isinstance(items, Collection):
+                raise TypeError(f"{name} must be a sequence with one entry for each search, got {reprlib.repr(items)}")
         if len(images) != len(questions):
             raise ValueError(f"questions must have one entry per image={len(images)}, got {len(questions)}")
         if not return_exceptions:
             for image, question in zip(images, questions):
                 check_question(question)
-                check_image(image)
+                for each in images_of(image):
+                    check_image(each)
         runs: list[SearchRun] = []
         try:
             for image, question in zip(images, questions):
@@ -360,8 +387,15 @@ class SwiresGenerator:
         inputs = {name: kwargs.pop(name) for name in names if name in kwargs}
         rows = split_rows({"input_ids": input_ids, **inputs}, self.model.config)  # type: ignore[dict-item]
         assert input_ids is not None
+        size = self.model.get_input_embeddings().weight.shape[0]
+        for row in rows:
+            if not 0 <= row["input_ids"].min() <= row["input_ids"].max() < size:
+                raise ValueError(f"input_ids must be in [0, {size}), got {row['input_ids'][0].tolist()}")
+        # None is as if it had not been given, as in transformers.
+        kwargs = {name: value for name, value in kwargs.items() if value is not None or name not in DECODING}
+        check_kind("pad_token_id", pad_token_id, (Integral, NoneType), "int or None")
         if max_length is not None:
-            kwargs.setdefault("max_new_tokens", max_length - input_ids.shape[1])
+            kwargs.setdefault("max_new_tokens", whole_number("max_length", max_length, 1) - input_ids.shape[1])
         plan = self.plan(search, **kwargs)
         if do_sample is not None and do_sample != plan.config.samples:
             raise ValueError(f"do_sample must be {plan.config.samples} with search={plan.name!r}, got {do_sample}")
@@ -404,19 +438,21 @@ class SwiresGenerator:
     ) -> torch.Tensor | SearchOutput:
         """``model.generate(**inputs, custom_generate=generator, search=..., seed=..., settings={...})``.
 
-        As ``generate(**inputs, search=..., seed=..., **settings)``. Of transformers' own arguments ``max_new_tokens``,
-        ``max_length``, ``num_return_sequences``, ``num_beams``, ``pad_token_id`` and ``return_dict_in_generate`` arrive
-        here, and ``temperature``, ``top_k``, ``top_p`` and ``min_p`` where they differ from transformers' defaults:
-        those can't be told from nothing. A streamer and ``stop_strings`` never reach a custom function.
+        As ``generate(**inputs, search=..., seed=..., **settings)``. Of transformers' own arguments, those that the
+        search has are its settings, such as ``temperature`` and ``num_beams``; a value that is transformers' default
+        can't be told from nothing. What every search reads from ``model.generation_config``, such as ``eos_token_id``,
+        must not differ from that. Everything else raises by name where it would change what is returned. A streamer and
+        an ``assistant_model`` never reach a custom function.
         """
         if model is not self.model:
             raise ValueError("model must be the generator's own model, got another one")
-        refuse_unknown(logits_processor=logits_processor, stopping_criteria=stopping_criteria)
-        prepared = arguments(model, input_ids, generation_config, kwargs)
+        check_kind("settings", settings, (Mapping, NoneType), "a mapping or None")
+        prepared = arguments(model, input_ids, generation_config, kwargs, settings_of(search))
+        refuse_own(model, input_ids, generation_config, kwargs, logits_processor, stopping_criteria)
         return self.generate(search=search, seed=seed, **{**prepared, **(settings or {})})
 
     def calibrate(
-        self, images: Sequence[ImageLike], questions: Sequence[str], *, data: str, seed: int = 0, **settings: Any
+        self, images: Sequence[Images], questions: Sequence[str], *, data: str, seed: int = 0, **settings: Any
     ) -> Calibration:
         """Measure what scores the candidates of each stage get, use the result from now on and return it.
 
@@ -424,7 +460,9 @@ class SwiresGenerator:
 
         ``data`` names what it was measured on. Save it with ``calibration.save(folder / "swires_calibration.json")``.
         """
-        config = replace(SwiresConfig(max_rounds=1, grammar=self.grammar), **settings)
+        check_kind("data", data, str, "a name of what is measured on")
+        config = make_plan(SwiresConfig(max_rounds=1, grammar=self.grammar), settings, self.grammar).config
+        assert isinstance(config, SwiresConfig)
         answers = self.answer_batch(images, questions, config, seed=seed)
         scores: dict[str, list[float]] = {str(name): [] for name in self.grammar.names}
         for answer in answers:
@@ -459,12 +497,13 @@ class SwiresGenerator:
         seed: int,
         on_event: Callable[[Event], None] = lambda event: None,
         question: str | None = None,
-        load_image: Callable[[], Image | None] = lambda: None,
+        load_images: Callable[[], Sequence[Image]] = tuple,
     ) -> SearchRun:
         if not isinstance(seed, Integral) or isinstance(seed, bool):
             raise TypeError(f"seed must be an integer, got {seed!r}")
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed must be in [0, 2**63), got {seed}")
+        seed = int(seed)
         session = self.engine.open(prompt)
         if not plan.config.draws and not self.engine.processors.is_empty:
             raise ValueError(f"search={plan.name!r} can't apply the logits processors of the model's generation_config")
@@ -479,12 +518,17 @@ class SwiresGenerator:
             self.grammar,
             plan.config.budget,
             question,
-            load_image,
+            load_images,
         )
         return SearchRun(search, plan)
 
+    def detokeniser(self) -> Detokeniser:
+        """What turns the tokens of one continuation into text as they arrive."""
+        return Detokeniser(self.vocabulary.token_bytes)
+
     def decode(self, tokens: Sequence[int]) -> str:
-        return self.processor.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        """The text of ``tokens``, without special tokens other than stage tags. A space at its start is kept."""
+        return self.detokeniser().add(tokens)
 
 
 def _require_kind(name: str, value: object, kind: type, what: str) -> None:

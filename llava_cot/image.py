@@ -1,21 +1,28 @@
-"""Turn the images that callers give into RGB images. No torch."""
+"""Turn the images that callers give into RGB images. No torch, and no numpy until it is needed."""
 
 import base64
 import binascii
 import io
 import os
+import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
-import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-ImageLike = Image.Image | np.ndarray | str | PathLike | bytes | bytearray | memoryview | IO[bytes] | Mapping[str, Any]
+if TYPE_CHECKING:
+    import numpy as np
+
+ImageLike: TypeAlias = (
+    "Image.Image | np.ndarray | str | PathLike | bytes | bytearray | memoryview | IO[bytes] | Mapping[str, Any]"
+)
+
+Images: TypeAlias = "ImageLike | Sequence[ImageLike] | None"  # of a question: one image, several in order, or none
 
 KINDS = "a path, a data URI, bytes, a binary file, a PIL image, an array or a mapping with 'bytes' or 'path'"
 TURNS = {
@@ -49,15 +56,22 @@ def open_image(image: ImageLike) -> Image.Image:
     with naming(_name_of(image)):
         if isinstance(image, Image.Image):
             return to_rgb(image)
-        if isinstance(image, np.ndarray):
+        if _is_array(image):
             return to_rgb(_from_array(image))
         with Image.open(_file_of(image)) as opened:
             return to_rgb(opened)
 
 
+def images_of(image: Images) -> tuple[ImageLike, ...]:
+    """Return the images that a question is about: those of a list or a tuple, the only one, or none."""
+    if image is None:
+        return ()
+    return tuple(image) if isinstance(image, (list, tuple)) else (cast("ImageLike", image),)
+
+
 def check_image(image: ImageLike) -> None:
     """Raise what ``open_image`` would raise, as far as that can be told without reading a file."""
-    if isinstance(image, (Image.Image, np.ndarray)) or hasattr(image, "read"):
+    if isinstance(image, Image.Image) or _is_array(image) or hasattr(image, "read"):
         return
     with naming(_name_of(image)):
         _file_of(image)
@@ -89,6 +103,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image.load()
     turn = TURNS.get(_orientation(image))
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        import numpy as np
+
         values, clear = np.asarray(image), image.info.get("transparency")
         pixels = to_8_bits(values)
         if isinstance(clear, int):  # the grey value that a PNG declares transparent
@@ -112,13 +128,15 @@ def is_plain(image: Image.Image) -> bool:
     )
 
 
-def to_8_bits(values: np.ndarray) -> np.ndarray:
+def to_8_bits(values: "np.ndarray") -> "np.ndarray":
     """Scale ``values`` to uint8.
 
     Booleans and unsigned integers of 16 bits are scaled by the range of their type. Others are taken to be in [0, 1] if
     they are floats, in [0, 255] or in [0, 65535], whichever is the first that holds them all, or else in the range from
     their least to their greatest value.
     """
+    import numpy as np
+
     if values.dtype == np.uint8:
         return values
     if values.dtype == bool:
@@ -135,7 +153,14 @@ def to_8_bits(values: np.ndarray) -> np.ndarray:
     return np.rint((values.astype(np.float64) - low) * (255 / ((high - low) or 1))).astype(np.uint8)
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
+def _is_array(image: object) -> "TypeGuard[np.ndarray]":
+    numpy = sys.modules.get("numpy")  # without it there are no arrays
+    return numpy is not None and isinstance(image, numpy.ndarray)
+
+
+def _from_array(array: "np.ndarray") -> Image.Image:
+    import numpy as np
+
     channels = 1 if array.ndim == 2 else array.shape[2] if array.ndim == 3 else 0
     if channels not in MODES or not array.size:
         raise ValueError(f"its shape must be [H, W] or [H, W, 1 to 4], but is {list(array.shape)}")
@@ -202,7 +227,7 @@ def _name_of(image: Any) -> str:
         return _name_of(image["path"]) if image.get("path") else "a mapping"
     if isinstance(image, Image.Image):
         return repr(name) if (name := getattr(image, "filename", "")) else f"an image of mode {image.mode}"
-    if isinstance(image, np.ndarray):
+    if _is_array(image):
         return f"an array of {image.dtype}"
     if isinstance(image, (bytes, bytearray, memoryview)):
         return f"{len(image)} bytes"

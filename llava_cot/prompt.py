@@ -1,31 +1,33 @@
-"""Turn an image and a question into the inputs of a model, one sample at a time."""
+"""Turn a question and its images into the inputs of a model, one sample at a time."""
 
 import torch
 from transformers import PreTrainedConfig, ProcessorMixin
 
-from llava_cot.core import Bos
-from llava_cot.families import Prompt, family_of
-from llava_cot.image import ImageLike, open_image
+from llava_cot.chat import render
+from llava_cot.core import Bos, check_kind
+from llava_cot.families import Family, Prompt, family_of
+from llava_cot.image import Images, images_of, open_image
 from llava_cot.literal import marked, without_marks
 
 
-def build_inputs(processor: ProcessorMixin, image: ImageLike, question: str, bos: Bos) -> Prompt:
+def build_inputs(processor: ProcessorMixin, image: Images, question: str, bos: Bos) -> Prompt:
     """Return the processor's inputs for one question: chat template, generation prompt and one BOS.
 
-    The question is text: special tokens that it spells are not read as such. Most chat templates write a BOS
-    themselves. With ``bos="released"`` the tokenizer adds a second one, because the released LLaVA-CoT weights were
-    trained with two.
+    The images come before the question; there may be none. The question is text: special tokens that it spells are not
+    read as such. Most chat templates write a BOS themselves. With ``bos="released"`` the tokenizer adds a second one,
+    because the released LLaVA-CoT weights were trained with two.
 
     Raises:
         ValueError: an empty question, or an image that cannot be read.
         TypeError: see ``open_image``.
     """
     check_question(question)
-    content = [{"type": "image"}, {"type": "text", "text": marked(question, processor.tokenizer)}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    images = [*map(open_image, images_of(image))]
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": marked(question, processor.tokenizer)}]
+    text = render(processor, [{"role": "user", "content": content}], add_generation_prompt=True)
     written = text.startswith(processor.tokenizer.bos_token or "")
     batch = processor(
-        images=[[open_image(image)]],
+        images=[images] if images else None,
         text=text,
         add_special_tokens=bos == "released" or not written,
         return_tensors="pt",
@@ -48,25 +50,48 @@ def check_question(question: str) -> None:
 def split_rows(inputs: dict[str, torch.Tensor], config: PreTrainedConfig) -> list[Prompt]:
     """Split a processor's batch into its rows, each without padding.
 
-    ``config`` is the model's. It says which inputs must be given and which tokens stand for images.
+    ``config`` is the model's. It says which inputs must be given and which tokens stand for images. Rows without an
+    image have none of the image inputs.
 
     Raises:
         ValueError: an input is missing or does not fit the others. The message names it.
+        TypeError: an input is no tensor.
     """
     family = family_of(config)
-    for name in family.inputs:
-        if name not in family.optional and inputs.get(name) is None:
-            raise ValueError(f"{name} must be given: an image and its prompt, as the processor makes them, got None")
+    needed = [name for name in family.inputs if name not in family.optional]
+    missing = [name for name in needed if inputs.get(name) is None]
+    has_images = missing != needed[1:]
+    if has_images and missing:
+        raise ValueError(f"{missing[0]} must be given: a prompt with its images, as the processor makes them, got None")
+    _check_shapes(inputs, family)
     input_ids = inputs["input_ids"]
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise ValueError(f"input_ids must have shape [batch, tokens >= 1], got {list(input_ids.shape)}")
-    for name, dimensions in family.inputs.items():
-        if dimensions[0] == "batch" and inputs.get(name) is not None and len(inputs[name]) != len(input_ids):
-            raise ValueError(f"{name} must have batch={len(input_ids)} in dimension 0, got {len(inputs[name])}")
+    if input_ids.dtype not in (torch.int64, torch.int32) or input_ids.shape[1] == 0:
+        got = f"{list(input_ids.shape)} of {input_ids.dtype}"
+        raise ValueError(f"input_ids must have shape [batch, tokens >= 1] of int64, got {got}")
     attention_mask = inputs.get("attention_mask")
     keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    if keep.shape != input_ids.shape:
-        shapes = f"the shape of input_ids={list(input_ids.shape)}, got {list(keep.shape)}"
-        raise ValueError(f"attention_mask must have {shapes}")
-    rows = [{"input_ids": ids[kept].unsqueeze(0)} for ids, kept in zip(input_ids, keep)]
+    rows: list[Prompt] = [{"input_ids": ids[kept].unsqueeze(0)} for ids, kept in zip(input_ids, keep)]
+    for index, row in enumerate(rows):
+        if not row["input_ids"].numel():
+            raise ValueError(f"attention_mask[{index}] must leave a token, got only zeros")
+    if not has_images:
+        if (input_ids == config.image_token_id).any():
+            raise ValueError(f"{needed[1]} must be given where input_ids have the image token, got None")
+        return rows
     return [row | images for row, images in zip(rows, family.split_images(inputs, keep))]
+
+
+def _check_shapes(inputs: dict[str, torch.Tensor], family: Family) -> None:
+    """Check that the inputs are tensors, and that dimensions of one name have one size."""
+    sizes = dict(family.sizes)
+    for name, dimensions in family.inputs.items():
+        if (tensor := inputs.get(name)) is None:
+            continue
+        check_kind(name, tensor, torch.Tensor, "a tensor")
+        if tensor.dim() != len(dimensions):
+            raise ValueError(f"{name} must have shape [{', '.join(dimensions)}], got {list(tensor.shape)}")
+        for at, (dimension, size) in enumerate(zip(dimensions, tensor.shape)):
+            most = sizes.setdefault(dimension, size)
+            may_be_less = name in family.may_end_early and dimension == "tokens" and size > 0
+            if size > most or (size < most and not may_be_less):
+                raise ValueError(f"{name} must have {dimension}={most} in dimension {at}, got {size}")

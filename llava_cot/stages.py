@@ -1,10 +1,12 @@
 """The stage grammar: which tags may come in which order, and how a text follows them."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypedDict, Unpack
+
+from llava_cot.core import check_kind, whole_number
 
 
 class Stage(StrEnum):
@@ -66,8 +68,9 @@ class Grammar:
         tags: the opening and the closing tag of a stage; by default ``<NAME>`` and ``</NAME>``.
 
     Raises:
-        ValueError: no stage, a name that is no stage, ``max_visits`` below 1, an empty tag, two equal tags, or a stage
-            from which no end can be reached.
+        ValueError: no stage, a name that is no stage, ``max_visits`` below 1, no pair of tags, an empty tag, two equal
+            tags, or a stage from which no end can be reached.
+        TypeError: an argument of another type.
     """
 
     follows: Mapping[str, Sequence[str]]
@@ -76,7 +79,11 @@ class Grammar:
     tags: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for argument in ("follows", "max_visits", "tags"):
+            check_kind(argument, getattr(self, argument), Mapping, "a mapping whose keys are stages")
         names = self.names
+        for name in names:
+            check_kind("follows", name, str, "a mapping whose keys are names of stages")
         if not names:
             raise ValueError("follows must have at least one stage, got none")
         mentioned = {"start": self.start, "max_visits": self.max_visits, "tags": self.tags}
@@ -84,15 +91,18 @@ class Grammar:
         for argument, stages in mentioned.items():
             if isinstance(stages, str):
                 raise ValueError(f"{argument} must be a sequence of stages, got {stages!r}")
+            check_kind(argument, stages, Iterable, "a sequence of stages")
             for stage in stages:
                 if stage not in names:
                     raise ValueError(f"{argument} must name stages of {list(names)}, got {stage!r}")
         for name, visits in self.max_visits.items():
-            if visits < 1:
-                raise ValueError(f"max_visits[{name!r}] must be >= 1, got {visits}")
-        tags = [tag for name in names for tag in self.tag_pair(name)]
-        if not all(tags) or len(set(tags)) < len(tags):
-            raise ValueError(f"tags must be distinct and not empty, got {tags}")
+            whole_number(f"max_visits[{name!r}]", visits, 1)
+        for name, pair in self.tags.items():
+            is_pair = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
+            if not is_pair or not all(isinstance(tag, str) for tag in pair):
+                raise ValueError(f"tags[{name!r}] must be an opening and a closing tag, got {pair!r}")
+        if not all(self.all_tags) or len(set(self.all_tags)) < len(self.all_tags):
+            raise ValueError(f"tags must be distinct and not empty, got {self.all_tags}")
         for name in names:
             if not self._reaches_an_end(name):
                 raise ValueError(f"follows must lead from every stage to one without followers, got none from {name!r}")
@@ -110,7 +120,7 @@ class Grammar:
         return {
             "follows": {str(name): [str(after) for after in self.follows[name]] for name in self.names},
             "start": [str(name) for name in self.allowed([])],
-            "max_visits": {str(name): visits for name, visits in self.max_visits.items()},
+            "max_visits": {str(name): int(visits) for name, visits in self.max_visits.items()},
             "tags": {str(name): list(self.tag_pair(name)) for name in self.names},
         }
 
@@ -126,6 +136,11 @@ class Grammar:
     @property
     def close_tags(self) -> list[str]:
         return [self.tag_pair(name)[1] for name in self.names]
+
+    @property
+    def all_tags(self) -> list[str]:
+        """The opening and the closing tag of every stage."""
+        return [tag for name in self.names for tag in self.tag_pair(name)]
 
     def tag_pair(self, name: str) -> tuple[str, str]:
         """Return the opening and the closing tag of a stage."""
@@ -192,8 +207,7 @@ class Grammar:
         is_repeated = len(bodies) > self.max_visits.get(name, 1)
         body, closed, _ = bodies[0 if is_repeated else -1].partition(close_tag)
         if not closed:
-            tags = [tag for other in self.names for tag in self.tag_pair(other)]
-            body = body[: min((at for tag in tags if (at := body.find(tag)) >= 0), default=None)]
+            body = body[: min((at for tag in self.all_tags if (at := body.find(tag)) >= 0), default=None)]
         outcome = Outcome.REPEATED if is_repeated else Outcome.COMPLETE if closed else Outcome.UNCLOSED
         return StageText(name, body.strip(), outcome)
 

@@ -44,7 +44,7 @@ BUILDERS = {
 LENGTHS = (21, 34)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=BUILDERS)
 def case(request):
     """(model, its family, a processor's inputs of two prompts)"""
     build, make_inputs = BUILDERS[request.param]
@@ -72,7 +72,7 @@ def test_what_is_not_supported_is_named():
     for lookup in (family_of, training_of):
         with pytest.raises(ValueError, match=message):
             lookup(config)
-    config.model_type = "llava"
+    config.model_type, config.vision_config = "llava", config
     with pytest.raises(ValueError, match=r"one of \['mllama'\] to be trained, got model_type 'llava'"):
         training_of(config)
 

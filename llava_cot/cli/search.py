@@ -47,8 +47,12 @@ TraceFile = Annotated[
 
 @app.command()
 def answer(
-    image: Annotated[Path, typer.Argument(help="The image file.")],
-    question: Annotated[str, typer.Argument(help="The question about the image.")],
+    *,
+    images: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="IMAGE", help="The image files, if the question is about any.", show_default=False),
+    ] = None,
+    question: Annotated[str, typer.Argument(help="The question.")],
     search: Search = "swires",
     model: Model = "tiny",
     device: Annotated[str | None, typer.Option(help="The device of the model, e.g. cuda; by default the CPU.")] = None,
@@ -66,7 +70,7 @@ def answer(
     json: Json = False,
     trace: TraceFile = None,
 ) -> None:
-    """Answer a question about an image, stage by stage."""
+    """Answer a question about an image, stage by stage. It may be about several images, or about none."""
     from llava_cot.search import Budget
 
     settings: dict[str, Any] = {"seed": seed, "max_new_tokens": max_new_tokens}
@@ -74,7 +78,7 @@ def answer(
         settings["scorer"] = scorer
     if max_tokens is not None or max_seconds is not None:
         settings["budget"] = Budget(generated_tokens=max_tokens, seconds=max_seconds)
-    _run(image, question, search, model, device, settings, json, trace)
+    _run(images or [], question, search, model, device, settings, json, trace)
 
 
 @app.command()
@@ -106,7 +110,7 @@ def demo(
             settings["scorer"] = load_verifier(lambda _: shapes.clean_view(number))
         if "cutoff" in known:
             settings["cutoff"] = 0.0  # a logit: more likely right than wrong
-        conclusion = _run(image, sample.question, search, "tiny", None, settings, json, trace, sample.answer)
+        conclusion = _run([image], sample.question, search, "tiny", None, settings, json, trace, sample.answer)
     if not json:
         verdict = "right" if shapes.is_correct(sample, conclusion) else "wrong"
         console = Console()
@@ -173,7 +177,7 @@ def export(
 
 
 def _run(
-    image: Path,
+    images: list[Path],
     question: str,
     search: str,
     model: str,
@@ -190,7 +194,10 @@ def _run(
     # All that needs no weights is checked before they are loaded.
     plan = _search(search)
     make_plan(plan, {name: value for name, value in settings.items() if name != "seed"}, LLAVA_COT)
-    check_image(image)
+    for image in images:
+        check_image(image)
+    if not images and Path(question).is_file():
+        raise ValueError(f"question must be given after the images, got only the file {question!r}")
     if trace is not None:
         check_output(trace, "trace")
     if device is not None:
@@ -208,16 +215,16 @@ def _run(
     def write(found: "Trace") -> None:
         if trace is not None:
             is_page = trace.suffix.lower() == ".html"
-            written = found.to_html(image=open_image(image), gold=gold) if is_page else found.to_json(indent=1)
+            written = found.to_html(image=[*map(open_image, images)], gold=gold) if is_page else found.to_json(indent=1)
             with replacing(trace) as file:
                 file.write(written + "\n")
 
     try:
         if json:
-            result = generator.answer(image, question, plan, **settings)
+            result = generator.answer(images, question, plan, **settings)
             print(_json(result))
         else:
-            events = generator.stream(image, question, plan, **settings)
+            events = generator.stream(images, question, plan, **settings)
             result = _watch(question, events)
     except Exception as error:
         if hasattr(error, "trace"):  # a failed search shows how far it came

@@ -7,6 +7,8 @@ import torch
 
 from llava_cot.core import Continuation, Finish
 
+MOST_TOKENS_OF_A_CHARACTER = 8  # it has 4 bytes at most; the others may be special tokens, which add none
+
 
 @dataclass(eq=False)
 class Branch:
@@ -60,13 +62,20 @@ class Branch:
             self._anchor = self._anchor._anchor
         return self._anchor
 
+    def text(self, decode: Callable[[Sequence[int]], str]) -> str:
+        """The text that it adds to that of its parent, which may end within a character."""
+        before, branch = list[int](), self.parent
+        while branch is not None and len(before) < MOST_TOKENS_OF_A_CHARACTER:
+            before, branch = branch.tokens[-MOST_TOKENS_OF_A_CHARACTER:] + before, branch.parent
+        return decode(before + self.tokens)[len(decode(before)) :]
+
     def continuation(self, decode: Callable[[Sequence[int]], str]) -> Continuation:
         """What the search gets to see."""
         return Continuation(
             self.id,
             self.parent.id if self.parent else -1,
             tuple(self.tokens),
-            decode(self.tokens),
+            self.text(decode),
             tuple(self.logprobs),
             tuple(self.sampling_logprobs),
             tuple(self.entropies),

@@ -17,6 +17,8 @@ class _Layer(CacheLayerMixin):
 
     is_sliding = False
     is_compileable = False
+    keys: torch.Tensor | None
+    values: torch.Tensor | None
 
     def check_unchanged(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Check that a layer attends to what it gave to the cache, since decoding reads only that.

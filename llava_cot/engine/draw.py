@@ -116,10 +116,13 @@ def grow(slots: list[Slot], rows: list[Row], eos_token_ids: frozenset[int], tags
         branch.certainties.append(row.certainty)
         branch.length += 1
         branch.tag_state = row.tag_state
+        is_stop = row.tag >= 0 and (request.stops is None or row.tag in request.stops)
+        if is_stop:  # an EOS token may spell a tag
+            branch.tag, branch.overhang = row.tag, row.overhang
         if row.token in eos_token_ids:
             branch.finish = Finish.EOS
-        elif row.tag >= 0 and (request.stops is None or row.tag in request.stops):
-            branch.finish, branch.tag, branch.overhang = Finish.TAG, row.tag, row.overhang
+        elif is_stop:
+            branch.finish = Finish.TAG
         elif row.tag in request.trims:
             branch.finish, branch.tag = Finish.TAG, row.tag
             if row.overhang and len(branch.tokens) > 1:

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from numbers import Integral
 
 import torch
 from transformers import PreTrainedModel
@@ -97,11 +98,14 @@ class Engine:
 
         Raises:
             ValueError: there are too many of them for the buffers of captured graphs.
+            TypeError: one of them is no integer.
         """
         eos = self._model.generation_config.eos_token_id
-        if isinstance(eos, torch.Tensor):
+        if hasattr(eos, "flatten"):  # a tensor or an array
             eos = eos.flatten().tolist()
         ids = frozenset(eos if isinstance(eos, (list, tuple, set)) else [] if eos is None else [eos])
+        if not all(isinstance(token, Integral) for token in ids):
+            raise TypeError(f"eos_token_id must be int or a list of int, got {eos!r}")
         if len(ids) > MAX_EOS_TOKEN_IDS:
             raise ValueError(f"eos_token_id must have at most {MAX_EOS_TOKEN_IDS} ids, got {len(ids)}")
         return ids

@@ -8,22 +8,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
+from llava_cot.engine.generation_config import refuse
 from llava_cot.engine.session import Slot
-
-# Fields of a generation config that a search can't follow, and the values at which they do nothing.
-REFUSED: dict[str, tuple[Any, ...]] = {
-    "guidance_scale": (None, 1),
-    "encoder_repetition_penalty": (None, 1),
-    "encoder_no_repeat_ngram_size": (None, 0),
-    "forced_eos_token_id": (None,),
-    "typical_p": (None, 1),
-    "epsilon_cutoff": (None, 0),
-    "eta_cutoff": (None, 0),
-    "penalty_alpha": (None, 0),
-    "watermarking_config": (None,),
-    "stop_strings": (None,),
-    "max_time": (None,),
-}
 
 
 class LogitsProcessors:
@@ -49,9 +35,7 @@ class LogitsProcessors:
         given = {**config.to_dict(), "eos_token_id": eos_token_ids}
         if given == self._given:
             return
-        for name, unset in REFUSED.items():
-            if (value := getattr(config, name, None)) not in unset:
-                raise ValueError(f"generation_config.{name} is not supported by a search, got {value!r}")
+        refuse(config, "generation_config.")
         self._config = copy.deepcopy(config)
         self._config.do_sample = False  # or the filters of sampling would be built too
         ids = sorted(eos_token_ids)

@@ -21,7 +21,7 @@ def family_of(config: Any) -> Family:
     """
     if config.model_type not in FAMILIES:
         raise ValueError(f"model must be one of {sorted(FAMILIES)}, got model_type {config.model_type!r}")
-    return FAMILIES[config.model_type](config)
+    return FAMILIES[config.model_type].of(config)
 
 
 def training_of(config: Any) -> Training:

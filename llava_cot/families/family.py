@@ -24,6 +24,7 @@ class Family:
             row per prompt. Without it the entries of all prompts follow each other in the order of their image tokens,
             one per image (``images``) or one per piece of ``pixel_values`` (``patches``).
         optional: the inputs that a caller may leave out.
+        may_end_early: the inputs that may have fewer tokens than ``input_ids``.
         has_custom_generate: whether transformers' ``generate`` hands these inputs to a custom function unchanged.
         pixel_values_per_pass: the most elements of ``pixel_values`` in one prefill of several prompts, by device type.
             They bound the memory of the vision encoder. An image of 1120 x 1120 has 3.8 million.
@@ -33,6 +34,7 @@ class Family:
     model_type: ClassVar[str]
     inputs: ClassVar[Inputs]
     optional: ClassVar[frozenset[str]] = frozenset({"attention_mask"})
+    may_end_early: ClassVar[frozenset[str]] = frozenset()
     has_custom_generate: ClassVar[bool] = False
     pixel_values_per_pass: ClassVar[dict[str, int]] = {"cpu": 4 << 20, "cuda": 40 << 20}
     training: ClassVar[type[Training] | None] = None
@@ -40,13 +42,23 @@ class Family:
     def __init__(self, config: Any) -> None:
         self.config = config
 
+    @classmethod
+    def of(cls, config: Any) -> "Family":
+        """Return the object of the model with this transformers config."""
+        return cls(config)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The dimensions of ``inputs`` whose size the config tells."""
+        return {}
+
     @property
     def cross_layers(self) -> tuple[int, ...]:
         """The indices of the decoder layers that attend to the image store instead of the text."""
         return ()
 
     def split_images(self, inputs: Prompt, keep: torch.Tensor) -> list[Prompt]:
-        """Split the image inputs of a padded batch into those of its prompts.
+        """Split the image inputs of a padded batch into those of its prompts. A prompt without an image has none.
 
         Args:
             inputs: the processor's batch, with every input that is not optional.
@@ -57,12 +69,11 @@ class Family:
         """
         counts = [int((ids[kept] == self.config.image_token_id).sum()) for ids, kept in zip(inputs["input_ids"], keep)]
         sizes = self.image_sizes(inputs, sum(counts))
-        prompts, first, start = [], 0, 0
+        prompts, first, start = list[Prompt](), 0, 0
         for index, count in enumerate(counts):
             if not count:
-                raise ValueError(
-                    f"input_ids[{index}] must contain the image token, so that its last token sees an image"
-                )
+                prompts.append({})
+                continue
             last, end, tokens = first, start, 0
             while last < len(sizes) and tokens < count:
                 end, tokens = end + sizes[last][0], tokens + sizes[last][1]
@@ -127,10 +138,17 @@ class Family:
         """Return how many tokens of the image store a prompt takes."""
         return int(self.stored_image_tokens(prompt).sum())
 
-    def image_shape(self, prompt: Prompt) -> tuple[int, ...]:
-        """Return what the images of prompts must have in common to be encoded in one pass."""
-        return tuple(prompt["pixel_values"].shape[1:])
+    def image_shape(self, prompt: Prompt) -> tuple[int, ...] | None:
+        """Return what the images of prompts must have in common to be encoded in one pass; None without an image."""
+        return tuple(prompt["pixel_values"].shape[1:]) if "pixel_values" in prompt else None
 
     def pixel_values(self, prompt: Prompt) -> int:
         """Return the number of ``pixel_values`` elements of a prompt, to compare with ``pixel_values_per_pass``."""
-        return prompt["pixel_values"].numel()
+        return prompt["pixel_values"].numel() if "pixel_values" in prompt else 0
+
+    def blind_inputs(self, image_group: torch.Tensor) -> Prompt:
+        """Return what the model must be given beside T tokens, so that those of group -1 see no image.
+
+        ``image_group`` is int32 [T]. Only a family with ``cross_layers`` is asked.
+        """
+        raise NotImplementedError

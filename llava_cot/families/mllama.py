@@ -45,11 +45,15 @@ class Mllama(Family):
         missing = keep.shape[1] - cross_mask.shape[1]
         if missing > 0:  # tokens after those that the processor saw see what the last of those saw
             cross_mask = torch.cat([cross_mask, cross_mask[:, -1:].expand(-1, missing, -1, -1)], dim=1)
-        prompts = []
+        prompts = list[Prompt]()
         for index, kept in enumerate(keep):
+            has_image = (inputs["input_ids"][index, kept] == self.config.image_token_id).any()
+            if not has_image and not cross_mask[index, kept].any():
+                prompts.append({})
+                continue
             prompt = {name: inputs[name][index : index + 1] for name in names if inputs.get(name) is not None}
             prompt["cross_attention_mask"] = cross_mask[index, kept].unsqueeze(0)
-            if not kept.any() or not prompt["cross_attention_mask"][0, -1].any():
+            if not prompt["cross_attention_mask"][0, -1].any():
                 raise ValueError(
                     f"input_ids[{index}] must contain the image token, so that its last token sees an image"
                 )

@@ -38,6 +38,6 @@ class Qwen2_5_VL(Family):
         is_image = (ids == self.config.image_token_id).int()
         is_token = torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
         positions, deltas = model.model.get_rope_index(
-            ids, is_image, image_grid_thw=inputs["image_grid_thw"], attention_mask=is_token.int()
+            ids, is_image, image_grid_thw=inputs.get("image_grid_thw"), attention_mask=is_token.int()
         )
         return positions, deltas.flatten().tolist()

@@ -1,6 +1,7 @@
 """Show a trace as one HTML page that loads nothing. Stages are columns, rounds are rows, retraces are arrows."""
 
 from base64 import b64encode
+from collections.abc import Sequence
 from html import escape
 from io import BytesIO
 from typing import TYPE_CHECKING
@@ -26,14 +27,14 @@ NOTE_LENGTH = 400  # the most characters shown of an error or of a violation of 
 def to_html(
     trace: Trace,
     *,
-    image: "Image | None" = None,
+    image: "Image | Sequence[Image] | None" = None,
     question: str | None = None,
     gold: str | None = None,
 ) -> str:
     """Return the page of a trace. The same arguments give the same bytes.
 
     Args:
-        image: the image that the question is about, shown with at most 512 pixels a side.
+        image: the image or images that the question is about, shown with at most 512 pixels a side.
         question: the question; by default that of the trace.
         gold: the right answer, if it is known.
     """
@@ -49,8 +50,9 @@ def to_frame(trace: Trace) -> str:
     return f'<iframe srcdoc="{page}" sandbox="allow-scripts" style="width: 100%; height: 40em; border: 0"></iframe>'
 
 
-def _header(view: View, image: "Image | None", question: str, gold: str | None) -> str:
-    picture = f'<img src="{_data_url(image)}" alt="the image asked about">' if image else ""
+def _header(view: View, image: "Image | Sequence[Image] | None", question: str, gold: str | None) -> str:
+    images = [] if image is None else image if isinstance(image, Sequence) else [image]
+    picture = "".join(f'<img src="{_data_url(each)}" alt="the image asked about">' for each in images)
     facts = [("answer", "answer", text.to_html(view.answer, tags=view.tags))]
     if view.failure is not None:
         facts = [("failed", "flaw", f"✗ {escape(_cut(view.failure))}")]

@@ -6,7 +6,7 @@ from llava_cot.scoring.combine import Borda, ByStage, Weighted
 from llava_cot.scoring.confidence import confidence, lowest_group, negative_entropy, self_certainty, tail
 from llava_cot.scoring.diagnostics import Diagnosis, diagnose, within_question_auc
 from llava_cot.scoring.judge import JudgeScorer
-from llava_cot.scoring.scorer import Scorer, Span, groupwise
+from llava_cot.scoring.scorer import Scorer, Span, check_scorer, groupwise
 from llava_cot.text import normalise
 
 # For use without a second model: captions by shared facts, reasonings by where they lead, the rest by votes
@@ -26,8 +26,14 @@ SCORERS: dict[str, Scorer] = {
 
 
 def resolve_scorer(scorer: str | Scorer) -> Scorer:
-    """Return the scorer of that name, or the callable itself. Raises ``ValueError`` for an unknown name."""
-    if callable(scorer):
+    """Return the scorer of that name, or the callable itself.
+
+    Raises:
+        ValueError: there is no scorer of that name.
+        TypeError: it is neither a name nor a callable.
+    """
+    if not isinstance(scorer, str):
+        check_scorer("scorer", scorer)
         return scorer
     if scorer not in SCORERS:
         raise ValueError(f"scorer must be one of {sorted(SCORERS)} or a callable, got {scorer!r}")

@@ -1,16 +1,21 @@
 """Combine scorers: by stage, by rank or by weighted value. The trace shows the parts of the last two."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Real
 
-from llava_cot.core import Program
+from llava_cot.core import Program, check_kind
 from llava_cot.scoring.calibration import Calibration
-from llava_cot.scoring.scorer import Scorer, Span, ask, is_groupwise, name_of
+from llava_cot.scoring.scorer import Scorer, Span, ask, check_scorer, is_groupwise, name_of
 
 
 class ByStage:
     """Scores the candidates of a stage by ``scorers[stage]``, and all others and whole answers by ``default``."""
 
     def __init__(self, scorers: Mapping[str, Scorer], default: Scorer, name: str = "by_stage") -> None:
+        check_kind("scorers", scorers, Mapping, "a mapping from stages to scorers")
+        for stage, scorer in scorers.items():
+            check_scorer(f"scorers[{stage!r}]", scorer)
+        check_scorer("default", default)
         self.scorers, self.default, self.__name__ = dict(scorers), default, name
         self.groupwise = any(map(is_groupwise, [*scorers.values(), default]))
 
@@ -75,7 +80,11 @@ class Weighted:
 
 
 def _checked(weights: Mapping[Scorer, float]) -> dict[Scorer, float]:
-    if not weights or any(weight < 0 for weight in weights.values()) or not sum(weights.values()):
+    check_kind("weights", weights, Mapping, "a mapping from scorers to their weights")
+    for scorer, weight in weights.items():
+        check_scorer("a key of weights", scorer)
+        check_kind(f"weights[{name_of(scorer)}]", weight, Real, "a number")
+    if not weights or any(not weight >= 0 for weight in weights.values()) or not sum(weights.values()):
         raise ValueError(f"weights must be >= 0 and not all 0, got {[*weights.values()]}")
     return dict(weights)
 

@@ -42,7 +42,8 @@ class JudgeScorer:
         words: the verdicts for and against: by default "yes" and "no", or "1" and "2".
 
     Raises:
-        ValueError: an unknown mode, or verdicts that begin with the same tokens.
+        ValueError: an unknown mode, another field in ``prompt``, or verdicts that begin with the same tokens.
+        TypeError: ``processor`` is none.
 
     Source: arXiv 2411.10440v1 (pairs), 2512.19433 (yes-logit), 2502.06233 (P(True)).
     """
@@ -58,11 +59,20 @@ class JudgeScorer:
     ) -> None:
         if mode not in ("yes_no", "pairwise"):
             raise ValueError(f"mode must be 'yes_no' or 'pairwise', got {mode!r}")
+        if not hasattr(processor, "tokenizer"):
+            raise TypeError(f"processor must be the model's processor, got {processor!r}")
         self.processor, self.mode, self.generate = processor, mode, generate
         self.groupwise = mode == "pairwise"
         self.__name__ = f"judge_{mode}"
         self.prompt = prompt or (YES_NO if mode == "yes_no" else PAIRWISE)
         self.words = words or (("yes", "no") if mode == "yes_no" else ("1", "2"))
+        try:
+            self.prompt.format(stage="", first="", second="")
+        except (LookupError, ValueError):
+            fields = "{stage}, {first} and {second}"
+            raise ValueError(f"prompt must have no field but {fields}, got {self.prompt!r}") from None
+        if isinstance(self.words, str) or len(self.words) != 2:
+            raise ValueError(f"words must be two verdicts, got {self.words!r}")
         first, second = (self._first_tokens(word) for word in self.words)
         self._ids = sorted(first - second), sorted(second - first)  # a shared token tells nothing, e.g. a lone space
         if not all(self._ids):

@@ -1,6 +1,7 @@
 """A scorer is a function from candidates to numbers, the larger the better."""
 
-from collections.abc import Callable, Generator, Sequence
+import reprlib
+from collections.abc import Callable, Generator, Sequence, Sized
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
@@ -29,7 +30,7 @@ class Span:
     path_text: str = ""  # everything from the first stage to the end of this span
     closed: bool = True
     question: str | None = None
-    load_image: "Callable[[], Image | None]" = field(default=lambda: None, repr=False)
+    load_images: "Callable[[], Sequence[Image]]" = field(default=tuple, repr=False)
     grammar: Grammar = LLAVA_COT
     id: int = -1  # the id of the continuation that it ends with, for scorers that extend or expand it
     root: int = 0  # the id of the prompt
@@ -37,9 +38,24 @@ class Span:
     notes: dict[str, float] = field(default_factory=dict)
 
     @property
+    def images(self) -> "Sequence[Image]":
+        """The images of the question in RGB, which are opened when they are first asked for.
+
+        There is none if the question is about none, or if the search was given tokens only.
+        """
+        return self.load_images()
+
+    @property
     def image(self) -> "Image | None":
-        """The image in RGB, which is opened when it is first asked for; None if the search was given tokens only."""
-        return self.load_image()
+        """The only image, or None.
+
+        Raises:
+            ValueError: there are several.
+        """
+        images = self.images
+        if len(images) > 1:
+            raise ValueError(f"image must be one for this scorer, got {len(images)}")
+        return images[0] if images else None
 
 
 # A scorer is called with all new candidates of one step of a search and returns one number for each. A number that is
@@ -72,9 +88,18 @@ def ask(scorer: Scorer, spans: Sequence[Span]) -> Program[Sequence[float]]:
     scores = scorer(spans)
     if isinstance(scores, Generator):
         scores = yield from scores
-    if len(scores) != len(spans):
-        raise WrongNumber(f"scorer must return {len(spans)} scores, one per span, got {len(scores)}")
+    if not isinstance(scores, Sized) or len(scores) != len(spans):
+        got = len(scores) if isinstance(scores, Sized) else reprlib.repr(scores)
+        raise WrongNumber(f"scorer must return {len(spans)} scores, one per span, got {got}")
     return scores
+
+
+def check_scorer(name: str, scorer: object) -> None:
+    """Raise ``TypeError`` unless the argument ``name`` can be called with candidates, which a class can't."""
+    if isinstance(scorer, type):
+        raise TypeError(f"{name} must be a scorer, got the class {scorer.__name__}: give an object of it")
+    if not callable(scorer):
+        raise TypeError(f"{name} must be a scorer that can be called, got {reprlib.repr(scorer)}")
 
 
 def name_of(scorer: object) -> str:

@@ -4,7 +4,7 @@ from llava_cot.search.best_of_n import BestOfNConfig
 from llava_cot.search.budget import Budget
 from llava_cot.search.greedy import GreedyConfig
 from llava_cot.search.majority import MajorityConfig
-from llava_cot.search.plan import POLICIES, Plan, Policy, SearchLike, make_plan
+from llava_cot.search.plan import POLICIES, Plan, Policy, SearchLike, make_plan, settings_of
 from llava_cot.search.sample import SampleConfig
 from llava_cot.search.search import NEXT, BudgetSpent, Search
 from llava_cot.search.sentence_beam import SentenceBeamConfig
@@ -32,4 +32,5 @@ __all__ = [
     "SwiresConfig",
     "TokenBeamConfig",
     "make_plan",
+    "settings_of",
 ]

@@ -3,7 +3,7 @@
 import threading
 from typing import Any
 
-from llava_cot.core import Program, Replies, Session
+from llava_cot.core import Program, Replies, Session, requests_of
 
 
 class Drive:
@@ -38,7 +38,7 @@ class Drive:
                 return self._end()
             failure = next((part for part in reply or () if isinstance(part, Exception)), None)
             try:
-                requests = list(self._program.throw(failure) if failure else self._program.send(reply))
+                requests = requests_of(self._program.throw(failure) if failure else self._program.send(reply))
             except StopIteration as stop:
                 self.result = None if self._is_cancelled else stop.value
                 return self._end()

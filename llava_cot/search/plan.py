@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from llava_cot.core import Program
 from llava_cot.scoring.scorer import name_of
@@ -61,18 +61,14 @@ def make_plan(search: SearchLike, settings: Mapping[str, Any], grammar: Grammar)
     Raises:
         ValueError: an argument is wrong; the message names it.
     """
-    if callable(search) and not isinstance(search, type):
-        known = [field.name for field in fields(Limits)]
+    known = settings_of(search)
+    if _is_function(search):
         for key in settings:
             if key not in known:
                 raise ValueError(f"a policy function must bring its own settings, got {key!r}")
         return Plan(name_of(search), Limits(**settings), search)
-    by_config = {config_type: name for name, (config_type, _) in POLICIES.items()}
-    name = search if isinstance(search, str) else by_config.get(type(search))  # type: ignore[arg-type]
-    if name not in POLICIES:
-        raise ValueError(f"search must be one of {sorted(POLICIES)}, a config or a policy function, got {search!r}")
+    name = _name_of_policy(search)
     config_type, policy = POLICIES[name]
-    known = [field.name for field in fields(config_type)]
     for key in settings:
         if key not in known:
             raise ValueError(f"{key} is not supported by search={name!r}; its settings are {known}")
@@ -81,6 +77,28 @@ def make_plan(search: SearchLike, settings: Mapping[str, Any], grammar: Grammar)
     if isinstance(config, Staged) and config.grammar != grammar:
         raise ValueError(f"grammar must be the generator's, {grammar}, got {config.grammar}")
     return Plan(name, config, lambda search: policy(search, config))
+
+
+def settings_of(search: SearchLike) -> list[str]:
+    """Return the names of the settings of a search.
+
+    Raises:
+        ValueError: there is no such search.
+    """
+    config_type = Limits if _is_function(search) else POLICIES[_name_of_policy(search)][0]
+    return [field.name for field in fields(config_type)]
+
+
+def _is_function(search: SearchLike) -> TypeGuard[Policy]:
+    return callable(search) and not isinstance(search, type)
+
+
+def _name_of_policy(search: Any) -> str:
+    by_config = {config_type: name for name, (config_type, _) in POLICIES.items()}
+    name = search if isinstance(search, str) else by_config.get(type(search))
+    if name not in POLICIES:
+        raise ValueError(f"search must be one of {sorted(POLICIES)}, a config or a policy function, got {search!r}")
+    return name
 
 
 def _default(config_type: type[Limits], grammar: Grammar) -> Limits:

@@ -1,6 +1,9 @@
 """Runs of a search. When the budget is spent, a run ends with the best answer so far, or finishes the best prefix."""
 
+import reprlib
+from collections.abc import Generator
 from statistics import fmean
+from typing import Any
 
 from llava_cot.core import Continuation, Expand, Finish, Program, SamplingParams
 from llava_cot.search.drive import Drive
@@ -19,19 +22,37 @@ class SearchRun(Drive):
     def _end(self) -> None:
         super()._end()
         if self.done:  # nothing looks at the image any more, and it may be large
-            self.search.forget_image()
+            self.search.forget_images()
 
 
 def run(search: Search, policy: Policy) -> Program[list[Node]]:
-    """Run ``policy`` until it returns or its budget is spent. Returns the answers, the best first."""
+    """Run ``policy`` until it returns or its budget is spent. Returns the answers, the best first.
+
+    Raises:
+        TypeError: the policy is no generator function, or does not return nodes that it has drawn.
+    """
     search.note("started", seed=search.seed)
     try:
-        result = yield from policy(search)
+        program = policy(search)
+        if not isinstance(program, Generator):
+            got = reprlib.repr(program)
+            raise TypeError(f"the policy must be a generator function that yields requests, got one that returns {got}")
+        result = yield from program
     except BudgetSpent as spent:
         search.note("budget_spent", what=str(spent), spent=getattr(search.usage, str(spent)))
         result = yield from finish(search)
-    nodes = result if isinstance(result, list) else [result]
+    nodes = _answers(search, result)
     search.note("accepted", nodes=[node.id for node in nodes])
+    return nodes
+
+
+def _answers(search: Search, result: Any) -> list[Node]:
+    nodes = list(result) if isinstance(result, (list, tuple)) else [result]
+    drawn = {id(node) for node in search.nodes[1:]}
+    wrong = [node for node in nodes if id(node) not in drawn]
+    if wrong or not nodes:
+        got = "an empty list" if not wrong else "the root" if wrong[0] is search.root else type(wrong[0]).__name__
+        raise TypeError(f"the policy must return a node that it has drawn, or a list of such nodes, got {got}")
     return nodes
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llava_cot.core import Program, SamplingParams, check_kinds
+from llava_cot.core import Program, SamplingParams, check_kind, check_kinds
 from llava_cot.scoring import Scorer, resolve_scorer
 from llava_cot.search.budget import Budget
 from llava_cot.search.search import Search
@@ -31,6 +31,7 @@ class Limits:
         check_kinds(self)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be >= 1, got {self.max_new_tokens}")
+        check_kind("budget", self.budget, (Budget, type(None)), "a Budget or None")
 
     @property
     def num_answers(self) -> int:
@@ -87,6 +88,10 @@ class Staged(Scored):
     """A search that goes stage by stage, in the order that ``grammar`` allows."""
 
     grammar: Grammar = LLAVA_COT
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_kind("grammar", self.grammar, Grammar, "a Grammar")
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,11 @@ from llava_cot.core import (
     SamplingParams,
     Session,
     Usage,
+    check_kind,
+    requests_of,
+    whole_number,
 )
-from llava_cot.scoring import Calibration, Scorer, Span
+from llava_cot.scoring import Calibration, Scorer, Span, resolve_scorer
 from llava_cot.scoring.scorer import WrongNumber, ask, is_groupwise, name_of
 from llava_cot.search.budget import Budget
 from llava_cot.search.events import Candidate, Candidates, Event, Retrace, StageFinal
@@ -56,14 +59,14 @@ class Search:
     grammar: Grammar = LLAVA_COT  # its tags are the engine's first ones
     budget: Budget | None = None
     question: str | None = None
-    load_image: "Callable[[], Image | None]" = lambda: None
+    load_images: "Callable[[], Sequence[Image]]" = tuple
     nodes: list[Node] = field(default_factory=list)
     log: list[dict[str, Any]] = field(default_factory=list)
     retraces: list[Retrace] = field(default_factory=list)
     root: Node = field(init=False)
     _scores: dict[tuple, tuple[float, str | None, dict[str, float]]] = field(default_factory=dict)
     _scorers: dict[int, Scorer] = field(default_factory=dict)
-    _image: "Image | None" = None
+    _images: "Sequence[Image] | None" = None
 
     def __post_init__(self) -> None:
         self.root = Node(0, None, None, 0, 0, Continuation(self.session.root, -1))
@@ -75,15 +78,15 @@ class Search:
         return self.session.usage
 
     @property
-    def image(self) -> "Image | None":
-        """The image in RGB. It is opened when it is asked for, and kept until a scorer has returned."""
-        if self._image is None:
-            self._image = self.load_image()
-        return self._image
+    def images(self) -> "Sequence[Image]":
+        """The images in RGB. They are opened when they are asked for, and kept until a scorer has returned."""
+        if self._images is None:
+            self._images = self.load_images()
+        return self._images
 
-    def forget_image(self) -> None:
-        """Keep neither the image nor what it would be opened from."""
-        self._image, self.load_image = None, lambda: None
+    def forget_images(self) -> None:
+        """Keep neither the images nor what they would be opened from."""
+        self._images, self.load_images = None, tuple
 
     def can_grow(self, node: Node) -> bool:
         """Whether another stage may come after ``node``."""
@@ -111,7 +114,14 @@ class Search:
 
         Raises:
             BudgetSpent: the budget is spent. What was drawn until then is in the tree.
+            ValueError, TypeError: naming the argument that is wrong.
         """
+        n = whole_number("n", n, 1)
+        if stage not in (None, NEXT, *self.grammar.names):
+            raise ValueError(f"stage must be one of {list(self.grammar.names)}, NEXT or None, got {stage!r}")
+        if max_stage_tokens is not None:
+            whole_number("max_stage_tokens", max_stage_tokens, 1)
+        _check_nodes("parents", parents)
         allowed = [self._allowed(parent, stage) for parent in parents]
         limits = [min(self.tokens_left(parent), max_stage_tokens or self.max_new_tokens) for parent in parents]
         stops = frozenset(range(len(self.grammar.names)) if stage is not None else ())
@@ -141,7 +151,12 @@ class Search:
 
         The stage of a piece is None. A piece is closed unless the limit cut it. A token that reaches into the next
         sentence is not part of it.
+
+        Raises:
+            BudgetSpent, ValueError, TypeError: see ``expand``.
         """
+        n = whole_number("n", n, 1)
+        _check_nodes("parents", parents)
         stages = len(self.grammar.names)
         trims = frozenset(range(stages, stages + len(SENTENCE_ENDS)))
         requests = [
@@ -192,8 +207,8 @@ class Search:
         """The name of a limit of the budget that is reached, apart from the reserve for finishing, or None."""
         return self.budget.spent(self.usage) if self.budget else None
 
-    def score(self, nodes: Sequence[Node], scorer: Scorer, scope: Scope = "stage") -> Program[None]:
-        """Give every node the score of its own text, or of its whole path.
+    def score(self, nodes: Sequence[Node], scorer: str | Scorer, scope: Scope = "stage") -> Program[None]:
+        """Give every node the score of its own text, or with the scope ``"path"`` of its whole path.
 
         One path of tokens has one score: equal candidates are scored once, except by a ``groupwise`` scorer, whose
         scores hold within ``nodes`` alone. A candidate whose score is not finite, or for which the scorer raises,
@@ -202,8 +217,12 @@ class Search:
         Raises:
             BudgetSpent: too few scorer calls are left for all of them.
             Exception: what the scorer raised, if it raised for every one of ``nodes``.
-            ValueError: the scorer does not return one number per span.
+            ValueError: the scorer does not return one number per span, or its name or the scope is unknown.
         """
+        scorer = resolve_scorer(scorer)
+        if scope not in ("stage", "path"):
+            raise ValueError(f"scope must be 'stage' or 'path', got {scope!r}")
+        _check_nodes("nodes", nodes)
         self._scorers[id(scorer)] = scorer  # while it lives, no other object has its id
         keys = [(id(scorer), scope, node.path_tokens()) for node in nodes]
         first: dict[tuple, Node] = {}
@@ -216,11 +235,11 @@ class Search:
         self.usage.scorer_calls += len(asked)
         spans = [self._span(first[key], scope) for key in asked]
         scores = (yield from self._evaluate(scorer, spans)) if spans else []
-        self._image = None
+        self._images = None
         for key, span, score in reversed([*zip(asked, spans, scores)]):  # of equal paths, the first one's counts
             if isinstance(score, Exception):
                 self._scores[key] = -math.inf, repr(score), span.notes
-            elif not math.isfinite(score):
+            elif not _is_finite(score):
                 self._scores[key] = -math.inf, f"the score is {score}", span.notes
             else:
                 self._scores[key] = float(score), None, span.notes
@@ -310,7 +329,7 @@ class Search:
     def _bounded(self, requests: Sequence[Request]) -> list[Request]:
         """Give ``requests`` that draw tokens the limit at which the budget is spent."""
         if self.budget is None:
-            return list(requests)
+            return requests_of(requests)
         limit = self.budget.limit()
         return [replace(request, limit=limit) if isinstance(request, Expand) else request for request in requests]
 
@@ -330,7 +349,7 @@ class Search:
         finish = continuation.finish
         if not allowed:
             return self.node(parent, None, round, index, continuation, finish is Finish.EOS)
-        written = self.grammar.names[continuation.tag] if finish is Finish.TAG else None
+        written = self.grammar.names[continuation.tag] if continuation.tag >= 0 else None
         node = self.node(parent, allowed[0], round, index, continuation, written in allowed)
         if written in allowed:
             node.stage = written
@@ -385,12 +404,25 @@ class Search:
             path_text="".join(node.text for node in node.path()),
             closed=node.closed,
             question=self.question,
-            load_image=lambda: self.image,
+            load_images=lambda: self.images,
             grammar=self.grammar,
             id=node.continuation.id,
             root=self.session.root,
             tokens_left=self.tokens_left(node),
         )
+
+
+def _is_finite(score: Any) -> bool:
+    try:
+        return math.isfinite(score)
+    except TypeError:
+        raise WrongNumber(f"scorer must return numbers, got {score!r}") from None
+
+
+def _check_nodes(name: str, nodes: Any) -> None:
+    check_kind(name, nodes, Sequence, "a list of nodes")
+    for node in nodes:
+        check_kind(name, node, Node, "a list of nodes")
 
 
 def _costs(request: Request, what: str) -> bool:

@@ -26,6 +26,12 @@ class StageBeamConfig(Staged):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.to_swires()  # raises if a value is wrong
+        for name in ("candidates", "keep", "max_stage_tokens"):
+            value = getattr(self, name)
+            plain = (
+                {stage: int(number) for stage, number in value.items()} if isinstance(value, Mapping) else int(value)
+            )
+            object.__setattr__(self, name, plain)
 
     def to_swires(self) -> SwiresConfig:
         return SwiresConfig(**{**vars(self), "retrace": {}})

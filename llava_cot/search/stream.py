@@ -1,7 +1,5 @@
 """The events of a running search, in the order in which a stream yields them."""
 
-from collections.abc import Callable
-
 from llava_cot.detokenise import Detokeniser
 from llava_cot.search.events import Event, TextDelta
 from llava_cot.search.run import SearchRun
@@ -13,9 +11,9 @@ class EventStream:
     New text comes as ``TextDelta``, only from searches whose configuration says that they stream tokens.
     """
 
-    def __init__(self, run: SearchRun, events: list[Event], decode: Callable[[list[int]], str]) -> None:
+    def __init__(self, run: SearchRun, events: list[Event], detokeniser: Detokeniser) -> None:
         self._run, self._events = run, events
-        self._detokeniser = Detokeniser(decode) if run.plan.config.streams_tokens else None
+        self._detokeniser = detokeniser if run.plan.config.streams_tokens else None
         self._num_shown = 0  # tokens
 
     def take(self) -> list[Event]:
@@ -35,7 +33,5 @@ class EventStream:
         else:
             tokens = next(iter(self._run.search.session.growing), ())
         new = tokens[self._num_shown :]
-        if not new and not self._run.done:
-            return ""
-        self._num_shown = max(self._num_shown, len(tokens))
-        return detokeniser.add(new, is_last=self._run.done)
+        self._num_shown += len(new)
+        return detokeniser.add(new)

@@ -1,12 +1,15 @@
 """SWIRES, stage-wise retracing search (arXiv 2411.10440v6, section 3.2.2 and algorithm 1)."""
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from numbers import Real
+from types import NoneType
 from typing import Any
 
-from llava_cot.core import Program
+from llava_cot.core import Program, check_kind, whole_number
 from llava_cot.scoring import resolve_scorer
 from llava_cot.scoring.scorer import is_groupwise
 from llava_cot.search.sample import Staged
@@ -61,18 +64,21 @@ class SwiresConfig(Staged):
         if self.retrace is None:
             object.__setattr__(self, "retrace", dict(zip(names, (names[0], *names))))
         for name in ("candidates", "keep"):
-            if not isinstance(getattr(self, name), Mapping):
+            if isinstance(getattr(self, name), Real):
                 object.__setattr__(self, name, dict.fromkeys(names, getattr(self, name)))
+            check_kind(name, getattr(self, name), Mapping, "int or a mapping from stages to numbers")
+        check_kind("retrace", self.retrace, Mapping, "a mapping from stages to stages, or None")
+        check_kind("max_stage_tokens", self.max_stage_tokens, Mapping, "a mapping from stages to numbers")
+        if isinstance(self.accumulate, str) or not isinstance(self.accumulate, (Collection, NoneType)):
+            raise TypeError(f"accumulate must be a collection of stages or None, got {self.accumulate!r}")
         for name in ("candidates", "keep", "retrace", "max_stage_tokens", "accumulate"):
-            mapping = getattr(self, name) or {}
-            unknown = set(mapping) - set(names)
-            if unknown:
-                raise ValueError(
-                    f"{name} must have stages {[str(s) for s in names]} as keys, got {sorted(unknown)[0]!r}"
-                )
-            low = [s for s in mapping if name not in ("retrace", "accumulate") and mapping[s] < 1]
-            if low:
-                raise ValueError(f"{name}[{str(low[0])!r}] must be >= 1, got {mapping[low[0]]}")
+            for stage in getattr(self, name) or ():
+                if stage not in names:
+                    raise ValueError(f"{name} must have stages {[str(s) for s in names]} as keys, got {stage!r}")
+        for name in ("candidates", "keep", "max_stage_tokens"):
+            numbers = getattr(self, name).items()
+            plain = {stage: whole_number(f"{name}[{str(stage)!r}]", number, 1) for stage, number in numbers}
+            object.__setattr__(self, name, plain)
         object.__setattr__(self, "keep", {**self.keep, **dict.fromkeys(ends, self.num_return_sequences)})  # type: ignore
         for stage, target in self.retrace.items():  # type: ignore[union-attr]
             if target not in names or names.index(target) > names.index(stage):
@@ -92,6 +98,10 @@ class SwiresConfig(Staged):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {value}")
+        for name in ("cutoff", "cutoff_z"):
+            value = getattr(self, name)
+            if value is not None and math.isnan(value):
+                raise ValueError(f"{name} must be a number or None, got nan")
         given = [n for n in ("cutoff", "cutoff_z", "cutoff_agreement") if getattr(self, n) is not None]
         if len(given) > 1:
             raise ValueError(f"{given[0]} and {given[1]} must not both be given")

@@ -1,5 +1,6 @@
 """Token beam search: the ``num_beams`` most likely continuations, token by token, as in transformers."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -29,7 +30,9 @@ class TokenBeamConfig(Limits):
             raise ValueError(
                 f"num_return_sequences must be in [1, num_beams={self.num_beams}], got {self.num_return_sequences}"
             )
-        if self.early_stopping not in (True, False, "never"):
+        if not math.isfinite(self.length_penalty):
+            raise ValueError(f"length_penalty must be finite, got {self.length_penalty}")
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise ValueError(f"early_stopping must be True, False or 'never', got {self.early_stopping!r}")
 
     @property

@@ -1,6 +1,6 @@
 """A trace in memory, with the queries of those who show it or learn from it."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -67,8 +67,14 @@ class Trace:
         """Return the trace as strict JSON, in which inf, -inf and NaN are the strings "inf", "-inf" and "nan"."""
         return to_json(self.data, indent)
 
-    def to_html(self, *, image: "Image | None" = None, question: str | None = None, gold: str | None = None) -> str:
-        """Return one self-contained HTML page. ``gold`` is the right answer, if it is known."""
+    def to_html(
+        self,
+        *,
+        image: "Image | Sequence[Image] | None" = None,
+        question: str | None = None,
+        gold: str | None = None,
+    ) -> str:
+        """Return one self-contained HTML page. ``image`` is shown on it; ``gold`` is the right answer, if known."""
         from llava_cot.report.html import to_html
 
         return to_html(self, image=image, question=question, gold=gold)

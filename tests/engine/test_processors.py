@@ -8,7 +8,7 @@ import torch
 
 from llava_cot import BestOfNConfig, SwiresGenerator
 from llava_cot.data import shapes
-from llava_cot.engine.processors import REFUSED
+from llava_cot.engine.generation_config import REFUSED
 from llava_cot.prompt import build_inputs
 
 SAMPLES = [shapes.sample(seed) for seed in range(807_000, 807_002)]
@@ -99,6 +99,15 @@ WRONG = {
     "watermarking_config": {"greenlist_ratio": 0.3},
     "stop_strings": ["4"],
     "max_time": 1.0,
+    "top_h": 0.5,
+    "token_healing": True,
+    "num_beam_groups": 2,
+    "diversity_penalty": 0.5,
+    "constraints": [],
+    "force_words_ids": [[3]],
+    "dola_layers": "high",
+    "is_assistant": True,
+    "assistant_ensemble_weight": 0.5,
 }
 
 

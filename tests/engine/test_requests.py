@@ -483,7 +483,7 @@ BAD_PROGRAMS = {
     asks_for_a_stranger: "parent must name a continuation of this session that has not been released, got 7",
     releases_the_prompt: "ids must not name the prompt",
     asks_for_nonsense: "a program must yield requests, got 'sing'",
-    asks_for_no_list: "not iterable",
+    asks_for_no_list: "what a program yields must be a list of requests, got Expand",
     gives_unknown_tokens: r"tokens must be in \[0, vocab_size=\d+\), got 1000000",
     grows_a_dropped_branch: "parent must name a continuation of this session that has not been released, got 1",
     cleans_up_badly: "while cleaning up",

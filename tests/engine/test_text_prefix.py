@@ -224,7 +224,11 @@ def cut(inputs, name, by=1):
 
 BAD_INPUTS = {
     "llava, no pixels": ("llava", lambda i: {**i, "pixel_values": None}, "pixel_values must be given"),
-    "llava, no image": ("llava", lambda i: {**i, "input_ids": i["input_ids"].clamp(max=90)}, "must contain the image"),
+    "llava, no image": (
+        "llava",
+        lambda i: {**i, "input_ids": i["input_ids"].clamp(max=90)},
+        "pixel_values must have the images of input_ids=0",
+    ),
     "llava, half an image": (
         "llava",
         lambda i: {
@@ -245,11 +249,14 @@ BAD_INPUTS = {
     "qwen, a mask too short": (
         "qwen2_5_vl",
         lambda i: {**i, "attention_mask": i["attention_mask"][:, 1:]},
-        r"attention_mask must have the shape of input_ids=\[1, 20\], got \[1, 19\]",
+        "attention_mask must have tokens=20 in dimension 1, got 19",
     ),
     "qwen, images left over": (
         "qwen2_5_vl",
-        lambda i: {**i, "input_ids": i["input_ids"][:, :3], "attention_mask": None},
+        lambda i: {
+            "input_ids": i["input_ids"][:, :3],
+            **{name: i[name] for name in ("pixel_values", "image_grid_thw")},
+        },
         "pixel_values must have the images of input_ids=1, got 2",
     ),
 }

@@ -1,4 +1,4 @@
-"""Random tiny models whose images are tokens of the prompt, LLaVA and Qwen2.5-VL, and random inputs for them."""
+"""Random tiny models whose images are tokens of the prompt, and random inputs for them."""
 
 import torch
 from transformers import (
@@ -6,16 +6,20 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    PixtralVisionConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
 
 VOCAB, VISION_START, VISION_END, VIDEO_TOKEN, IMAGE_TOKEN = 97, 93, 94, 95, 96
 IMAGE_SIZE, PATCH_SIZE = 28, 14  # LLaVA: 4 tokens an image
+SIDES = [(1, 2), (1, 2), (2, 1), (2, 3)]  # Pixtral: height and width in patches, which are tokens
 GRIDS = [(1, 2, 2), (1, 4, 6), (1, 8, 4), (1, 6, 6)]  # Qwen2.5-VL: time, height and width in patches, 2 x 2 to a token
 
 
-def build_random_llava(*, vocab=VOCAB, image_token=IMAGE_TOKEN, hidden=32, layers=3, heads=4, kv_heads=2, seed=0):
+def build_random_llava(
+    *, vocab=VOCAB, image_token=IMAGE_TOKEN, hidden=32, layers=3, heads=4, kv_heads=2, seed=0, pixtral=False
+):
     torch.manual_seed(seed)
     text = LlamaConfig(
         vocab_size=vocab,
@@ -27,16 +31,19 @@ def build_random_llava(*, vocab=VOCAB, image_token=IMAGE_TOKEN, hidden=32, layer
         max_position_embeddings=4096,
         tie_word_embeddings=False,
     )
-    vision = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
-    )
-    config = LlavaConfig(text_config=text, vision_config=vision, image_token_id=image_token)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "patch_size": PATCH_SIZE}
+    if pixtral:
+        vision = PixtralVisionConfig(**sizes, num_attention_heads=2, head_dim=8, image_size=4 * PATCH_SIZE)
+        features = {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}
+    else:
+        vision, features = CLIPVisionConfig(**sizes, num_attention_heads=4, image_size=IMAGE_SIZE), {}
+    config = LlavaConfig(text_config=text, vision_config=vision, image_token_id=image_token, **features)
     return _randomize(LlavaForConditionalGeneration(config))
+
+
+def build_random_pixtral(**sizes):
+    """A LLaVA whose vision encoder takes images of any size."""
+    return build_random_llava(pixtral=True, **sizes)
 
 
 def build_random_qwen2_5_vl(*, hidden=32, layers=3, heads=4, kv_heads=2, seed=0):
@@ -92,6 +99,17 @@ def random_llava_inputs(model, *, length, seed, images=1):
     return {**_prompt(generator, length, [per_image] * images), "pixel_values": pixels}
 
 
+def random_pixtral_inputs(model, *, length, seed, images=1):
+    """As above; every image has a size of its own, and its pixels are padded to the largest."""
+    generator = torch.Generator().manual_seed(seed)
+    patches = torch.tensor([SIDES[(seed + image) % len(SIDES)] for image in range(images)])
+    sizes = patches * PATCH_SIZE
+    pixels = torch.zeros(images, 3, *sizes.amax(0).tolist())
+    for image, (height, width) in zip(pixels, sizes.tolist()):
+        image[:, :height, :width] = torch.randn(3, height, width, generator=generator)
+    return {**_prompt(generator, length, patches.prod(-1).tolist()), "pixel_values": pixels, "image_sizes": sizes}
+
+
 def random_qwen2_5_vl_inputs(model, *, length, seed, images=1):
     """As above; every image has a size of its own."""
     generator = torch.Generator().manual_seed(seed)
@@ -115,5 +133,6 @@ def _prompt(generator, length, image_tokens):
 
 FAMILIES = {
     "llava": (build_random_llava, random_llava_inputs),
+    "pixtral": (build_random_pixtral, random_pixtral_inputs),
     "qwen2_5_vl": (build_random_qwen2_5_vl, random_qwen2_5_vl_inputs),
 }
