@@ -137,6 +137,7 @@ def to_8_bits(values: "np.ndarray") -> "np.ndarray":
     """
     import numpy as np
 
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)
     if values.dtype == np.uint8:
         return values
     if values.dtype == bool:

@@ -6,7 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageOps
 
@@ -225,6 +225,7 @@ def test_a_file_that_breaks_off_is_named(tmp_path, format):
     st.integers(1, 9) | st.integers(1, 300),
     st.integers(0, 2**32 - 1),
 )
+@example("I;16B", 1, 1, 259_752)  # dark: a type of foreign byte order was not known to have 16 bits
 def test_every_mode_and_size(mode, width, height, seed):
     """Whatever Pillow can make, in memory and, where PNG or TIFF have the mode, in a file."""
     size = len(Image.new(mode, (width, height)).tobytes())
@@ -279,3 +280,11 @@ def test_validation_knows_a_test_image_that_was_saved_with_a_clear_ground(tmp_pa
     checks = ImageChecks(tmp_path, forbidden=image_hashes(tmp_path / "test"))
     with pytest.raises(Exception, match="is one of the test images"):
         checks.check("copy.bmp")
+
+
+@pytest.mark.parametrize("kind", ["u2", "i2", "u4", "i8", "f4", "f8"])
+def test_arrays_of_foreign_byte_order(kind):
+    values = np.array([[0, 20, 200, 30_000]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert np.array_equal(*(to_8_bits(values.astype(order + kind)) for order in "<>"))
