@@ -35,7 +35,7 @@ BELOW: dict[str, set[str]] = {
     "search": {"scoring", "detokenise", "image"},
     "scoring.verifier": {"scoring.reward_model", "tiny"},
     "scoring.reward_model": {"scoring", "checkpoint", "torch"},
-    "scoring": {"core", "stages", "text", "trace", "literal"},
+    "scoring": {"core", "stages", "text", "trace", "literal", "chat"},
     "report": {"trace", "image"},
     "trace": {"core", "stages", "text", "atomic"},
     "llava_cot": set(),  # imports each name on its first use

@@ -44,7 +44,7 @@ class Pixtral(Llava):
         if (sizes > torch.tensor(pixels.shape[-2:], device=sizes.device)).any():
             raise ValueError(f"image_sizes must be within pixel_values={list(pixels.shape[-2:])}, got {sizes.tolist()}")
         prompts = super().split_images({**inputs, "image_sizes": sizes}, keep)
-        for prompt in prompts:
+        for prompt in filter(None, prompts):
             height, width = prompt["image_sizes"].amax(0).tolist()
             prompt["pixel_values"] = prompt["pixel_values"][..., :height, :width]
         return prompts

@@ -3,12 +3,11 @@
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
+from llava_cot.chat import DATE
 from llava_cot.literal import marked, token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-DATE = "26 Jul 2024"  # as in llava_cot.chat, so that a score is the same tomorrow
 
 
 def chat_text(question: str, text: str, tokenizer: "PreTrainedTokenizerBase") -> str:

@@ -46,20 +46,20 @@ def assert_same_search(answer, plain):
 
 
 def left_padded(rows):
-    """One batch of two prompts' inputs, as a processor pads them."""
+    """One batch of two prompts' inputs, as a processor pads them: images on the right and below."""
     longest = max(row["input_ids"].shape[1] for row in rows)
+    largest = torch.tensor([row["pixel_values"].shape[-2:] for row in rows]).amax(0).tolist()
     per_token = ("input_ids", "attention_mask", "mm_token_type_ids")
-    return {
-        name: torch.cat(
-            [
-                torch.nn.functional.pad(row[name], (longest - row[name].shape[1], 0))
-                if name in per_token
-                else row[name]
-                for row in rows
-            ]
-        )
-        for name in rows[0]
-    }
+
+    def padded(name, value):
+        if name in per_token:
+            return torch.nn.functional.pad(value, (longest - value.shape[1], 0))
+        if name == "pixel_values" and value.dim() == 4:
+            behind = (0, largest[1] - value.shape[-1], 0, largest[0] - value.shape[-2])
+            return torch.nn.functional.pad(value, behind)
+        return value
+
+    return {name: torch.cat([padded(name, row[name]) for row in rows]) for name in rows[0]}
 
 
 def test_greedy(bare_generator, family):

@@ -195,7 +195,7 @@ def _span(sample: shapes.Sample, text: str, stage: Stage) -> Span:
     """The path up to the end of ``stage``, or all there is."""
     head, close, _ = text.partition(stage.close_tag)
     path, question = head + close, sample.question
-    return Span(path, [], [], [], stage=stage, path_text=path, load_image=lambda: sample.image, question=question)
+    return Span(path, [], [], [], stage=stage, path_text=path, load_images=lambda: [sample.image], question=question)
 
 
 def main() -> None:
