@@ -3,7 +3,7 @@
 import reprlib
 import threading
 import warnings
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence, Set
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
@@ -33,7 +33,8 @@ from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.engine import Engine
 from llava_cot.engine.generation_config import SETTINGS
 from llava_cot.families import Prompt, family_of
-from llava_cot.image import Images, check_image, images_of, open_image, reopenable
+from llava_cot.image import Images, check_image, images_of, opener
+from llava_cot.loading import check_device, check_dtype, check_name, source_of
 from llava_cot.prompt import build_inputs, check_question, split_rows
 from llava_cot.scoring import Calibration
 from llava_cot.scoring.scorer import name_of
@@ -49,11 +50,6 @@ from llava_cot.trace import Trace, trace_data
 from llava_cot.vocabulary import Vocabulary
 
 CALIBRATION_FILE = "swires_calibration.json"
-# The arguments of transformers' from_pretrained that say where files come from
-SOURCE = (
-    *("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies"),
-    *("trust_remote_code", "code_revision"),
-)
 # The settings of a search that ``generate`` takes with transformers' meaning
 DECODING = frozenset({*SETTINGS, "max_new_tokens"})
 
@@ -126,13 +122,19 @@ class SwiresGenerator:
 
         Those that say where files come from, such as ``revision``, ``subfolder`` and ``token``, are the processor's
         too. A ``swires_calibration.json`` in a local folder is loaded with it.
+
+        Raises:
+            ValueError, TypeError: naming the argument that is wrong, before the weights are loaded.
         """
+        check_name(name)
+        check_dtype(dtype)
+        if device is not None:
+            check_device(device)
         path = tiny_path() if str(name) == "tiny" else name
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **kwargs)
         if device is not None:
             model = model.to(device)
-        source = {name: kwargs[name] for name in SOURCE if name in kwargs}
-        processor = AutoProcessor.from_pretrained(path, **source)
+        processor = AutoProcessor.from_pretrained(path, **source_of(kwargs))
         folder = Path(path) / kwargs.get("subfolder", "")
         file = folder / CALIBRATION_FILE
         calibrations = Calibration.load_all(file) if file.is_file() else []
@@ -267,10 +269,10 @@ class SwiresGenerator:
         Images are opened when the search is admitted, and closed again once the model has seen them. An image or a
         question that can't be used is the search's error.
         """
-        sources = [*map(reopenable, images_of(image))]
+        openers = [*map(opener, images_of(image))]
 
         def open_all() -> list[Image]:
-            return [*map(open_image, sources)]
+            return [open() for open in openers]
 
         def prepare() -> Prompt:
             opened = open_all()
@@ -297,7 +299,8 @@ class SwiresGenerator:
             ValueError, TypeError: naming the argument that is wrong.
         """
         for name, items in (("images", images), ("questions", questions)):
-            if isinstance(items, (str, bytes, Mapping)) or not isinstance(items, Collection):
+            is_wrong = isinstance(items, (str, bytes, Mapping, Set)) or hasattr(items, "columns")  # of a table
+            if is_wrong or not isinstance(items, Collection):
                 raise TypeError(f"{name} must be a sequence with one entry for each search, got {reprlib.repr(items)}")
         if len(images) != len(questions):
             raise ValueError(f"questions must have one entry per image={len(images)}, got {len(questions)}")

@@ -6,10 +6,11 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from os import PathLike
-from typing import IO, TYPE_CHECKING, Any, TypeAlias, TypeGuard, cast
+from typing import IO, TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeGuard, cast
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
@@ -77,9 +78,23 @@ def check_image(image: ImageLike) -> None:
         _file_of(image)
 
 
-def reopenable(image: ImageLike) -> ImageLike:
-    """Return ``image`` in a form that ``open_image`` can open more than once: a file object is read now."""
-    return _read(image) if hasattr(image, "read") else image
+def opener(image: ImageLike) -> Callable[[], Image.Image]:
+    """Return a function that does ``open_image``, more than once. A file object is read now.
+
+    What goes wrong in reading it is raised by the function.
+    """
+    if not hasattr(image, "read"):
+        return lambda: open_image(image)
+    try:
+        with naming(_name_of(image)):
+            data = _read(image)
+    except (ValueError, TypeError) as error:
+        return partial(_raise, error)
+    return lambda: open_image(data)
+
+
+def _raise(error: Exception) -> NoReturn:
+    raise error
 
 
 @contextmanager
@@ -188,7 +203,7 @@ def _file_of(image: Any) -> str | IO[bytes]:
         return io.BytesIO(image)
     if isinstance(image, str) and image[:5].lower() == "data:":
         return io.BytesIO(_data_of(image))
-    if isinstance(image, str) and image[:7].lower() == "file://":
+    if isinstance(image, str) and image[:6].lower() == "file:/":
         image = url2pathname(urlsplit(image).path)
     if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
         raise ValueError("nothing is downloaded; give its bytes")
@@ -203,6 +218,9 @@ def _file_of(image: Any) -> str | IO[bytes]:
 
 
 def _read(file: Any) -> bytes:
+    """Read a file object from its start, as Pillow does, wherever an earlier reader has left it."""
+    if getattr(file, "seekable", bool)():
+        file.seek(0)
     data = file.read()
     if not isinstance(data, bytes):
         raise TypeError(f"image must be a file opened in binary mode, got one that reads {type(data).__name__}")

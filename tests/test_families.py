@@ -134,6 +134,29 @@ def test_what_a_prompt_takes(case):
     assert family.pixel_values_per_pass.keys() == {"cpu", "cuda"}
 
 
+def test_image_sizes_of_pixtral():
+    """Without them images are as large as their pixels; a prompt keeps no more pixels than its images have."""
+    build, make_inputs = BUILDERS["pixtral"]
+    config = build().config
+    inputs = make_inputs(None, length=30, seed=2, images=2)
+    assert inputs["image_sizes"].tolist() == [[14 * 2, 14], [14 * 2, 14 * 3]]
+    (prompt,) = split_rows(inputs, config)
+    assert torch.equal(prompt["pixel_values"], inputs["pixel_values"])
+    (first,) = split_rows({**make_inputs(None, length=9, seed=2), "pixel_values": inputs["pixel_values"][:1]}, config)
+    assert first["pixel_values"].shape == (1, 3, 28, 14)
+    whole = make_inputs(None, length=30, seed=3)
+    (prompt,) = split_rows({**whole, "image_sizes": None}, config)
+    assert torch.equal(prompt["image_sizes"], whole["image_sizes"])
+    for sizes, message in (
+        ([[28, 42], [28, 56]], r"image_sizes must be within pixel_values=\[28, 42\], got \[\[28, 42\], \[28, 56\]\]"),
+        ([[28, 42], [28, 42]], r"input_ids\[0\] must have its images' tokens=12, got 8 image tokens"),
+        ([[28, 42]], "image_sizes must have images=2 in dimension 0, got 1"),
+        ([[28], [28]], "image_sizes must have sides=2 in dimension 1, got 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            split_rows({**inputs, "image_sizes": torch.tensor(sizes)}, config)
+
+
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.training])
 def test_every_parameter_is_of_one_part(name):
     model = BUILDERS[name][0]()

@@ -85,8 +85,8 @@ def files(tmp_path_factory):
 
 # What is wrong: (the call, the error, its message)
 BAD_ANSWERS = {
-    "no image": (
-        lambda g, f: g.answer(None, "?"),
+    "an image that is none": (
+        lambda g, f: g.answer([None], "?"),
         TypeError,
         "image must be a path, .* or a mapping with 'bytes' or 'path', got None",
     ),
@@ -189,6 +189,71 @@ BAD_GENERATES = {
         "pixel_values must have batch=1 in dimension 0, got 2",
     ),
     "max_length": (lambda g, i: g.generate(**i, max_length=1), "max_new_tokens must be >= 1, got -"),
+    "max_length as text": (lambda g, i: g.generate(**i, max_length="30"), "max_length must be int, got '30'"),
+    "a pad token as text": (
+        lambda g, i: g.generate(**i, pad_token_id="<pad>"),
+        "pad_token_id must be int or None, got '<pad>'",
+    ),
+    "ids in a list": (
+        lambda g, i: g.generate(**{**i, "input_ids": i["input_ids"].tolist()}),
+        r"input_ids must be a tensor, got \[\[",
+    ),
+    "a mask in a list": (
+        lambda g, i: g.generate(**{**i, "attention_mask": i["attention_mask"].tolist()}),
+        r"attention_mask must be a tensor, got \[\[",
+    ),
+    "ids of another kind": (
+        lambda g, i: g.generate(**{**i, "input_ids": i["input_ids"].float()}),
+        r"input_ids must have shape \[batch, tokens >= 1\] of int64, got .* of torch.float32",
+    ),
+    "ids below": (
+        lambda g, i: g.generate(**{**i, "input_ids": torch.cat([i["input_ids"][:, 1:], torch.tensor([[-200]])], 1)}),
+        r"input_ids must be in \[0, 648\), got .*-200",
+    ),
+    "ids above": (
+        lambda g, i: g.generate(**{**i, "input_ids": i["input_ids"] + 600}),
+        r"input_ids must be in \[0, 648\), got ",
+    ),
+    "a mask too short": (
+        lambda g, i: g.generate(**{**i, "attention_mask": i["attention_mask"][:, 1:]}),
+        "attention_mask must have tokens=.* in dimension 1, got ",
+    ),
+    "no aspect_ratio_ids": (
+        lambda g, i: g.generate(**without(i, "aspect_ratio_ids")),
+        "aspect_ratio_ids must be given: a prompt with its images, as the processor makes them, got None",
+    ),
+    "no aspect_ratio_mask": (
+        lambda g, i: g.generate(**without(i, "aspect_ratio_mask")),
+        "aspect_ratio_mask must be given",
+    ),
+    "no cross_attention_mask": (
+        lambda g, i: g.generate(**without(i, "cross_attention_mask")),
+        "cross_attention_mask must be given",
+    ),
+    "a cross_attention_mask too long": (
+        lambda g, i: g.generate(**changed(i, "cross_attention_mask", lambda mask: mask.repeat(1, 2, 1, 1))),
+        "cross_attention_mask must have tokens=.* in dimension 1, got ",
+    ),
+    "an empty cross_attention_mask": (
+        lambda g, i: g.generate(**changed(i, "cross_attention_mask", lambda mask: mask[:, :0])),
+        "cross_attention_mask must have tokens=.* in dimension 1, got 0",
+    ),
+    "tiles of another model": (
+        lambda g, i: g.generate(**changed(i, "pixel_values", lambda pixels: pixels.repeat(1, 1, 4, 1, 1, 1))),
+        "pixel_values must have tiles=1 in dimension 2, got 4",
+    ),
+    "a size of another model": (
+        lambda g, i: g.generate(**changed(i, "pixel_values", lambda pixels: pixels[..., :40])),
+        "pixel_values must have width=48 in dimension 5, got 40",
+    ),
+    "an aspect ratio of another model": (
+        lambda g, i: g.generate(**changed(i, "aspect_ratio_ids", lambda ids: ids + 5)),
+        r"aspect_ratio_ids must be in \[0, 1\], got \[6\]",
+    ),
+    "images that differ in number": (
+        lambda g, i: g.generate(**changed(i, "aspect_ratio_mask", lambda mask: mask.repeat(1, 2, 1))),
+        "aspect_ratio_mask must have images=1 in dimension 1, got 2",
+    ),
 }
 
 
@@ -200,6 +265,10 @@ def without(inputs, name):
     return {key: value for key, value in inputs.items() if key != name}
 
 
+def changed(inputs, name, change):
+    return {**inputs, name: change(inputs[name])}
+
+
 @pytest.mark.parametrize("call, error, message", BAD_ANSWERS.values(), ids=BAD_ANSWERS)
 def test_a_bad_question(tiny, files, call, error, message):
     with pytest.raises(error, match=message):
@@ -209,9 +278,21 @@ def test_a_bad_question(tiny, files, call, error, message):
 
 @pytest.mark.parametrize("call, message", BAD_GENERATES.values(), ids=BAD_GENERATES)
 def test_a_bad_call_of_generate(tiny, call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         call(tiny, dict(batch(tiny, [SAMPLE])))
     assert_nothing_held(tiny)
+
+
+def test_none_is_as_if_it_had_not_been_given(tiny):
+    """As in transformers, for all arguments that have its names."""
+    inputs = batch(tiny, [SAMPLE])
+    expected = tiny.generate(**inputs, search="sample", seed=2, max_new_tokens=9)
+    length = inputs["input_ids"].shape[1] + 9
+    unset = dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "num_return_sequences", "max_new_tokens"))
+    got = tiny.generate(**inputs, search="sample", seed=2, max_length=length, pad_token_id=None, **unset)
+    assert torch.equal(got, expected)
+    short = {**inputs, "cross_attention_mask": inputs["cross_attention_mask"][:, :-2]}
+    assert torch.equal(tiny.generate(**short, search="sample", seed=2, max_new_tokens=9), expected)
 
 
 @pytest.mark.parametrize(
@@ -327,7 +408,7 @@ def test_what_can_not_be_asked_stands_in_its_place(tiny, files):
         (files / "truncated.png", "?", ValueError, "truncated.png"),
         (files / "none.png", "?", ValueError, "No such file"),
         (b"text", "?", ValueError, "its format is not known"),
-        (None, "?", TypeError, "image must be a"),
+        ([None], "?", TypeError, "image must be a"),
         (SAMPLE.image, " ", ValueError, "question must be a non-empty string"),
         (SAMPLE.image, 3, ValueError, "question must be a non-empty string"),
     ]
@@ -534,3 +615,17 @@ def test_the_engine_has_no_weights_of_its_own(tiny):
 
 def test_what_the_processor_gives_is_what_generate_takes(tiny):
     assert set(batch(tiny, [SAMPLE])) == set(family_of(tiny.model.config).inputs)
+
+
+class Table(list):
+    """As a DataFrame: its length is that of its rows, and its items are its columns."""
+
+    columns = ("question",)
+
+
+@pytest.mark.parametrize("wrong", [Table("abc"), {"a": "?"}, {"?"}, frozenset("?"), "?", b"?", 3, None], ids=repr)
+def test_what_is_no_sequence_of_questions(tiny, wrong):
+    with pytest.raises(TypeError, match="questions must be a sequence with one entry for each search, got"):
+        tiny.answer_batch([SAMPLE.image], wrong, "greedy", max_new_tokens=2)
+    with pytest.raises(TypeError, match="images must be a sequence with one entry for each search, got"):
+        tiny.answer_batch(wrong, ["?"], "greedy", max_new_tokens=2)

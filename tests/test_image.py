@@ -288,3 +288,32 @@ def test_arrays_of_foreign_byte_order(kind):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert np.array_equal(*(to_8_bits(values.astype(order + kind)) for order in "<>"))
+
+
+def test_files_that_were_read_before(photo, tiny):
+    """Pillow goes back to the start of a file too. One file may be asked about twice."""
+    file = io.BytesIO()
+    photo.save(file, "PNG")
+    expected = open_image(photo)
+    assert open_image(file).tobytes() == open_image(file).tobytes() == expected.tobytes()
+    first, second = tiny.answer_batch([file, file], ["?", "?"], "greedy", max_new_tokens=3)
+    assert first.tokens == second.tokens
+
+
+def test_a_file_uri_may_have_one_slash_or_three(photo, tmp_path):
+    photo.save(tmp_path / "a b%.png")
+    path = str(tmp_path / "a b%.png").replace("%", "%25").replace(" ", "%20")
+    for uri in (f"file:{path}", f"file://{path}", f"FILE://localhost{path}"):
+        assert open_image(uri).tobytes() == open_image(photo).tobytes()
+
+
+def test_a_file_that_can_not_be_read_stands_in_its_place(photo, tiny, tmp_path):
+    closed = io.BytesIO(b"x")
+    closed.close()
+    text = io.StringIO("x")
+    found = tiny.answer_batch([closed, photo, text], ["?"] * 3, "greedy", max_new_tokens=3, return_exceptions=True)
+    assert isinstance(found[0], ValueError) and "image must be a readable image, got 'BytesIO'" in str(found[0])
+    assert isinstance(found[2], TypeError) and "opened in binary mode" in str(found[2])
+    assert len(found[1].tokens) == 3
+    with pytest.raises(ValueError, match="image must be a readable image, got 'BytesIO'"):
+        tiny.answer(closed, "?", "greedy", max_new_tokens=3)

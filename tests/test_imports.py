@@ -18,8 +18,10 @@ BELOW: dict[str, set[str]] = {
     "cli": {"serve", "evaluate", "generator", "train", "annotate", "report", "scoring.verifier"},
     "serve": {"generator"},
     "evaluate": {"generator", "data", "report"},
-    "generator": {"backends", "backends.openai", "aio", "answer", "custom_generate", "prompt", "checkpoint", "tiny"}
-    | {"vocabulary"},
+    "generator": {
+        *("backends", "backends.openai", "aio", "answer", "custom_generate", "prompt", "loading", "vocabulary"),
+        *("checkpoint", "tiny"),
+    },
     "aio": {"backends", "answer", "prompt"},
     "custom_generate": {"answer", "engine", "families"},
     "backends": {"engine", "search"},
@@ -48,6 +50,7 @@ BELOW: dict[str, set[str]] = {
     "image": set(),
     "chat": set(),
     "literal": set(),
+    "loading": {"torch"},
     "checkpoint": set(),
     "atomic": set(),
     "torch": set(),

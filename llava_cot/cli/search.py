@@ -201,7 +201,9 @@ def _run(
     if trace is not None:
         check_output(trace, "trace")
     if device is not None:
-        _check_device(device)
+        from llava_cot.loading import check_device
+
+        check_device(device)
 
     from transformers.utils import logging
 
@@ -232,16 +234,6 @@ def _run(
         raise
     write(result.trace)
     return result.conclusion
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch raises either where a back end is missing
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"device must be one that torch can use here, got {device!r}: {reason}") from None
 
 
 def _search(name: str) -> "str | SwiresConfig":

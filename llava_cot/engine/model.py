@@ -91,7 +91,11 @@ class ModelView:
         shape = (2, num_self, self.num_pages, page_size, *heads)
         capacity = min(for_images // (num_cross * token_bytes), MAX_IMAGE_TOKENS) if num_cross else 0
         with _left_unwritten():
-            self.kv_cache = torch.empty(shape, dtype=self.dtype, device=self.device)
+            try:
+                self.kv_cache = torch.empty(shape, dtype=self.dtype, device=self.device)
+            except RuntimeError as error:
+                size = self.num_pages * page_bytes / 2**30
+                raise ValueError(f"num_pages must fit into memory, got {self.num_pages}: {size:.1f} GiB") from error
             self.images = ImageStore(num_cross, *heads, capacity, self.dtype, self.device)
         logger.info(
             "room for %d tokens in %d pages (%.2f GiB) and for %d image tokens (%.2f GiB)",

@@ -415,6 +415,8 @@ class Search:
 def _is_finite(score: Any) -> bool:
     try:
         return math.isfinite(score)
+    except OverflowError:  # an integer beyond all floats
+        return False
     except TypeError:
         raise WrongNumber(f"scorer must return numbers, got {score!r}") from None
 
