@@ -73,7 +73,7 @@ def arguments(
         "input_ids": input_ids[::repeats],
         "max_new_tokens": config.max_length - input_ids.shape[1],
         **decoding,
-        "pad_token_id": config.pad_token_id,
+        "pad_token_id": _plain(config.pad_token_id),
         "return_dict_in_generate": bool(config.return_dict_in_generate),
     }
 

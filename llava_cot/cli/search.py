@@ -1,5 +1,6 @@
 """The commands around searches: answer, demo, report and export."""
 
+import os
 import random
 import sys
 import tempfile
@@ -49,8 +50,12 @@ TraceFile = Annotated[
 def answer(
     *,
     images: Annotated[
-        list[Path] | None,
-        typer.Argument(metavar="IMAGE", help="The image files, if the question is about any.", show_default=False),
+        list[str] | None,
+        typer.Argument(
+            metavar="IMAGE",
+            help="The images, if the question is about any: files, file: or data: URIs.",
+            show_default=False,
+        ),
     ] = None,
     question: Annotated[str, typer.Argument(help="The question.")],
     search: Search = "swires",
@@ -110,7 +115,7 @@ def demo(
             settings["scorer"] = load_verifier(lambda _: shapes.clean_view(number))
         if "cutoff" in known:
             settings["cutoff"] = 0.0  # a logit: more likely right than wrong
-        conclusion = _run([image], sample.question, search, "tiny", None, settings, json, trace, sample.answer)
+        conclusion = _run([str(image)], sample.question, search, "tiny", None, settings, json, trace, sample.answer)
     if not json:
         verdict = "right" if shapes.is_correct(sample, conclusion) else "wrong"
         console = Console()
@@ -177,7 +182,7 @@ def export(
 
 
 def _run(
-    images: list[Path],
+    images: list[str],
     question: str,
     search: str,
     model: str,
@@ -196,7 +201,7 @@ def _run(
     make_plan(plan, {name: value for name, value in settings.items() if name != "seed"}, LLAVA_COT)
     for image in images:
         check_image(image)
-    if not images and Path(question).is_file():
+    if not images and os.path.isfile(question):
         raise ValueError(f"question must be given after the images, got only the file {question!r}")
     if trace is not None:
         check_output(trace, "trace")

@@ -1,5 +1,6 @@
 """Questions about no image and about several, alone and beside others."""
 
+import base64
 import json
 
 import numpy as np
@@ -171,3 +172,24 @@ def test_images_of_different_sizes_in_one_question(tiny):
     for images in ([small, large], [large, small, large]):
         answer = tiny.answer(images, QUESTION, "greedy", max_new_tokens=8)
         assert len(answer.tokens) == 8 and answer.usage.image_encodings == 1
+
+
+def test_the_command_takes_what_a_shell_may_give(monkeypatch, capsys, tmp_path):
+    """A path would lose one of two slashes, which a URI needs."""
+    SAMPLES[0].image.save(tmp_path / "a b.png")
+    found = []
+    data = base64.b64encode((tmp_path / "a b.png").read_bytes()).decode()
+    for image in (f"file://{tmp_path}/a%20b.png", f"data:image/png;base64,{data}", str(tmp_path / "a b.png")):
+        options = ["--search", "greedy", "--max-new-tokens", "12", "--json"]
+        monkeypatch.setattr("sys.argv", ["llava-cot", "answer", image, QUESTION, *options])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 0
+        found.append(json.loads(capsys.readouterr().out)["stages"])
+    assert found[0] == found[1] == found[2]
+    monkeypatch.setattr(
+        "sys.argv", ["llava-cot", "answer", "How many? " * 100, *options]
+    )  # longer than any file's name
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
