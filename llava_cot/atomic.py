@@ -24,6 +24,19 @@ def check_output(path: Path | str, name: str) -> None:
         raise ValueError(f"{name} must be a file that may be written, got {str(path)!r}")
 
 
+def check_apart(path: Path | str, name: str, source: Path | str, source_name: str) -> None:
+    """Check that what is written is neither what is read nor in a folder that is read, by whatever name.
+
+    Raises:
+        ValueError: it is. The message begins with ``name``.
+    """
+    written, read = (Path(os.path.realpath(given)) for given in (path, source))
+    if written == read:
+        raise ValueError(f"{name} must be another file than {source_name}, got {str(path)!r} for both")
+    if written.is_relative_to(read):
+        raise ValueError(f"{name} must not be in {source_name}, got {str(path)!r} in {str(source)!r}")
+
+
 @contextmanager
 def replacing(path: Path | str) -> Iterator[TextIO]:
     """Yield a UTF-8 file to write, which replaces ``path`` when the block ends.

@@ -398,7 +398,10 @@ class SwiresGenerator:
         kwargs = {name: value for name, value in kwargs.items() if value is not None or name not in DECODING}
         check_kind("pad_token_id", pad_token_id, (Integral, NoneType), "int or None")
         if max_length is not None:
-            kwargs.setdefault("max_new_tokens", whole_number("max_length", max_length, 1) - input_ids.shape[1])
+            num_tokens = input_ids.shape[1]
+            if whole_number("max_length", max_length, 1) <= num_tokens and "max_new_tokens" not in kwargs:
+                raise ValueError(f"max_length must be > {num_tokens}, the tokens of the prompt, got {max_length}")
+            kwargs.setdefault("max_new_tokens", int(max_length) - num_tokens)
         plan = self.plan(search, **kwargs)
         if do_sample is not None and do_sample != plan.config.samples:
             raise ValueError(f"do_sample must be {plan.config.samples} with search={plan.name!r}, got {do_sample}")

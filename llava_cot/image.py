@@ -204,7 +204,10 @@ def _file_of(image: Any) -> str | IO[bytes]:
     if isinstance(image, str) and image[:5].lower() == "data:":
         return io.BytesIO(_data_of(image))
     if isinstance(image, str) and image[:6].lower() == "file:/":
-        image = url2pathname(urlsplit(image).path)
+        uri = urlsplit(image)
+        if uri.netloc not in ("", "localhost"):
+            raise ValueError(f"its host must be this one, got {uri.netloc!r}")
+        image = url2pathname(uri.path)
     if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
         raise ValueError("nothing is downloaded; give its bytes")
     if isinstance(image, (str, PathLike)):

@@ -7,7 +7,7 @@ from llava_cot.chat import render
 from llava_cot.core import Bos, check_kind
 from llava_cot.families import Family, Prompt, family_of
 from llava_cot.image import Images, images_of, open_image
-from llava_cot.literal import marked, without_marks
+from llava_cot.literal import MARK, marked, without_marks
 
 
 def build_inputs(processor: ProcessorMixin, image: Images, question: str, bos: Bos) -> Prompt:
@@ -37,7 +37,7 @@ def build_inputs(processor: ProcessorMixin, image: Images, question: str, bos: B
 
 
 def check_question(question: str) -> None:
-    """Raise ``ValueError`` unless ``question`` is a non-empty string that UTF-8 can encode."""
+    """Raise ``ValueError`` unless ``question`` is a non-empty string of characters, which UTF-8 can encode."""
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"question must be a non-empty string, got {question!r}")
     try:
@@ -45,6 +45,8 @@ def check_question(question: str) -> None:
     except UnicodeEncodeError as error:
         half = question[error.start]
         raise ValueError(f"question must be Unicode text, got half a character {half!a} at {error.start}") from None
+    if MARK in question:
+        raise ValueError(f"question must be Unicode text, got the noncharacter {MARK!a} at {question.index(MARK)}")
 
 
 def split_rows(inputs: dict[str, torch.Tensor], config: PreTrainedConfig) -> list[Prompt]:

@@ -109,7 +109,13 @@ class Grammar:
 
     @classmethod
     def sequence(cls, *names: str, **settings: Unpack[_Settings]) -> "Grammar":
-        """Return the grammar that has every stage once, in this order."""
+        """Return the grammar that has every stage once, in this order.
+
+        Raises:
+            ValueError: a name is given twice. ``max_visits`` is for stages that come again.
+        """
+        if len(set(names)) < len(names):
+            raise ValueError(f"names must be different, got {list(names)}")
         return cls({name: names[at + 1 : at + 2] for at, name in enumerate(names)}, **settings)
 
     def to_dict(self) -> dict[str, Any]:

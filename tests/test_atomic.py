@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from llava_cot.atomic import check_output, replacing
+from llava_cot.atomic import check_apart, check_output, replacing
 
 
 def write(path, text):
@@ -89,3 +89,19 @@ def test_a_folder_that_may_not_be_written(tmp_path):
     with pytest.raises(ValueError, match="trace must be a file that may be written, got"):
         check_output(tmp_path / "out.json", "trace")
     tmp_path.chmod(0o700)
+
+
+def test_what_is_read_is_not_written(tmp_path):
+    source, folder = tmp_path / "traces.jsonl", tmp_path / "many"
+    source.touch()
+    (folder / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(source)
+    (tmp_path / "away").symlink_to(folder)
+    for path in (source, tmp_path / "link", tmp_path / "many" / ".." / "traces.jsonl"):
+        with pytest.raises(ValueError, match=r"out must be another file than traces, got '.*' for both"):
+            check_apart(path, "out", source, "traces")
+    for path in (folder / "a.jsonl", folder / "deep" / "a.jsonl", tmp_path / "away" / "a.jsonl"):
+        with pytest.raises(ValueError, match=r"out must not be in traces, got '.*' in '.*many'"):
+            check_apart(path, "out", folder, "traces")
+    check_apart(tmp_path / "many.jsonl", "out", folder, "traces")
+    check_apart(tmp_path / "other", "out", source, "traces")

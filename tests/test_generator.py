@@ -120,6 +120,11 @@ BAD_ANSWERS = {
         ValueError,
         r"question must be a non-empty string, got ' \\n'",
     ),
+    "a noncharacter": (
+        lambda g, f: ask_this(g, "a \ufdd0?"),
+        ValueError,
+        r"question must be Unicode text, got the noncharacter '\\ufdd0' at 2",
+    ),
     "no string": (lambda g, f: ask_this(g, 3), ValueError, "question must be a non-empty string, got 3"),
     "unknown search": (
         lambda g, f: ask(g, search="beam"),
@@ -188,7 +193,10 @@ BAD_GENERATES = {
         lambda g, i: g.generate(**{**i, "pixel_values": i["pixel_values"].repeat(2, 1, 1, 1, 1, 1)}),
         "pixel_values must have batch=1 in dimension 0, got 2",
     ),
-    "max_length": (lambda g, i: g.generate(**i, max_length=1), "max_new_tokens must be >= 1, got -"),
+    "max_length": (
+        lambda g, i: g.generate(**i, max_length=1),
+        r"max_length must be > \d+, the tokens of the prompt, got 1",
+    ),
     "max_length as text": (lambda g, i: g.generate(**i, max_length="30"), "max_length must be int, got '30'"),
     "a pad token as text": (
         lambda g, i: g.generate(**i, pad_token_id="<pad>"),

@@ -305,6 +305,8 @@ def test_a_file_uri_may_have_one_slash_or_three(photo, tmp_path):
     path = str(tmp_path / "a b%.png").replace("%", "%25").replace(" ", "%20")
     for uri in (f"file:{path}", f"file://{path}", f"FILE://localhost{path}"):
         assert open_image(uri).tobytes() == open_image(photo).tobytes()
+    with pytest.raises(ValueError, match="its host must be this one, got 'elsewhere'"):
+        open_image(f"file://elsewhere{path}")
 
 
 def test_a_file_that_can_not_be_read_stands_in_its_place(photo, tiny, tmp_path):

@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_cot.atomic import check_apart, check_output
 from llava_cot.data.forms import MESSAGES, MessageForm, TextForm
 from llava_cot.data.groups import to_groups
 from llava_cot.data.jsonl import read_items, write_jsonl
@@ -39,7 +40,8 @@ def export_file(
     the one that the traces name. ``settings`` are the keyword arguments of the format's function.
 
     Raises:
-        ValueError: an unknown format or setting, a bad item, or traces of different models without ``model``.
+        ValueError: an ``out`` that is read or can't be written, an unknown format or setting, a bad item, or traces of
+            different models without ``model``.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {list(FORMATS)}, got {format!r}")
@@ -47,6 +49,8 @@ def export_file(
     for name in settings:
         if name not in known:
             raise ValueError(f"{name} is not supported by format={format!r}; its settings are {list(known)[1:]}")
+    check_output(out, "out")
+    check_apart(out, "out", traces, "traces")
     items = read_items(traces)
     form = known.get("form")
     if form is not None and form.default is inspect.Parameter.empty:

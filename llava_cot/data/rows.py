@@ -19,7 +19,13 @@ BLOCK = 1 << 20  # characters of an array that are read at a time
 TAIL = 1 << 16  # bytes at the end of a file that tell whether an array ends there
 WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 SCANNER = json.JSONDecoder()
-UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+# The longer mark comes first, since the shorter one is its beginning.
+WIDE = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 
 def raw_rows(path: Path | str) -> Iterator[bytes]:
@@ -29,14 +35,14 @@ def raw_rows(path: Path | str) -> Iterator[bytes]:
     array or a table have one line each too, and stand in UTF-8.
 
     Raises:
-        ValueError: the file is in UTF-16, a row has more than 64 MiB, or the file is an array or a table that can't be
-            read. A line that is not JSON is yielded.
+        ValueError: the file is in UTF-16 or UTF-32, a row has more than 64 MiB, or the file is an array or a table that
+            can't be read. A line that is not JSON is yielded.
         ModuleNotFoundError: the file is a Parquet table, and pyarrow is not installed.
     """
     with open(path, "rb") as file:
         head = file.read(4)
-        if head.startswith(UTF_16):
-            raise ValueError(f"data must be in UTF-8, got UTF-16 in {str(path)!r}")
+        if wide := next((name for mark, name in WIDE.items() if head.startswith(mark)), None):
+            raise ValueError(f"data must be in UTF-8, got {wide} in {str(path)!r}")
         if head == b"PAR1":
             yield from _table_rows(path)
             return

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from llava_cot.atomic import check_apart, check_output
 from llava_cot.data.conversations import parse_conversation
 from llava_cot.data.jsonl import write_jsonl
 from llava_cot.data.rows import naming_row, parsed_rows
@@ -94,6 +95,9 @@ def convert(source: Path | str, target: Path | str, variant: str) -> int:
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {list(VARIANTS)}, got {variant!r}")
+
+    check_output(target, "target")
+    check_apart(target, "target", source, "source")
 
     def rows() -> Iterator[Row]:
         for number, row in parsed_rows(source):

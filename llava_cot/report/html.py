@@ -1,11 +1,12 @@
 """Show a trace as one HTML page that loads nothing. Stages are columns, rounds are rows, retraces are arrows."""
 
 from base64 import b64encode
-from collections.abc import Sequence
 from html import escape
 from io import BytesIO
+from types import NoneType
 from typing import TYPE_CHECKING
 
+from llava_cot.core import check_kind
 from llava_cot.report import text
 from llava_cot.report.accounts import OUTSIDE
 from llava_cot.report.card import Card
@@ -19,6 +20,8 @@ from llava_cot.trace import Trace
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from llava_cot.image import Images
+
 IMAGE_SIDE = 512  # the most pixels of a side
 IMAGE_BYTES = 200_000  # a larger PNG becomes a JPEG, to keep the page small
 NOTE_LENGTH = 400  # the most characters shown of an error or of a violation of the grammar
@@ -27,17 +30,19 @@ NOTE_LENGTH = 400  # the most characters shown of an error or of a violation of 
 def to_html(
     trace: Trace,
     *,
-    image: "Image | Sequence[Image] | None" = None,
+    image: "Images" = None,
     question: str | None = None,
     gold: str | None = None,
 ) -> str:
     """Return the page of a trace. The same arguments give the same bytes.
 
     Args:
-        image: the image or images that the question is about, shown with at most 512 pixels a side.
+        image: what the question is about, as ``answer`` takes it, shown with at most 512 pixels a side.
         question: the question; by default that of the trace.
         gold: the right answer, if it is known.
     """
+    check_kind("question", question, (str, NoneType), "a string or None")
+    check_kind("gold", gold, (str, NoneType), "a string or None")
     view = read(trace)
     question = view.question if question is None else question
     body = _header(view, image, question, gold) + _accounts(view) + _board(view)
@@ -50,9 +55,8 @@ def to_frame(trace: Trace) -> str:
     return f'<iframe srcdoc="{page}" sandbox="allow-scripts" style="width: 100%; height: 40em; border: 0"></iframe>'
 
 
-def _header(view: View, image: "Image | Sequence[Image] | None", question: str, gold: str | None) -> str:
-    images = [] if image is None else image if isinstance(image, Sequence) else [image]
-    picture = "".join(f'<img src="{_data_url(each)}" alt="the image asked about">' for each in images)
+def _header(view: View, image: "Images", question: str, gold: str | None) -> str:
+    picture = "" if image is None else _pictures(image)
     facts = [("answer", "answer", text.to_html(view.answer, tags=view.tags))]
     if view.failure is not None:
         facts = [("failed", "flaw", f"✗ {escape(_cut(view.failure))}")]
@@ -75,10 +79,14 @@ def _header(view: View, image: "Image | Sequence[Image] | None", question: str, 
     )
 
 
-def _data_url(image: "Image") -> str:
-    from llava_cot.image import to_rgb  # not before, since it imports numpy, which a report without a picture can spare
+def _pictures(image: "Images") -> str:
+    from llava_cot.image import images_of, open_image  # not before, since a report without a picture can spare them
 
-    small = to_rgb(image)
+    urls = (_data_url(open_image(each)) for each in images_of(image))
+    return "".join(f'<img src="{url}" alt="the image asked about">' for url in urls)
+
+
+def _data_url(small: "Image") -> str:
     small.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     for kind in ("png", "jpeg"):
         file = BytesIO()

@@ -28,8 +28,10 @@ def write_pages(path: Path, folder: Path) -> list[Row]:
     """Write a page for each trace into ``folder``, with an index.html that links to them. Returns the rows.
 
     Raises:
-        ValueError: there is no trace that can be read.
+        ValueError: there is no trace that can be read, or ``folder`` is a file.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"html must be a folder for the pages of many traces, got the file {str(folder)!r}")
     folder.mkdir(parents=True, exist_ok=True)
     rows = _checked(path, [_write_page(entry, folder, n) for n, entry in enumerate(_entries(path), 1)])
     with replacing(folder / "index.html") as file:

@@ -1,7 +1,7 @@
 """A scorer is a function from candidates to numbers, the larger the better."""
 
 import reprlib
-from collections.abc import Callable, Generator, Sequence, Sized
+from collections.abc import Callable, Generator, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
@@ -88,6 +88,8 @@ def ask(scorer: Scorer, spans: Sequence[Span]) -> Program[Sequence[float]]:
     scores = scorer(spans)
     if isinstance(scores, Generator):
         scores = yield from scores
+    if isinstance(scores, (Mapping, Set)):
+        raise WrongNumber(f"scorer must return a list of scores, one per span, got a {type(scores).__name__}")
     if not isinstance(scores, Sized) or len(scores) != len(spans):
         got = len(scores) if isinstance(scores, Sized) else reprlib.repr(scores)
         raise WrongNumber(f"scorer must return {len(spans)} scores, one per span, got {got}")

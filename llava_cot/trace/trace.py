@@ -1,6 +1,6 @@
 """A trace in memory, with the queries of those who show it or learn from it."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -10,8 +10,9 @@ from llava_cot.trace.schema import NodeData, TraceData
 from llava_cot.trace.writer import to_json
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from rich.tree import Tree
+
+    from llava_cot.image import Images
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Trace:
     def to_html(
         self,
         *,
-        image: "Image | Sequence[Image] | None" = None,
+        image: "Images" = None,
         question: str | None = None,
         gold: str | None = None,
     ) -> str:

@@ -149,6 +149,16 @@ class TrainConfig(Settings):
         return (self.eval_data, self.eval_images or self.images) if evaluation else (self.data, self.images)
 
 
+class _Loader(yaml.SafeLoader):
+    """As YAML says, a key may stand once in a mapping; PyYAML would take the last one."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for at, key in enumerate(keys) if key in keys[:at]]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: Path | str, overrides: list[str] | None = None) -> TrainConfig:
     """Read a YAML file. ``overrides`` are ``key=value`` or ``part.key=value``, with values in YAML.
 
@@ -156,7 +166,7 @@ def load_config(path: Path | str, overrides: list[str] | None = None) -> TrainCo
         ValueError: a setting is unknown or out of range; the message names all of them.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"config must be YAML, got {str(path)!r}: {error}") from None
     if not isinstance(data, dict):

@@ -418,3 +418,18 @@ def test_what_can_not_be_exported(tmp_path):
         export_file(traces, out, "sft", by="answers")
     traces.write_text("")
     assert export_file(traces, out, "preferences") == 0 and out.read_text() == ""
+
+
+def test_an_export_never_replaces_its_traces(items, tmp_path):
+    path = tmp_path / "traces.jsonl"
+    write_jsonl([{"trace": json.loads(items[0].trace.to_json()), "image": "a.png"}], path)
+    before = path.read_bytes()
+    (tmp_path / "link.jsonl").symlink_to(path)
+    for out in (path, tmp_path / "link.jsonl"):
+        with pytest.raises(ValueError, match="out must be another file than traces"):
+            export_file(path, out, "steps")
+    with pytest.raises(ValueError, match="out must not be in traces"):
+        export_file(tmp_path, tmp_path / "rows.jsonl", "steps")
+    with pytest.raises(ValueError, match="out must be a file in a folder that exists"):
+        export_file(path, tmp_path, "steps")
+    assert path.read_bytes() == before

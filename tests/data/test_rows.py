@@ -144,6 +144,8 @@ def test_strict_json(raw, message):
         (b"[\n" + b"[" * 100_000 + b"\n]", r"row 1 of '.*data': it is nested too deeply"),
         (b'[\n{"id": "\xff"}]', "can't decode byte 0xff"),
         ("{}\n".encode("utf-16"), r"data must be in UTF-8, got UTF-16 in '.*data'"),
+        ("{}\n".encode("utf-32"), r"data must be in UTF-8, got UTF-32 in '.*data'"),
+        (codecs.BOM_UTF32_BE + "{}\n".encode("utf-32-be"), r"data must be in UTF-8, got UTF-32 in '.*data'"),
     ],
 )
 def test_files_that_cannot_be_read_name_the_row(tmp_path, content, message):

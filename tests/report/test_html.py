@@ -5,6 +5,7 @@ import math
 import re
 from importlib.resources import files
 
+import numpy as np
 import pytest
 from helpers.page import Page, ask, browse, needs_browser
 from helpers.scripted import Draft, play
@@ -312,3 +313,16 @@ def test_keys_move_between_cards_and_filter(page, tmp_path):
     file.write_text(page, encoding="utf-8")
     moves = ["n1", "n2", "n1", "n2", "n6", "n2", "n2", "n2", "n6", "n23"]
     assert ask(file, PRESSES) == [moves, "winner path (4)"]
+
+
+def test_an_image_in_every_form(trace, tmp_path):
+    picture = Image.new("RGB", (8, 8), "red")
+    picture.save(tmp_path / "a.png")
+    expected = to_html(trace, image=picture)
+    for image in (tmp_path / "a.png", str(tmp_path / "a.png"), [picture], np.asarray(picture)):
+        assert to_html(trace, image=image) == expected
+    assert to_html(trace, image=[picture, picture]).count("data:image/") == 2 and "data:image/" not in to_html(trace)
+    with pytest.raises(TypeError, match="gold must be a string or None, got 4"):
+        to_html(trace, gold=4)
+    with pytest.raises(TypeError, match="question must be a string or None, got"):
+        to_html(trace, question=b"?")

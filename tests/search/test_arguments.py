@@ -269,6 +269,8 @@ NODE = "the policy must return a node that it has drawn, or a list of such nodes
         (scoring(confidence, "all"), "scope must be 'stage' or 'path', got 'all'"),
         (scoring(lambda spans: None), "scorer must return 1 scores, one per span, got None"),
         (scoring(lambda spans: 0.5), "scorer must return 1 scores, one per span, got 0.5"),
+        (scoring(lambda spans: dict.fromkeys(range(len(spans)), 0.5)), "scorer must return a list .* got a dict"),
+        (scoring(lambda spans: {span.id for span in spans}), "scorer must return a list .* got a set"),
         (scoring(lambda spans: ["good"]), "scorer must return numbers, got 'good'"),
     ],
 )

@@ -221,3 +221,9 @@ def test_other_tags_on_the_real_model(tiny):
     with pytest.raises(ValueError, match="grammar must be the generator's"):
         generator.answer(sample.image, sample.question, SwiresConfig(cutoff=0.0))
     assert generator.engine.pages_in_use == 0
+
+
+@pytest.mark.parametrize("names", [("A", "A"), ("A", "B", "A"), (*LLAVA_COT.names, "SUMMARY")])
+def test_a_sequence_has_each_stage_once(names):
+    with pytest.raises(ValueError, match=r"names must be different, got \["):
+        Grammar.sequence(*names)

@@ -64,3 +64,12 @@ def test_learning_rates(load):
     step = learning_rate(load("schedule={name: step, gamma: 0.85}").schedule, 9300, 3100)
     assert [step(at) for at in (0, 3099, 3100, 6200)] == [1, 1, 0.85, 0.85**2]
     assert learning_rate(load("schedule.name=constant").schedule, 10, 5)(9) == 1.0
+
+
+@pytest.mark.parametrize(
+    "text", ["seed: 1\nseed: 2\n", "optimizer: {lr: 1e-5, lr: 1e-4}\n", "optimizer:\n  lr: 1\n  lr: 2\n"], ids=repr
+)
+def test_a_key_stands_once(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(REQUIRED) + text)
+    with pytest.raises(ValueError, match=r"config must be YAML, got '.*config.yaml': '(seed|lr)' stands twice"):
+        load_config(tmp_path / "config.yaml")
