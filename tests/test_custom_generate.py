@@ -248,7 +248,7 @@ def test_a_field_that_nobody_knows_is_refused(tiny, monkeypatch):
         generation_config._unknown.cache_clear()
 
 
-@pytest.mark.parametrize("name", [*FOLLOWED, *REFUSED, *OUTPUTS])
+@pytest.mark.parametrize("name", [*FOLLOWED, *REFUSED, *sorted(OUTPUTS)])
 def test_a_field_of_the_call_that_no_search_takes(tiny, name):
     inputs = inputs_of(tiny, SAMPLES[0])
     config, kwargs = prepared(tiny.model, inputs)
