@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-import llava_cot.generator as generator_module
+import llava_cot.image as image_module
 from llava_cot import (
     STAGES,
     BestOfNConfig,
@@ -447,7 +447,7 @@ def test_no_more_images_are_open_than_searches_run(tiny, bare_generator, monkeyp
     def open_now():
         return sum(image() is not None for image in opened)
 
-    monkeypatch.setattr(generator_module, "open_image", counting)
+    monkeypatch.setattr(image_module, "open_image", counting)
     SAMPLE.image.save(path := tmp_path / "photo.png")
     generator = bare_generator(tiny.model, page_size=4, num_pages=60)
     jobs, loaded = generator.engine.schedule.jobs, 0
