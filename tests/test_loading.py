@@ -9,7 +9,7 @@ from llava_cot import EngineConfig, SwiresGenerator
 from llava_cot import generator as module
 from llava_cot.loading import check_dtype, check_name
 
-NO_CUDA = [] if torch.cuda.is_available() else ["cuda", "cuda:0", 0, torch.device("cuda:1")]
+NO_CUDA = [] if torch.cuda.is_available() else ["cuda:0", 0, torch.device("cuda"), torch.device("cuda:1")]
 
 
 @pytest.fixture(autouse=True)
