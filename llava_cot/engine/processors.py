@@ -1,11 +1,13 @@
 """The logits processors of a model's generation config: penalties, minimum lengths, suppressed and biased tokens."""
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from transformers import GenerationConfig, LogitsProcessorList
 
 from llava_cot.engine.generation_config import refuse
@@ -52,13 +54,16 @@ class LogitsProcessors:
         ``prompts`` are the prompts of the slots, int64 [1, T].
         """
         scores, alike = logits[list(rows)].float(), defaultdict[tuple[int, int], list[int]](list)
+        # The image token of Mllama has no logit. The processors of older transformers look for it all the same.
+        beyond = max(0, self._model.config.image_token_id + 1 - scores.shape[1])
+        scores = pad(scores, (0, beyond), value=-math.inf)
         for at, (slot, prompt) in enumerate(zip(slots, prompts, strict=True)):
             alike[prompt.shape[1], slot.branch.length].append(at)
         for (length, _), places in alike.items():
             ids = [prompts[at][0].tolist() + slots[at].branch.path() for at in places]
             processors = self._of(length, logits.device)
             scores[places] = processors(torch.tensor(ids, device=logits.device), scores[places])
-        return scores
+        return scores[:, : logits.shape[1]]
 
     def _of(self, prompt_length: int, device: torch.device) -> LogitsProcessorList:
         if prompt_length not in self._by_length:

@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from helpers.parity import image_tokens_without_a_logit
 
 from llava_cot import BestOfNConfig, SwiresGenerator
 from llava_cot.data import shapes
@@ -29,9 +30,10 @@ def as_it_was(generator):
 
 def plain(generator, sample):
     inputs = build_inputs(generator.processor, sample.image, sample.question, "one")
-    out = generator.model.generate(
-        **inputs, attention_mask=torch.ones_like(inputs["input_ids"]), do_sample=False, max_new_tokens=LENGTH
-    )
+    with image_tokens_without_a_logit():
+        out = generator.model.generate(
+            **inputs, attention_mask=torch.ones_like(inputs["input_ids"]), do_sample=False, max_new_tokens=LENGTH
+        )
     return out[0, inputs["input_ids"].shape[1] :].tolist()
 
 
