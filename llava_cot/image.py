@@ -130,7 +130,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
-    return image if turn is None else image.transpose(turn)
+    image = image if turn is None else image.transpose(turn)
+    image.info.clear()  # or a second look would turn it again
+    return image
 
 
 def is_plain(image: Image.Image) -> bool:

@@ -319,3 +319,24 @@ def test_a_file_that_can_not_be_read_stands_in_its_place(photo, tiny, tmp_path):
     assert len(found[1].tokens) == 3
     with pytest.raises(ValueError, match="image must be a readable image, got 'BytesIO'"):
         tiny.answer(closed, "?", "greedy", max_new_tokens=3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_that_has_been_opened_stays_as_it_is(photo, tiny, monkeypatch, orientation):
+    """A search opens what it is given before it makes the model's inputs of it."""
+    exif = photo.getexif()
+    exif[0x0112] = orientation
+    data = encoded(photo, "JPEG", exif=exif)
+    once = open_image(data)
+    assert open_image(once).tobytes() == once.tobytes() and open_image(once).size == once.size
+    given = Image.open(io.BytesIO(data))
+    assert open_image(given).tobytes() == once.tobytes() == open_image(given).tobytes()  # the caller's own is unchanged
+    seen, process = [], tiny.processor.image_processor.preprocess
+    monkeypatch.setattr(
+        tiny.processor.image_processor,
+        "preprocess",
+        lambda images, *a, **k: seen.append(images) or process(images, *a, **k),
+    )
+    tiny.answer(data, "?", "greedy", max_new_tokens=2)
+    (((shown,),),) = seen
+    assert shown.size == once.size and shown.tobytes() == once.tobytes()
