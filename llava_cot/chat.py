@@ -1,16 +1,24 @@
-"""Render a conversation by the chat template of a processor."""
+"""Render a conversation by the chat template of a processor or a tokenizer."""
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import ProcessorMixin
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 # Llama 3.2's template writes today's date into a conversation without an image. This is its own default, a fixed date,
 # so that the same question has the same answer tomorrow, and a model is asked as it was trained.
 DATE = "26 Jul 2024"
 
 
-def render(processor: "ProcessorMixin", messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
-    """Return the text of ``messages``, whose contents are lists of parts, as the template writes it."""
+def render(
+    processor: "ProcessorMixin | PreTrainedTokenizerBase",
+    messages: list[dict[str, Any]],
+    *,
+    add_generation_prompt: bool,
+) -> str:
+    """Return the text of ``messages`` as the template writes it.
+
+    Their contents are lists of parts, or strings where a tokenizer's template takes those.
+    """
     date = {"date_string": DATE} if "date_string" in (processor.chat_template or "") else {}
-    return processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **date)
+    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt, **date)

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 
+from llava_cot_kernels.checks import FLOATS
+
 # Those of transformers' from_pretrained that say where files come from; the processor's files are beside the model's.
 SOURCE = (
     *("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies"),
     *("trust_remote_code", "code_revision"),
 )
-DTYPES = ("float32", "bfloat16", "float16")  # those of the kernels
+DTYPES = [str(dtype).removeprefix("torch.") for dtype in FLOATS]
 
 
 def source_of(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,7 +36,7 @@ def check_dtype(dtype: object) -> None:
     """Raise ``ValueError`` unless ``dtype`` is "auto" or one that the kernels have, or its name."""
     name = str(dtype).removeprefix("torch.")
     if dtype != "auto" and (name not in DTYPES or not isinstance(dtype, (str, torch.dtype))):
-        raise ValueError(f"dtype must be 'auto' or one of {list(DTYPES)}, got {dtype!r}")
+        raise ValueError(f"dtype must be 'auto' or one of {DTYPES}, got {dtype!r}")
 
 
 def check_device(device: Any) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from llava_cot_kernels.backend import OPS, choose
 from llava_cot_kernels.checks import (
     FLOATS,
+    USE_REFERENCE,
     Sizes,
     can_read,
     check_contiguous,
@@ -17,8 +18,6 @@ from llava_cot_kernels.checks import (
     check_range,
 )
 from llava_cot_kernels.reference import attention as reference
-
-_INSTEAD = 'use backend="reference", which has one'
 
 
 def paged_attention(
@@ -105,7 +104,7 @@ def paged_attention(
     chosen = choose("paged_attention", query.device.type, backend)
     if chosen in OPS:
         floats = (("query", query), ("key_cache", key_cache), ("value_cache", value_cache))
-        check_no_gradient(f"{chosen} paged_attention", floats, _INSTEAD)
+        check_no_gradient(f"{chosen} paged_attention", floats, USE_REFERENCE)
         out, lse = _empty_results(query)
         OPS[chosen].paged_attention(
             query, key_cache, value_cache, page_table, seq_lens, cu_seqlens_q, prefix_group, prefix_lens,
@@ -175,7 +174,7 @@ def shared_attention(
     check_range("group", group, -1, cu_seqlens_k.numel() - 2)
     chosen = choose("shared_attention", query.device.type, backend)
     if chosen in OPS:
-        check_no_gradient(f"{chosen} shared_attention", floats, _INSTEAD)
+        check_no_gradient(f"{chosen} shared_attention", floats, USE_REFERENCE)
         out, lse = _empty_results(query)
         OPS[chosen].shared_attention(query, key, value, group, cu_seqlens_k.long(), softmax_scale, out, lse)
     else:

@@ -7,6 +7,7 @@ from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT32_MAX = torch.finfo(torch.float32).max
+USE_REFERENCE = 'use backend="reference", which has one'  # what a caller can do where a gradient would be lost
 Named = Sequence[tuple[str, torch.Tensor]]
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from llava_cot_kernels.backend import OPS, choose
 from llava_cot_kernels.checks import (
     FLOATS,
+    USE_REFERENCE,
     Sizes,
     can_read,
     check_apart,
@@ -17,8 +18,6 @@ from llava_cot_kernels.checks import (
     note_writes,
 )
 from llava_cot_kernels.reference import paged_kv as reference
-
-_INSTEAD = 'use backend="reference", which has one'
 
 
 def store_kv(
@@ -68,7 +67,7 @@ def store_kv(
         check_writable(name, tensor)
     check_apart(caches, new)
     if choose("store_kv", key.device.type, backend) == "native":
-        check_no_gradient("native store_kv", (*new, *caches), _INSTEAD)
+        check_no_gradient("native store_kv", (*new, *caches), USE_REFERENCE)
         OPS["native"].store_kv(key, value, key_cache, value_cache, slot_mapping)
         note_writes(key_cache, value_cache)
     else:
@@ -108,7 +107,7 @@ def copy_pages(kv_cache: Tensor, copies: Tensor, *, backend: str = "auto") -> No
         return
     copies = copies.to(kv_cache.device, non_blocking=True).contiguous()
     if chosen == "native":
-        check_no_gradient("native copy_pages", (("kv_cache", kv_cache),), _INSTEAD)
+        check_no_gradient("native copy_pages", (("kv_cache", kv_cache),), USE_REFERENCE)
         OPS["native"].copy_pages(kv_cache, copies)
         note_writes(kv_cache)
     else:

@@ -50,7 +50,7 @@ BELOW: dict[str, set[str]] = {
     "image": set(),
     "chat": set(),
     "literal": set(),
-    "loading": {"torch"},
+    "loading": {"llava_cot_kernels"},
     "checkpoint": set(),
     "atomic": set(),
     "torch": set(),

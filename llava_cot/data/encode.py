@@ -89,7 +89,8 @@ def _encode_turns(
         add_bos = index == 0 and (bos == "released" or not written)
         extend(token_ids(begin, tokenizer, add_special_tokens=add_bos))
 
-        extend(*_encode_answer(turn.answer, processor, grammar, f"turn {index}'s answer"))
+        answer, stages_of_answer, last_stage = _encode_answer(turn.answer, processor, grammar, f"turn {index}'s answer")
+        extend(answer, stages_of_answer)
 
         messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
         text = render(processor, messages, add_generation_prompt=False)
@@ -97,20 +98,22 @@ def _encode_turns(
         closes = next((at + 1 for at, token in enumerate(end) if token in special), 0)
         if not closes:
             raise ValueError("the chat template must end an assistant's turn with a special token, got none")
-        extend(end[:closes], [_stage_starts(turn.answer, grammar)[1][-1]] * closes)
+        extend(end[:closes], [last_stage] * closes)
         extend(end[closes:])
     return input_ids, labels, stages
 
 
 def _encode_answer(
     answer: str, processor: "ProcessorMixin", grammar: Grammar, what: str
-) -> tuple[list[int], list[int]]:
-    """Return the tokens of an answer and the stage of each. Only a tag may be a special token; others are text."""
+) -> tuple[list[int], list[int], int]:
+    """Return the tokens of an answer, the stage of each, and the stage at its end.
+
+    Only a tag may be a special token; others are text.
+    """
     tokenizer = processor.tokenizer
     if (found := SPECIAL_TOKEN.search(answer)) and found[0] in tokenizer.get_added_vocab():
         raise ValueError(f"{what} must be plain text, got the special token {found[0]!r}")
-    tags = [tag for name in grammar.names for tag in grammar.tag_pair(name)]
-    written = marked(answer, tokenizer, keep=tags)
+    written = marked(answer, tokenizer, keep=grammar.all_tags)
     tokens = tokenizer(written, add_special_tokens=False, return_offsets_mapping=True)
     opened, stage_of = _stage_starts(written, grammar)
     # Tokens are adjacent, although a tokenizer may trim spaces from its offsets.
@@ -118,7 +121,7 @@ def _encode_answer(
     firsts = map(min, starts, (0, *ends))
     stages = [stage_of[bisect_right(opened, first)] for first in firsts]
     kept = unmarked(tokens["input_ids"], written, tokenizer)
-    return [tokens["input_ids"][at] for at in kept], [stages[at] for at in kept]
+    return [tokens["input_ids"][at] for at in kept], [stages[at] for at in kept], stage_of[-1]
 
 
 def _rest(text: str, before: str, what: str) -> str:

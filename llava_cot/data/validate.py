@@ -14,7 +14,7 @@ from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 
-from llava_cot.atomic import check_output, replacing
+from llava_cot.atomic import check_apart, check_output, replacing
 from llava_cot.data.checks import LineChecks, Verdict
 from llava_cot.data.defect import Defect
 from llava_cot.data.rows import raw_rows
@@ -85,15 +85,14 @@ def validate_file(
 def _check_files(data: Path | str, outputs: dict[str, Path | str | None]) -> None:
     if not os.path.isfile(data):
         raise ValueError(f"data must be a file, got {str(data)!r}")
-    taken = {os.path.realpath(data): "data"}
+    taken = {"data": data}
     for name, path in outputs.items():
         if path is None:
             continue
         check_output(path, name)
-        real = os.path.realpath(path)
-        if real in taken:
-            raise ValueError(f"{name} must be another file than {taken[real]}, got {str(path)!r} for both")
-        taken[real] = name
+        for other, other_path in taken.items():
+            check_apart(path, name, other_path, other)
+        taken[name] = path
 
 
 def _chunks(rows: Iterator[bytes]) -> Iterator[list[bytes]]:

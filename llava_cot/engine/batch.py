@@ -1,6 +1,6 @@
 """What one forward pass needs to know, built once per step and passed as an argument."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,11 @@ class Batch:
     @property
     def is_prefill(self) -> bool:
         return self.page_table is None
+
+
+def has_blind_rows(branches: Iterable[Branch], image_group: torch.Tensor | None) -> bool:
+    """Whether one of ``branches`` has no image, in a model that stores images."""
+    return image_group is not None and any(branch.image < 0 for branch in branches)
 
 
 def shared_prefixes(branches: Sequence[Branch]) -> tuple[list[int], list[int]]:

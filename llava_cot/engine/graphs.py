@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
-from llava_cot.engine.batch import Batch, shared_prefixes
+from llava_cot.engine.batch import Batch, has_blind_rows, shared_prefixes
 from llava_cot.engine.draw import Candidates, Drawn, Row, candidates, draw
 from llava_cot.engine.model import ModelView
 from llava_cot.engine.session import Slot
@@ -290,7 +290,7 @@ class Window:
             image_group, image_cu_seqlens = self.view.images.segments([branch.image for branch in branches])
             prefix_group, prefix_lens = shared_prefixes(branches)
             num_segments = 0 if image_cu_seqlens is None else len(image_cu_seqlens) - 1
-            is_blind = image_group is not None and any(branch.image < 0 for branch in branches)
+            is_blind = has_blind_rows(branches, image_group)
             shape = Shape.with_room(n, page_table.shape[1], num_segments, len(prefix_lens), is_blind)
             to, step = self._open(shape)
             for buffer, values in zip(to.candidates, candidates([*range(n)], slots, torch.device("cpu"))):

@@ -19,10 +19,10 @@ from llava_cot.engine.compile import compile_layers
 from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.images import ImageStore
 from llava_cot.families import Prompt, family_of
+from llava_cot_kernels.checks import FLOATS
 
 CPU_BYTES = 2 << 30  # address space, for pages and for images: only what was written becomes resident
 CUDA_PAGES_SHARE, CUDA_IMAGES_SHARE = 0.5, 0.2  # of the memory that is free once the weights are there
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those of the kernels
 MAX_IMAGE_TOKENS = 1 << 20  # of the image store: 163 images of four tiles, more than run at once
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class ModelView:
         self.family = family_of(model.config)
         self.cross_layers = self.family.cross_layers
         _require_full_attention(model.config.text_config)
-        if model.dtype not in DTYPES:
+        if model.dtype not in FLOATS:
             raise ValueError(f"model must be in float32, bfloat16 or float16, got {model.dtype}")
         self._model = copy_around_tensors(model).eval()
         self._model.set_attn_implementation({"text_config": NAME})

@@ -7,7 +7,7 @@ from itertools import accumulate
 import torch
 from transformers import PreTrainedModel
 
-from llava_cot.engine.batch import Batch, shared_prefixes
+from llava_cot.engine.batch import Batch, has_blind_rows, shared_prefixes
 from llava_cot.engine.branch import Branch
 from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.graphs import Replay, open_recorder
@@ -83,7 +83,7 @@ class ModelRunner:
             prefix_lens=column(prefix_lens) if prefix_lens else None,
             image_group=group,
             image_cu_seqlens=cu_seqlens,
-            has_blind_rows=group is not None and any(branch.image < 0 for branch in branches),
+            has_blind_rows=has_blind_rows(branches, group),
         )
         positions = [
             start + branch.position_offset + index

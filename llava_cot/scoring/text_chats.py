@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from llava_cot.chat import DATE
+from llava_cot.chat import render
 from llava_cot.literal import marked, token_ids
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def chat_text(question: str, text: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     """Return a user's turn and a whole turn of the assistant, as the chat template of ``tokenizer`` writes them."""
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": text}]
-    return tokenizer.apply_chat_template(turns, tokenize=False, date_string=DATE)
+    return render(tokenizer, turns, add_generation_prompt=False)
 
 
 def chat_ids(

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from helpers.parity import image_tokens_without_a_logit
+from helpers.refused_fields import REFUSED_VALUES
 
 from llava_cot import BestOfNConfig, SwiresGenerator
 from llava_cot.data import shapes
@@ -89,33 +90,9 @@ def test_candidates_are_processed_by_their_own_tokens(generator):
         assert together[1].tokens == ask(generator, SAMPLES[1], search).tokens
 
 
-WRONG = {
-    "guidance_scale": 2.0,
-    "encoder_repetition_penalty": 1.2,
-    "encoder_no_repeat_ngram_size": 2,
-    "forced_eos_token_id": 3,
-    "typical_p": 0.9,
-    "epsilon_cutoff": 0.1,
-    "eta_cutoff": 0.1,
-    "penalty_alpha": 0.5,
-    "watermarking_config": {"greenlist_ratio": 0.3},
-    "stop_strings": ["4"],
-    "max_time": 1.0,
-    "top_h": 0.5,
-    "token_healing": True,
-    "num_beam_groups": 2,
-    "diversity_penalty": 0.5,
-    "constraints": [],
-    "force_words_ids": [[3]],
-    "dola_layers": "high",
-    "is_assistant": True,
-    "assistant_ensemble_weight": 0.5,
-}
-
-
 @pytest.mark.parametrize("field", REFUSED)
 def test_what_no_search_follows_is_refused(generator, field):
-    setattr(generator.model.generation_config, field, WRONG[field])
+    setattr(generator.model.generation_config, field, REFUSED_VALUES[field])
     with pytest.raises(ValueError, match=rf"generation_config\.{field} is not supported by a search, got "):
         ask(generator, SAMPLES[0])
     assert generator.engine.pages_in_use == 0
