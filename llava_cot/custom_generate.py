@@ -40,7 +40,7 @@ def arguments(
     if not family.has_custom_generate:
         kinds = sorted(name for name, each in FAMILIES.items() if each.has_custom_generate)
         raise ValueError(
-            f"model must be one of {kinds}, got model_type {family.model_type!r}: "
+            f"model must be one of {kinds}, got model_type {model.config.model_type!r}: "
             "call generator.generate(**inputs) instead"
         )
     own = model.generation_config

@@ -279,7 +279,7 @@ class SwiresGenerator:
             with self._processing:
                 return build_inputs(self.processor, opened, question, self.bos)
 
-        return self._start(prepare, plan, seed, on_event, question, open_all)
+        return self.start(prepare, plan, seed, on_event, question, open_all)
 
     def submit_all(
         self,
@@ -410,7 +410,7 @@ class SwiresGenerator:
         runs: list[SearchRun] = []
         try:
             for row in rows:
-                runs.append(self._start(row, plan, seed))
+                runs.append(self.start(row, plan, seed))
             self.wait(runs)
             found = [(index, run, node) for index, run in enumerate(runs) for node in self._nodes(run)]
         finally:
@@ -496,7 +496,7 @@ class SwiresGenerator:
             raise error
         return run.result
 
-    def _start(
+    def start(
         self,
         prompt: Prompt | Callable[[], Prompt],
         plan: Plan,
@@ -505,6 +505,7 @@ class SwiresGenerator:
         question: str | None = None,
         load_images: Callable[[], Sequence[Image]] = tuple,
     ) -> SearchRun:
+        """Start a search of a prompt's inputs, or of those that a function makes once it is admitted."""
         if not isinstance(seed, Integral) or isinstance(seed, bool):
             raise TypeError(f"seed must be an integer, got {seed!r}")
         if not 0 <= seed < 2**63:

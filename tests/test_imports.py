@@ -15,7 +15,8 @@ PACKAGES = ("llava_cot", "llava_cot_kernels")
 # are named here, what those may import, and so on. "torch" is torch and transformers. A layer that has none of it below
 # works on a machine that has no model.
 BELOW: dict[str, set[str]] = {
-    "cli": {"serve", "evaluate", "generator", "train", "annotate", "report", "scoring.verifier"},
+    "cli": {"serve", "evaluate", "check", "generator", "train", "annotate", "report", "scoring.verifier"},
+    "check": {"generator"},
     "serve": {"generator"},
     "evaluate": {"generator", "data", "report"},
     "generator": {

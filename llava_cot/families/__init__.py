@@ -2,13 +2,34 @@
 
 from typing import Any
 
+from llava_cot.families.anyres import LlavaNext, LlavaOnevision
 from llava_cot.families.family import Family, Prompt
 from llava_cot.families.llava import Llava
 from llava_cot.families.mllama import Mllama
-from llava_cot.families.qwen2_5_vl import Qwen2_5_VL
+from llava_cot.families.pixtral import Pixtral
+from llava_cot.families.qwen_vl import QwenVL
+from llava_cot.families.tiles import Idefics3, Tiles
 from llava_cot.families.training import Training
 
-FAMILIES: dict[str, type[Family]] = {family.model_type: family for family in (Llava, Mllama, Qwen2_5_VL)}
+FAMILIES: dict[str, type[Family]] = {  # by the model_type of their configs
+    "aya_vision": Tiles,
+    "glm46v": QwenVL,
+    "glm4v": QwenVL,
+    "glm4v_moe": QwenVL,
+    "idefics3": Idefics3,
+    "internvl": Tiles,
+    "llava": Llava,
+    "llava_next": LlavaNext,
+    "llava_onevision": LlavaOnevision,
+    "mistral3": Pixtral,
+    "mllama": Mllama,
+    "qwen2_5_vl": QwenVL,
+    "qwen2_vl": QwenVL,
+    "qwen3_vl": QwenVL,
+    "qwen3_vl_moe": QwenVL,
+    "smolvlm": Idefics3,
+    "vipllava": Tiles,
+}
 
 __all__ = ["FAMILIES", "Family", "Prompt", "Training", "family_of", "training_of"]
 
@@ -33,5 +54,5 @@ def training_of(config: Any) -> Training:
     family = family_of(config)
     if family.training is None:
         trainable = sorted(name for name, each in FAMILIES.items() if each.training is not None)
-        raise ValueError(f"model must be one of {trainable} to be trained, got model_type {family.model_type!r}")
+        raise ValueError(f"model must be one of {trainable} to be trained, got model_type {config.model_type!r}")
     return family.training(config)

@@ -16,10 +16,9 @@ class Family:
     """A model family, bound to the config of one of its models.
 
     The defaults are right for a family whose images are tokens of the prompt and whose rotary positions count them like
-    any other token. Such a subclass only sets ``model_type``, ``inputs`` and ``optional``.
+    any other token. Such a subclass only sets ``inputs`` and ``optional``.
 
     Attributes:
-        model_type: the ``model_type`` of the family's configs.
         inputs: the inputs that the family's processor makes, each with the names of its dimensions. ``batch`` means one
             row per prompt. Without it the entries of all prompts follow each other in the order of their image tokens,
             one per image (``images``) or one per piece of ``pixel_values`` (``patches``).
@@ -31,7 +30,6 @@ class Family:
         training: the training parts; None if models of this family can't be trained.
     """
 
-    model_type: ClassVar[str]
     inputs: ClassVar[Inputs]
     optional: ClassVar[frozenset[str]] = frozenset({"attention_mask"})
     may_end_early: ClassVar[frozenset[str]] = frozenset()

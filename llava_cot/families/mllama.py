@@ -14,7 +14,6 @@ class Mllama(Family):
     The keys and values of those tokens in the cross-attention layers go to the image store.
     """
 
-    model_type = "mllama"
     inputs: ClassVar[Inputs] = {
         "input_ids": ("batch", "tokens"),
         "attention_mask": ("batch", "tokens"),

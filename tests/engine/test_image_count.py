@@ -52,7 +52,7 @@ def test_prompts_without_an_image_alone_and_beside_others(bare_generator, family
     plan = generator.plan("greedy", max_new_tokens=20)
     prompts = [row for each in inputs for row in split_rows(each, model.config)]
     for order in ([2], [2, 2], [0, 2, 1], [2, 0, 2, 1, 0], [0, 1]):
-        runs = [generator._start(prompts[index], plan, 0) for index in order]
+        runs = [generator.start(prompts[index], plan, 0) for index in order]
         generator.wait(runs)
         found = [[token for token in generator._nodes(run)[0].path_tokens() if token != 2] for run in runs]
         assert found == [expected[index] for index in order], order
@@ -64,7 +64,7 @@ def test_prompts_without_an_image_alone_and_beside_others(bare_generator, family
         == expected[2]
     )
     generator.generate(input_ids=ids, search="sentence_beam", max_new_tokens=20)
-    usage = generator._start(prompts[2], plan, 0)
+    usage = generator.start(prompts[2], plan, 0)
     generator.wait([usage])
     assert usage.search.usage.image_encodings == 0
 

@@ -32,7 +32,7 @@ def test_a_search_on_a_broken_image_fails_alone(tiny, search, bad):
     plan = tiny.plan(SEARCHES[search], max_new_tokens=30)
     expected = [tiny.answer(s.image, s.question, SEARCHES[search], max_new_tokens=30).tokens for s in SAMPLES]
     prompts[1] = {**prompts[1], "pixel_values": torch.full_like(prompts[1]["pixel_values"], bad)}
-    runs = [tiny._start(prompt, plan, 0) for prompt in prompts]
+    runs = [tiny.start(prompt, plan, 0) for prompt in prompts]
     tiny.wait(runs)
     assert [tiny.answer_of(runs[i]).tokens for i in (0, 2)] == [expected[0], expected[2]]
     error = tiny.error_of(runs[1])

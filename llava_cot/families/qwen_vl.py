@@ -1,4 +1,8 @@
-"""Qwen2.5-VL (Bai et al., 2025, arXiv:2502.13923): images have any size, and their tokens are part of the prompt."""
+"""Families whose images have any size and whose rotary positions have three parts (M-RoPE).
+
+Qwen2-VL (Wang et al., 2024, arXiv:2409.12191), Qwen2.5-VL (Bai et al., 2025, arXiv:2502.13923), Qwen3-VL (Bai et al.,
+2025, arXiv:2511.21631) and GLM-4.1V, 4.5V and 4.6V (GLM-V team, 2025, arXiv:2507.01006), also with mixtures of experts.
+"""
 
 from typing import ClassVar
 
@@ -8,14 +12,13 @@ from transformers import PreTrainedModel
 from llava_cot.families.family import Family, Inputs, Prompt
 
 
-class Qwen2_5_VL(Family):
+class QwenVL(Family):
     """``image_grid_thw`` is an image's time, height and width in patches.
 
-    A token stands for ``spatial_merge_size`` squared patches. An image advances the rotary positions (M-RoPE) by its
-    longer side in tokens.
+    A token stands for ``spatial_merge_size`` squared patches. An image advances the rotary positions by its longer side
+    in tokens.
     """
 
-    model_type = "qwen2_5_vl"
     inputs: ClassVar[Inputs] = {
         "input_ids": ("batch", "tokens"),
         "attention_mask": ("batch", "tokens"),

@@ -1,0 +1,1 @@
+"""The conformance kit: does a model give the same through the engine as through transformers?"""
