@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from llava_cot.answer import Answer, Finished
 from llava_cot.engine.aio import AsyncEngine
 from llava_cot.image import Images
+from llava_cot.prompt import Question
 from llava_cot.search import SearchLike
 from llava_cot.search.events import Event
 from llava_cot.search.stream import EventStream
@@ -28,7 +29,7 @@ class AsyncGenerator:
         self.engine = AsyncEngine(generator.engine)
 
     async def answer(
-        self, image: Images, question: str, search: SearchLike = "swires", *, seed: int = 0, **settings: Any
+        self, image: Images, question: Question, search: SearchLike = "swires", *, seed: int = 0, **settings: Any
     ) -> Answer:
         """See ``SwiresGenerator.answer``."""
         return (await self.answer_batch([image], [question], search, seed=seed, **settings))[0]
@@ -37,7 +38,7 @@ class AsyncGenerator:
     async def answer_batch(
         self,
         images: Sequence[Images],
-        questions: Sequence[str],
+        questions: Sequence[Question],
         search: SearchLike = "swires",
         *,
         seed: int = 0,
@@ -49,7 +50,7 @@ class AsyncGenerator:
     async def answer_batch(
         self,
         images: Sequence[Images],
-        questions: Sequence[str],
+        questions: Sequence[Question],
         search: SearchLike = "swires",
         *,
         seed: int = 0,
@@ -60,7 +61,7 @@ class AsyncGenerator:
     async def answer_batch(
         self,
         images: Sequence[Images],
-        questions: Sequence[str],
+        questions: Sequence[Question],
         search: SearchLike = "swires",
         *,
         seed: int = 0,
@@ -75,7 +76,7 @@ class AsyncGenerator:
         return self._generator.answers_of(runs) if return_exceptions else [*map(self._generator.answer_of, runs)]
 
     async def stream(
-        self, image: Images, question: str, search: SearchLike = "swires", *, seed: int = 0, **settings: Any
+        self, image: Images, question: Question, search: SearchLike = "swires", *, seed: int = 0, **settings: Any
     ) -> AsyncEvents[Event | Finished, None]:
         """See ``SwiresGenerator.stream``."""
         events: list[Event] = []

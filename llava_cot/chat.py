@@ -15,10 +15,13 @@ def render(
     messages: list[dict[str, Any]],
     *,
     add_generation_prompt: bool,
+    **settings: Any,
 ) -> str:
     """Return the text of ``messages`` as the template writes it.
 
-    Their contents are lists of parts, or strings where a tokenizer's template takes those.
+    Their contents are lists of parts, or strings where a tokenizer's template takes those. ``settings`` are variables
+    of the template, such as ``enable_thinking``.
     """
     date = {"date_string": DATE} if "date_string" in (processor.chat_template or "") else {}
-    return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt, **date)
+    settings = {**date, **settings, "tokenize": False, "add_generation_prompt": add_generation_prompt}
+    return processor.apply_chat_template(messages, **settings)

@@ -1,5 +1,6 @@
 """The public face: a model, its processor, and every search on them."""
 
+import json
 import reprlib
 import threading
 import warnings
@@ -7,7 +8,7 @@ from collections.abc import Callable, Collection, Generator, Mapping, Sequence, 
 from functools import cached_property
 from numbers import Integral
 from pathlib import Path
-from types import NoneType
+from types import MappingProxyType, NoneType
 from typing import Any, Literal, NoReturn, overload
 
 import torch
@@ -26,36 +27,39 @@ from transformers import (
 from llava_cot.aio import AsyncGenerator
 from llava_cot.answer import Answer, Finished
 from llava_cot.checkpoint import checkpoint_sha256
-from llava_cot.core import Bos, check_kind, whole_number
+from llava_cot.core import Bos, Finish, check_kind, whole_number
 from llava_cot.custom_generate import SearchOutput, arguments, refuse_own
 from llava_cot.detokenise import Detokeniser
 from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.engine import Engine
 from llava_cot.engine.generation_config import SETTINGS
 from llava_cot.families import Prompt, family_of
+from llava_cot.grammars import GRAMMARS, WHOLE, grammar_of, named_grammar
 from llava_cot.image import Images, check_image, images_of, opener
 from llava_cot.loading import check_device, check_dtype, check_name, source_of
-from llava_cot.prompt import build_inputs, check_question, split_rows
+from llava_cot.prompt import Question, build_inputs, check_question, question_text, split_rows
 from llava_cot.scoring import Calibration
 from llava_cot.scoring.scorer import name_of
 from llava_cot.search import Plan, Search, SearchLike, SwiresConfig, make_plan, settings_of
 from llava_cot.search.events import Event
 from llava_cot.search.run import SearchRun
-from llava_cot.search.search import SENTENCE_ENDS
+from llava_cot.search.sample import Staged
+from llava_cot.search.search import stop_tags
 from llava_cot.search.stream import EventStream
 from llava_cot.search.tree import Node
-from llava_cot.stages import LLAVA_COT, Grammar
+from llava_cot.stages import Grammar
 from llava_cot.tiny import tiny_path
 from llava_cot.trace import Trace, trace_data
 from llava_cot.vocabulary import Vocabulary
 
 CALIBRATION_FILE = "swires_calibration.json"
+GRAMMAR_FILE = "swires_grammar.json"
 # The settings of a search that ``generate`` takes with transformers' meaning
 DECODING = frozenset({*SETTINGS, "max_new_tokens"})
 
 
 class SwiresGenerator:
-    """Stage-level search on an unmodified model (Mllama, LLaVA or Qwen2.5-VL) and its processor.
+    """Stage-level search on an unmodified model of one of ``llava_cot.families.FAMILIES`` and its processor.
 
     ``model`` and ``processor`` stay plain transformers objects; the weights are shared, nothing is patched. A generator
     may be called from several threads, and while streams are open: all that runs at one time shares forward passes.
@@ -63,7 +67,11 @@ class SwiresGenerator:
 
     Args:
         bos: how many BOS tokens a prompt begins with; ``"released"`` is as the released LLaVA-CoT weights were trained.
-        grammar: the stages that the model writes.
+        system: the system prompt of every question.
+        chat_template_kwargs: variables of the chat template, such as ``{"enable_thinking": False}``.
+        grammar: the stages that the model writes, or the name of one of ``llava_cot.grammars.GRAMMARS``. By default it
+            is the one that the family, the chat template or the tokenizer shows plainly. If none does, a search that
+            goes stage by stage asks for it.
         calibrations: quantiles of scores, by scorer, that thresholds are looked up in.
         engine: how the engine stores and computes.
     """
@@ -74,13 +82,17 @@ class SwiresGenerator:
         processor: ProcessorMixin,
         *,
         bos: Bos = "one",
-        grammar: Grammar = LLAVA_COT,
+        grammar: Grammar | str | None = None,
+        system: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
         calibrations: Sequence[Calibration] = (),
         engine: EngineConfig = EngineConfig(),  # noqa: B008, it is frozen
     ) -> None:
         _require_kind("model", model, torch.nn.Module, "a transformers model")
         _require_kind("processor", processor, ProcessorMixin, "the model's processor")
-        check_kind("grammar", grammar, Grammar, "a Grammar")
+        check_kind("grammar", grammar, (Grammar, str, NoneType), "a Grammar, the name of one or None")
+        check_kind("system", system, (str, NoneType), "a string or None")
+        check_kind("chat_template_kwargs", chat_template_kwargs, Mapping, "a mapping")
         check_kind("engine", engine, EngineConfig, "an EngineConfig")
         check_kind("calibrations", calibrations, (list, tuple), "a list of Calibrations")
         for calibration in calibrations:
@@ -88,10 +100,15 @@ class SwiresGenerator:
         if bos not in ("one", "released"):
             raise ValueError(f"bos must be 'one' or 'released', got {bos!r}")
         self.model, self.processor, self.bos = model, processor, bos
+        self.system, self.chat_template_kwargs = system, dict(chat_template_kwargs)
         self.calibrations = {calibration.scorer: calibration for calibration in calibrations}
-        self.grammar = grammar
-        self.vocabulary = Vocabulary(processor.tokenizer, grammar.all_tags)
-        tags = self.vocabulary.stop_tags([*grammar.close_tags, *SENTENCE_ENDS])
+        if isinstance(grammar, str):
+            grammar = named_grammar(grammar)
+        known = grammar or family_of(model.config).grammar or grammar_of(processor)
+        self._knows_grammar = known is not None
+        self.grammar = known or WHOLE
+        self.vocabulary = Vocabulary(processor.tokenizer, self.grammar.all_tags)
+        tags = self.vocabulary.stop_tags(stop_tags(self.grammar))
         self.engine = Engine(model, tags, self.decode, engine)
         self._processing = threading.Lock()  # tokenizers may not be used by two threads at once
 
@@ -114,20 +131,25 @@ class SwiresGenerator:
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
         bos: Bos = "one",
-        grammar: Grammar = LLAVA_COT,
+        grammar: Grammar | str | None = None,
+        system: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
         engine: EngineConfig = EngineConfig(),  # noqa: B008, it is frozen
         **kwargs: Any,
     ) -> "SwiresGenerator":
         """Load a model folder or hub name; ``"tiny"`` is the bundled scale model. ``kwargs`` go to transformers.
 
         Those that say where files come from, such as ``revision``, ``subfolder`` and ``token``, are the processor's
-        too. A ``swires_calibration.json`` in a local folder is loaded with it.
+        too. A ``swires_calibration.json`` in a local folder is loaded with it, and so is a ``swires_grammar.json``, the
+        JSON of ``Grammar.to_dict()``, unless a grammar is named.
 
         Raises:
             ValueError, TypeError: naming the argument that is wrong, before the weights are loaded.
         """
         check_name(name)
         check_dtype(dtype)
+        if isinstance(grammar, str):
+            grammar = named_grammar(grammar)
         if device is not None:
             check_device(device)
         path = tiny_path() if str(name) == "tiny" else name
@@ -142,16 +164,29 @@ class SwiresGenerator:
         for calibration in calibrations:
             if calibration.model not in (None, sha256):
                 raise ValueError(f"{file} must be of the weights beside it, {sha256}, got one of {calibration.model}")
-        return cls(model, processor, bos=bos, grammar=grammar, calibrations=calibrations, engine=engine)
+        file = folder / GRAMMAR_FILE
+        if grammar is None and file.is_file():
+            grammar = Grammar(**json.loads(file.read_text(encoding="utf-8")))
+        return cls(
+            model,
+            processor,
+            bos=bos,
+            grammar=grammar,
+            system=system,
+            chat_template_kwargs=chat_template_kwargs,
+            calibrations=calibrations,
+            engine=engine,
+        )
 
     def answer(
-        self, image: Images, question: str, search: SearchLike = "swires", *, seed: int = 0, **settings: Any
+        self, image: Images, question: Question, search: SearchLike = "swires", *, seed: int = 0, **settings: Any
     ) -> Answer:
         """Answer one question, which may be about an image, several or none.
 
         Args:
             image: a path, a PIL image, bytes or anything else that ``llava_cot.image.open_image`` takes, a list of
                 such, or None.
+            question: a text, or a conversation that ends with a message of the user (``llava_cot.prompt.Question``).
             search: a name of ``llava_cot.search.POLICIES``, its configuration object, or a policy function.
             seed: everything random comes from it, 0 <= seed < 2**63.
             settings: fields of the search's configuration to change, e.g. ``max_new_tokens=512``.
@@ -168,7 +203,7 @@ class SwiresGenerator:
     def answer_batch(
         self,
         images: Sequence[Images],
-        questions: Sequence[str],
+        questions: Sequence[Question],
         search: SearchLike = "swires",
         *,
         seed: int = 0,
@@ -180,7 +215,7 @@ class SwiresGenerator:
     def answer_batch(
         self,
         images: Sequence[Images],
-        questions: Sequence[str],
+        questions: Sequence[Question],
         search: SearchLike = "swires",
         *,
         seed: int = 0,
@@ -191,7 +226,7 @@ class SwiresGenerator:
     def answer_batch(
         self,
         images: Sequence[Images],
-        questions: Sequence[str],
+        questions: Sequence[Question],
         search: SearchLike = "swires",
         *,
         seed: int = 0,
@@ -212,7 +247,7 @@ class SwiresGenerator:
             _cancel(runs)
 
     def stream(
-        self, image: Images, question: str, search: SearchLike = "swires", *, seed: int = 0, **settings: Any
+        self, image: Images, question: Question, search: SearchLike = "swires", *, seed: int = 0, **settings: Any
     ) -> Generator[Event | Finished, None, None]:
         """As ``answer``, but yields events as they happen (``llava_cot.search.events``) and last ``Finished(answer)``.
 
@@ -240,6 +275,11 @@ class SwiresGenerator:
             ValueError: naming the argument that is wrong.
         """
         plan = make_plan(search, settings, self.grammar)
+        if isinstance(plan.config, Staged) and not self._knows_grammar:
+            raise ValueError(
+                f"grammar must be named for search={plan.name!r}, since neither the chat template nor the tokenizer of "
+                f"this model shows which stages it writes: one of {list(GRAMMARS)} or a Grammar, got None"
+            )
         if plan.config.needs_calibration and self._calibration_for(plan) is None:
             warnings.warn(
                 f"no calibration of scorer {plan.scorer!r} for this model: nothing will be retraced. "
@@ -258,7 +298,7 @@ class SwiresGenerator:
     def submit(
         self,
         image: Images,
-        question: str,
+        question: Question,
         plan: Plan,
         *,
         seed: int = 0,
@@ -277,14 +317,23 @@ class SwiresGenerator:
         def prepare() -> Prompt:
             opened = open_all()
             with self._processing:
-                return build_inputs(self.processor, opened, question, self.bos)
+                return build_inputs(
+                    self.processor,
+                    opened,
+                    question,
+                    self.bos,
+                    system=self.system,
+                    chat_template_kwargs=self.chat_template_kwargs,
+                )
 
-        return self.start(prepare, plan, seed, on_event, question, open_all)
+        # A question that can't be used fails when it is prepared.
+        text = question if isinstance(question, str) else question_text(question) if _is_chat(question) else None
+        return self.start(prepare, plan, seed, on_event, text, open_all)
 
     def submit_all(
         self,
         images: Sequence[Images],
-        questions: Sequence[str],
+        questions: Sequence[Question],
         plan: Plan,
         *,
         seed: int = 0,
@@ -329,9 +378,9 @@ class SwiresGenerator:
         node = node or run.result[0]
         tokens = list(node.path_tokens())
         text = self.decode(tokens)
-        violation = self.grammar.violation(text)
-        usage = run.search.usage
-        return Answer(text, tokens, self.grammar.parse(text), self.trace_of(run, node), usage, self.grammar, violation)
+        ended = node.finish is Finish.EOS
+        stages, violation = self.grammar.parse(text, ended=ended), self.grammar.violation(text, ended=ended)
+        return Answer(text, tokens, stages, self.trace_of(run, node), run.search.usage, self.grammar, violation)
 
     def answers_of(self, runs: Sequence[SearchRun]) -> list[Answer | Exception]:
         """The answer of each search, or in its place what the search raised."""
@@ -458,7 +507,7 @@ class SwiresGenerator:
         return self.generate(search=search, seed=seed, **{**prepared, **(settings or {})})
 
     def calibrate(
-        self, images: Sequence[Images], questions: Sequence[str], *, data: str, seed: int = 0, **settings: Any
+        self, images: Sequence[Images], questions: Sequence[Question], *, data: str, seed: int = 0, **settings: Any
     ) -> Calibration:
         """Measure what scores the candidates of each stage get, use the result from now on and return it.
 
@@ -541,6 +590,14 @@ class SwiresGenerator:
 def _require_kind(name: str, value: object, kind: type, what: str) -> None:
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be {what}, got {type(value).__name__}")
+
+
+def _is_chat(question: object) -> bool:
+    try:
+        check_question(question)
+    except ValueError:
+        return False
+    return True
 
 
 def _cancel(runs: Sequence[SearchRun]) -> None:

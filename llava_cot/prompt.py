@@ -1,5 +1,9 @@
 """Turn a question and its images into the inputs of a model, one sample at a time."""
 
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
 from transformers import PreTrainedConfig, ProcessorMixin
 
@@ -9,22 +13,45 @@ from llava_cot.families import Family, Prompt, family_of
 from llava_cot.image import Images, images_of, open_image
 from llava_cot.literal import MARK, marked, without_marks
 
+# A text, or a conversation whose last message is the user's. A message is {"role": "user", "content": ...}, and its
+# content is a text or a list of {"type": "text", "text": ...} and {"type": "image"}.
+Question = str | Sequence[Mapping[str, Any]]
 
-def build_inputs(processor: ProcessorMixin, image: Images, question: str, bos: Bos) -> Prompt:
+ROLES = ("system", "user", "assistant")
+
+
+def build_inputs(
+    processor: ProcessorMixin,
+    image: Images,
+    question: Question,
+    bos: Bos,
+    *,
+    system: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Prompt:
     """Return the processor's inputs for one question: chat template, generation prompt and one BOS.
 
-    The images come before the question; there may be none. The question is text: special tokens that it spells are not
-    read as such. Most chat templates write a BOS themselves. With ``bos="released"`` the tokenizer adds a second one,
-    because the released LLaVA-CoT weights were trained with two.
+    The images come before the question; there may be none. In a conversation they stand where its parts of the type
+    "image" do, or before the first message of the user if it has no such part. Messages are text: special tokens that
+    they spell are not read as such. Most chat templates write a BOS themselves. With ``bos="released"`` the tokenizer
+    adds a second one, because the released LLaVA-CoT weights were trained with two.
+
+    Args:
+        system: the system prompt. A conversation may begin with its own instead.
+        chat_template_kwargs: variables of the chat template, such as ``enable_thinking``.
 
     Raises:
-        ValueError: an empty question, or an image that cannot be read.
+        ValueError: an empty question, a conversation that is none, or an image that cannot be read.
         TypeError: see ``open_image``.
     """
     check_question(question)
     images = [*map(open_image, images_of(image))]
-    content = [*({"type": "image"} for _ in images), {"type": "text", "text": marked(question, processor.tokenizer)}]
-    text = render(processor, [{"role": "user", "content": content}], add_generation_prompt=True)
+    messages = _messages(question, len(images), system)
+    for message in messages:
+        for part in message["content"]:
+            if "text" in part:
+                part["text"] = marked(part["text"], processor.tokenizer)
+    text = render(processor, messages, add_generation_prompt=True, **(chat_template_kwargs or {}))
     written = text.startswith(processor.tokenizer.bos_token or "")
     batch = processor(
         images=[images] if images else None,
@@ -36,17 +63,68 @@ def build_inputs(processor: ProcessorMixin, image: Images, question: str, bos: B
     return {name: tensor for name, tensor in batch.items() if name != "attention_mask"}  # nothing is padded
 
 
-def check_question(question: str) -> None:
-    """Raise ``ValueError`` unless ``question`` is a non-empty string of characters, which UTF-8 can encode."""
-    if not isinstance(question, str) or not question.strip():
-        raise ValueError(f"question must be a non-empty string, got {question!r}")
+def question_text(question: Question) -> str:
+    """Return the text of a question: in a conversation, that of the last message."""
+    if isinstance(question, str):
+        return question
+    return "".join(part.get("text", "") for part in _parts(question[-1]))
+
+
+def check_question(question: Any) -> None:
+    """Raise ``ValueError`` unless ``question`` is a non-empty text or a conversation, of characters that UTF-8 has."""
+    if not isinstance(question, (list, tuple)):
+        _check_text("question", question)
+        return
+    for at, message in enumerate(question):
+        name = f"question[{at}]"
+        if not isinstance(message, Mapping) or message.get("role") not in ROLES or "content" not in message:
+            got = reprlib.repr(message)
+            raise ValueError(f"{name} must be a message with a role of {list(ROLES)} and a content, got {got}")
+        if message["role"] == "system" and at:
+            raise ValueError(f"{name} must not be a system prompt, which only comes first")
+        for part in _parts(message):
+            if not isinstance(part, Mapping) or part.get("type") not in ("text", "image"):
+                got = reprlib.repr(part)
+                raise ValueError(f"{name} must have parts of the type 'text' or 'image', got {got}")
+            if part["type"] == "text":
+                _check_text(f"the text of {name}", part.get("text"))
+    if not question or question[-1]["role"] != "user" or not question_text(question).strip():
+        raise ValueError(f"question must end with a message of the user with a text, got {reprlib.repr(question)}")
+
+
+def _check_text(name: str, text: Any) -> None:
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{name} must be a non-empty string, got {text!r}")
     try:
-        question.encode()
+        text.encode()
     except UnicodeEncodeError as error:
-        half = question[error.start]
-        raise ValueError(f"question must be Unicode text, got half a character {half!a} at {error.start}") from None
-    if MARK in question:
-        raise ValueError(f"question must be Unicode text, got the noncharacter {MARK!a} at {question.index(MARK)}")
+        half = text[error.start]
+        raise ValueError(f"{name} must be Unicode text, got half a character {half!a} at {error.start}") from None
+    if MARK in text:
+        raise ValueError(f"{name} must be Unicode text, got the noncharacter {MARK!a} at {text.index(MARK)}")
+
+
+def _parts(message: Mapping[str, Any]) -> Sequence[Any]:
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _messages(question: Question, images: int, system: str | None) -> list[dict[str, Any]]:
+    """Return the conversation with a list of parts for each message."""
+    if isinstance(question, str):
+        question = [{"role": "user", "content": question}]
+    messages = [{"role": each["role"], "content": [dict(part) for part in _parts(each)]} for each in question]
+    if system is not None:
+        if messages[0]["role"] == "system":
+            raise ValueError("system must be None for a conversation that begins with a system prompt of its own")
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+    placed = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if placed and placed != images:
+        raise ValueError(f"question must have a part of the type 'image' for each image={images}, got {placed}")
+    if not placed:
+        first = next(message for message in messages if message["role"] == "user")
+        first["content"][:0] = [{"type": "image"} for _ in range(images)]
+    return messages
 
 
 def split_rows(inputs: dict[str, torch.Tensor], config: PreTrainedConfig) -> list[Prompt]:

@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, TypedDict, Unpack
+from functools import cached_property
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 from llava_cot.core import check_kind, whole_number
 
@@ -51,6 +52,24 @@ class _Settings(TypedDict, total=False):
     start: Sequence[str]
     max_visits: Mapping[str, int]
     tags: Mapping[str, Sequence[str]]
+    opened: str | None
+
+
+class Stop(NamedTuple):
+    """A string that ends a stage: a closing tag, or a heading, which ends whatever stands before it."""
+
+    text: str
+    closes: str | None  # the stage whose closing tag it is
+    opens: str | None  # the stage whose heading it is
+
+
+class Part(NamedTuple):
+    """A stage where it stands in a text."""
+
+    name: str
+    start: int  # of its body, behind its opening tag
+    end: int
+    closed: bool
 
 
 @dataclass(frozen=True)
@@ -61,15 +80,22 @@ class Grammar:
     leads back to an earlier stage makes a loop. An answer begins with a stage of ``start`` and ends with a stage that
     has no followers. The last such stage in ``follows`` is the conclusion.
 
+    A tag may be the empty string. A stage without an opening tag begins where the one before it ends. A stage without a
+    closing tag ends where a follower opens, whose tag is then a heading, or with the end of the answer (EOS) if it has
+    no followers. Text between two tagged stages belongs to neither.
+
     Args:
         follows: for each stage the stages that may come next, in the order of preference.
         start: the stages that may come first; by default the first one in ``follows``.
         max_visits: how often a stage may occur in one answer; by default once.
         tags: the opening and the closing tag of a stage; by default ``<NAME>`` and ``</NAME>``.
+        opened: the stage whose opening tag the prompt has written already, as some chat templates do with ``<think>``.
+            A model that writes it once more does not leave the grammar.
 
     Raises:
-        ValueError: no stage, a name that is no stage, ``max_visits`` below 1, no pair of tags, an empty tag, two equal
-            tags, or a stage from which no end can be reached.
+        ValueError: no stage, a name that is no stage, ``max_visits`` below 1, no pair of tags, two equal tags, a stage
+            from which no end can be reached, or one whose end can't be told: it has neither a closing tag nor followers
+            that all have an opening tag.
         TypeError: an argument of another type.
     """
 
@@ -77,6 +103,7 @@ class Grammar:
     start: Sequence[str] = ()
     max_visits: Mapping[str, int] = field(default_factory=dict)
     tags: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    opened: str | None = None
 
     def __post_init__(self) -> None:
         for argument in ("follows", "max_visits", "tags"):
@@ -88,6 +115,7 @@ class Grammar:
             raise ValueError("follows must have at least one stage, got none")
         mentioned = {"start": self.start, "max_visits": self.max_visits, "tags": self.tags}
         mentioned |= {f"follows[{str(name)!r}]": after for name, after in self.follows.items()}
+        mentioned["opened"] = [] if self.opened is None else [self.opened]
         for argument, stages in mentioned.items():
             if isinstance(stages, str):
                 raise ValueError(f"{argument} must be a sequence of stages, got {stages!r}")
@@ -97,15 +125,30 @@ class Grammar:
                     raise ValueError(f"{argument} must name stages of {list(names)}, got {stage!r}")
         for name, visits in self.max_visits.items():
             whole_number(f"max_visits[{name!r}]", visits, 1)
+        self._check_tags()
+        for name in names:
+            if not self._reaches_an_end(name):
+                raise ValueError(f"follows must lead from every stage to one without followers, got none from {name!r}")
+
+    def _check_tags(self) -> None:
         for name, pair in self.tags.items():
             is_pair = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
             if not is_pair or not all(isinstance(tag, str) for tag in pair):
                 raise ValueError(f"tags[{name!r}] must be an opening and a closing tag, got {pair!r}")
-        if not all(self.all_tags) or len(set(self.all_tags)) < len(self.all_tags):
-            raise ValueError(f"tags must be distinct and not empty, got {self.all_tags}")
-        for name in names:
-            if not self._reaches_an_end(name):
-                raise ValueError(f"follows must lead from every stage to one without followers, got none from {name!r}")
+        if len(set(self.all_tags)) < len(self.all_tags):
+            raise ValueError(f"tags must be distinct, got {self.all_tags}")
+        if self.opened is not None and self.opened not in (self.start or self.names[:1]):
+            raise ValueError(f"opened must be a stage that may come first, got {self.opened!r}")
+        for name, after in self.follows.items():
+            missing = [other for other in after if not self.tag_pair(other)[0]]
+            if after and missing and not self.tag_pair(name)[1]:
+                raise ValueError(
+                    f"tags[{name!r}] must have a closing tag, since its follower {missing[0]!r} has no opening tag"
+                )
+        for names in (self.start or self.names[:1], *self.follows.values()):
+            ends = [name for name in names if self.tag_pair(name) == ("", "")]
+            if len(ends) > 1:
+                raise ValueError(f"tags must tell {ends[0]!r} and {ends[1]!r} apart, got none for either")
 
     @classmethod
     def sequence(cls, *names: str, **settings: Unpack[_Settings]) -> "Grammar":
@@ -128,6 +171,7 @@ class Grammar:
             "start": [str(name) for name in self.allowed([])],
             "max_visits": {str(name): int(visits) for name, visits in self.max_visits.items()},
             "tags": {str(name): list(self.tag_pair(name)) for name in self.names},
+            "opened": self.opened and str(self.opened),
         }
 
     @property
@@ -139,14 +183,17 @@ class Grammar:
         """The stage whose text is the answer."""
         return [name for name, after in self.follows.items() if not after][-1]
 
-    @property
-    def close_tags(self) -> list[str]:
-        return [self.tag_pair(name)[1] for name in self.names]
+    @cached_property
+    def stops(self) -> tuple[Stop, ...]:
+        """The strings that end a stage: all closing tags in the order of the stages, then all headings."""
+        closing = [Stop(self.tag_pair(name)[1], name, None) for name in self.names if self.tag_pair(name)[1]]
+        headed = {other for name, after in self.follows.items() if not self.tag_pair(name)[1] for other in after}
+        return (*closing, *(Stop(self.tag_pair(name)[0], None, name) for name in self.names if name in headed))
 
     @property
     def all_tags(self) -> list[str]:
-        """The opening and the closing tag of every stage."""
-        return [tag for name in self.names for tag in self.tag_pair(name)]
+        """The opening and the closing tag of every stage, where it has one."""
+        return [tag for name in self.names for tag in self.tag_pair(name) if tag]
 
     def tag_pair(self, name: str) -> tuple[str, str]:
         """Return the opening and the closing tag of a stage."""
@@ -158,35 +205,129 @@ class Grammar:
         after = self.follows[path[-1]] if path else self.start or self.names[:1]
         return tuple(name for name in after if path.count(name) < self.max_visits.get(name, 1))
 
-    def parse(self, text: str) -> dict[str, StageText]:
+    def first(self) -> tuple[str, ...]:
+        """Return the stages that an answer may begin with, which is one if the prompt has opened it."""
+        return self.allowed([]) if self.opened is None else (self.opened,)
+
+    def ended_by(self, stop: Stop, path: Sequence[str], among: Sequence[str]) -> str | None:
+        """Return which of the stages ``among``, which may come after ``path``, ends where ``stop`` does, if any."""
+        if stop.closes is not None:
+            return stop.closes if stop.closes in among else None
+        open_ended = (name for name in among if not self.tag_pair(name)[1])
+        return next((name for name in open_ended if stop.opens in self.allowed([*path, name])), None)
+
+    def ended_by_eos(self, among: Sequence[str]) -> str | None:
+        """Return which of the stages ``among`` ends with the answer, if any."""
+        return next((name for name in among if not self.tag_pair(name)[1] and not self.follows[name]), None)
+
+    def parse(self, text: str, *, ended: bool = True) -> dict[str, StageText]:
         """Return every stage of ``text`` by name, in the order of the grammar. Never raises.
 
         The text of an unclosed stage runs to the next tag of the grammar or to the end. That of a missing stage is
         empty. If a stage occurs several times, as ``max_visits`` allows, the last one counts.
-        """
-        return {name: self._parse_stage(text, name) for name in self.names}
 
-    def violation(self, text: str) -> str | None:
-        """Say in words where ``text`` leaves the grammar. Return None if it does not."""
+        Args:
+            ended: whether the answer ended by itself. One that was cut has not closed a stage without a closing tag.
+        """
+        parts: dict[str, list[Part]] = {name: [] for name in self.names}
+        for part in self.parts(text, ended=ended):
+            parts[part.name].append(part)
+        return {name: self._stage_text(name, text, found) for name, found in parts.items()}
+
+    def body(self, text: str, name: str) -> str:
+        """Return the stripped text of one candidate of a stage, without its tags and what stands before or behind."""
+        open_tag, close_tag = self.tag_pair(name)
+        _, opened, rest = text.partition(open_tag) if open_tag else ("", "", text)
+        if not opened:
+            if open_tag and close_tag and name != self.opened:
+                return ""
+            rest = text
+        ends = [close_tag] if close_tag else [stop.text for stop in self.stops if stop.opens in self.follows[name]]
+        found = [at for tag in ends if (at := rest.find(tag)) >= 0]
+        return rest[: min(found, default=len(rest))].strip()
+
+    def parts(self, text: str, *, ended: bool = True) -> list[Part]:
+        """Find the stages of a text, in whatever order they stand.
+
+        A stage with an opening tag is open from there to its closing tag, whatever stands between. One without begins
+        where the grammar lets it begin: at the start, or where the stage before it ends.
+        """
+        parts, path = list[Part](), list[str]()
+        opens, closes = self._by_tag
+        begin = self._begin(text)
+        at: dict[str, int] = {} if self.opened is None else {self.opened: begin}  # the stages that are open
+        free = None if at else 0  # where a stage without an opening tag begins, if one may
+
+        def close(name: str, end: int, closed: bool = True) -> None:
+            parts.append(Part(name, at.pop(name), end, closed))
+            if closed:
+                path.append(name)
+
+        for found in self._tag_pattern.finditer(text, begin):
+            tag, start = found[0], found.start()
+            if (name := closes.get(tag)) is not None:
+                if name not in at and free is not None and not self.tag_pair(name)[0] and name in self.allowed(path):
+                    at[name] = free
+                if name in at:
+                    close(name, start)
+                    free = found.end()
+                continue
+            name = opens[tag]
+            if free is not None and text[free:start].strip():
+                begun = [other for other in self.allowed(path) if not self.tag_pair(other)[0]]
+                if (other := self.ended_by(Stop(tag, None, name), path, begun)) is not None:
+                    at[other] = free
+            for other in [other for other in at if not self.tag_pair(other)[1]]:
+                close(other, start)  # a heading ends what has no closing tag
+            if name in at:
+                close(name, start, closed=False)
+            at[name], free = found.end(), None
+        last = None if free is None else self.ended_by_eos([n for n in self.allowed(path) if not self.tag_pair(n)[0]])
+        if last is not None and free is not None and text[free:].strip():
+            at[last] = free
+        for name in [*at]:
+            end = self._tag_pattern.search(text, at[name])
+            close(name, end.start() if end else len(text), ended and self.ended_by_eos([name]) is not None)
+        return sorted(parts, key=lambda part: part.start)
+
+    def starts(self, text: str) -> list[tuple[int, str]]:
+        """Return where the stages of a text start, at their opening tag if they have one, in the order of the text."""
+        found = [(part.start - len(self._tag_before(text, part)), part.name) for part in self.parts(text)]
+        return sorted(found)
+
+    def violation(self, text: str, *, ended: bool = True) -> str | None:
+        """Say in words where ``text`` leaves the grammar. Return None if it does not. See ``parse`` for ``ended``."""
         path: list[str] = []
-        inside = None
-        opens, closes = ({self.tag_pair(name)[side]: name for name in self.names} for side in (0, 1))
-        pattern = "|".join(sorted(map(re.escape, [*opens, *closes]), key=len, reverse=True))
-        for tag in re.findall(pattern, text):
-            name = opens.get(tag) or closes[tag]
+        inside, since = self.opened, self._begin(text)
+        opens, closes = self._by_tag
+        for found in self._tag_pattern.finditer(text, since):
+            tag = found[0]
+            begun = [name for name in self.allowed(path) if not self.tag_pair(name)[0]] if inside is None else []
             if tag in closes:
-                if inside != name:
+                name = closes[tag]
+                if inside != name and name not in begun:
                     return f"{tag} closes what is not open" + (f": {inside} is" if inside else "")
                 path.append(name)
                 inside = None
-            elif inside:
-                return f"{tag} opens inside {inside}"
-            elif name not in self.allowed(path):
-                return self.expected(path, tag)
             else:
+                name = opens[tag]
+                is_blank = not text[since : found.start()].strip()
+                within = begun if inside is None and not is_blank else [inside] if inside is not None else []
+                ended_here = self.ended_by(Stop(tag, None, name), path, within)
+                if ended_here is not None:
+                    path.append(ended_here)
+                elif within:
+                    return f"{tag} opens inside {within[0]}"
+                elif name not in self.allowed(path):
+                    return self.expected(path, tag)
                 inside = name
-        if inside:
-            return f"{inside} is not closed"
+            since = found.end()
+        if inside is None and text[since:].strip():
+            inside = self.ended_by_eos([name for name in self.allowed(path) if not self.tag_pair(name)[0]])
+        if inside is not None:
+            if not ended or self.ended_by_eos([inside]) is None:
+                return f"{inside} is not closed"
+            path.append(inside)
         return self.expected(path, "the end") if self.allowed(path) else None
 
     def expected(self, path: Sequence[str], got: str) -> str:
@@ -204,18 +345,38 @@ class Grammar:
             seen |= set(after)
         return False
 
-    def _parse_stage(self, text: str, name: str) -> StageText:
-        open_tag, close_tag = self.tag_pair(name)
-        _, opened, rest = text.partition(open_tag)
-        if not opened:
+    @cached_property
+    def _by_tag(self) -> tuple[dict[str, str], dict[str, str]]:
+        """The stage of each opening tag and of each closing tag."""
+        opens, closes = ({self.tag_pair(name)[side]: name for name in self.names} for side in (0, 1))
+        return {tag: name for tag, name in opens.items() if tag}, {tag: name for tag, name in closes.items() if tag}
+
+    @cached_property
+    def _tag_pattern(self) -> re.Pattern[str]:
+        """The tags, of which the longest is found."""
+        tags = sorted(map(re.escape, self.all_tags), key=len, reverse=True)
+        return re.compile("|".join(tags) or "(?!)")
+
+    def _begin(self, text: str) -> int:
+        """Return where the body of the stage begins that the prompt has opened: behind its tag if that is there too."""
+        tag = self.tag_pair(self.opened)[0] if self.opened is not None else ""
+        before = len(text) - len(text.lstrip())
+        return before + len(tag) if tag and text.startswith(tag, before) else 0
+
+    def _stage_text(self, name: str, text: str, parts: Sequence[Part]) -> StageText:
+        if not parts:
             return StageText(name, "", Outcome.MISSING)
-        bodies = rest.split(open_tag)
-        is_repeated = len(bodies) > self.max_visits.get(name, 1)
-        body, closed, _ = bodies[0 if is_repeated else -1].partition(close_tag)
-        if not closed:
-            body = body[: min((at for tag in self.all_tags if (at := body.find(tag)) >= 0), default=None)]
-        outcome = Outcome.REPEATED if is_repeated else Outcome.COMPLETE if closed else Outcome.UNCLOSED
+        is_repeated = len(parts) > self.max_visits.get(name, 1)
+        part = parts[0 if is_repeated else -1]
+        outcome = Outcome.REPEATED if is_repeated else Outcome.COMPLETE if part.closed else Outcome.UNCLOSED
+        body = text[part.start : part.end]
+        if not part.closed and (tag := self._tag_pattern.search(body)):
+            body = body[: tag.start()]
         return StageText(name, body.strip(), outcome)
+
+    def _tag_before(self, text: str, part: Part) -> str:
+        open_tag = self.tag_pair(part.name)[0]
+        return open_tag if open_tag and text[: part.start].endswith(open_tag) else ""
 
 
 LLAVA_COT = Grammar.sequence(*STAGES)  # SUMMARY, CAPTION, REASONING, CONCLUSION

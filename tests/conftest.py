@@ -7,6 +7,7 @@ from helpers.random_mllama import TINY_SHAPE, build_random_mllama
 from hypothesis import HealthCheck, settings
 
 from llava_cot import EngineConfig, SwiresGenerator, tiny_path
+from llava_cot.stages import LLAVA_COT
 from llava_cot_kernels import _C
 from llava_cot_kernels.backend import available
 
@@ -109,6 +110,7 @@ def bare_generator(tiny):
 
     def make(model, **kwargs):
         settings = {name: kwargs.pop(name) for name in ("bos", "grammar", "calibrations") if name in kwargs}
+        settings.setdefault("grammar", LLAVA_COT)  # the tokenizer's
         return SwiresGenerator(model, tiny.processor, engine=EngineConfig(**kwargs), **settings)
 
     return make

@@ -197,8 +197,9 @@ def test_demo_shows_the_stages_and_the_truth(run):
     "change, message",
     [
         ({"--search": "beam"}, "error: search must be one of ['best_of_n', 'greedy', 'majority', 'sample'"),
-        ({"--search": "swires:mine"}, "error: search must be a policy or one of ['swires:published'"),
-        ({"--search": "greedy:published"}, "error: search must be a policy or one of ['swires:published'"),
+        ({"--search": "swires:mine"}, "error: search must be one of ['best_of_n', 'greedy', 'majority', 'sample'"),
+        ({"--search": "greedy:published"}, "error: search must be one of ['best_of_n', 'greedy', 'majority', 'sample'"),
+        ({"--grammar": "thoughts"}, "error: grammar must be one of ['llava-cot', 'think-answer', 'think'"),
         ({"image": "no [such] file[/].png"}, "error: image must be a readable image, got 'no [such] file[/].png'"),
         ({"question": " "}, "error: question must be a non-empty string, got ' '"),
         ({"--model": "no/such/folder/at/all"}, "error: "),
@@ -216,7 +217,7 @@ def test_bad_input_is_one_line_on_stderr(run, image, change, message):
     "change, message",
     [
         ({"--search": "beam"}, "search must be one of"),
-        ({"--search": "swires:mine"}, "search must be a policy or one of"),
+        ({"--search": "swires:mine"}, "search must be one of"),
         ({"--search": "greedy", "--scorer": "vote"}, "scorer is not supported by search='greedy'"),
         ({"--scorer": "taste"}, "scorer must be one of"),
         ({"image": "none.png"}, "image must be a readable image, got 'none.png': No such file"),

@@ -57,7 +57,7 @@ def stop_tags(kit: Kit) -> str:
     """A closing tag is found once, at its last token, however it is spelt and whatever stands around it."""
     tokenizer, rng = kit.processor.tokenizer, random.Random(1)
     vocabulary = Vocabulary(tokenizer, kit.grammar.all_tags)
-    names = kit.grammar.close_tags
+    names = [stop.text for stop in kit.grammar.stops]
     tags = vocabulary.stop_tags(names)
     for _ in range(200):
         number = rng.randrange(len(names))

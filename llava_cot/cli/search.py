@@ -22,13 +22,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from llava_cot.answer import Answer, Finished
-    from llava_cot.search import SwiresConfig
     from llava_cot.search.events import Candidates, Event
     from llava_cot.trace import Trace
 
 app = typer.Typer()
 
-PRESETS = ("published", "released", "prose")
 Search = Annotated[
     str,
     typer.Option(
@@ -66,6 +64,10 @@ def answer(
     scorer: Annotated[
         str | None, typer.Option(help="The scorer of candidates, e.g. confidence, vote or by_stage.")
     ] = None,
+    grammar: Annotated[
+        str | None, typer.Option(help="The stages that the model writes, e.g. think-answer; by default as it shows.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Budget: the most tokens that the whole search draws.")
     ] = None,
@@ -83,7 +85,7 @@ def answer(
         settings["scorer"] = scorer
     if max_tokens is not None or max_seconds is not None:
         settings["budget"] = Budget(generated_tokens=max_tokens, seconds=max_seconds)
-    _run(images or [], question, search, model, device, settings, json, trace)
+    _run(images or [], question, search, model, device, settings, json, trace, grammar=grammar, system=system)
 
 
 @app.command()
@@ -191,14 +193,17 @@ def _run(
     json: bool,
     trace: Path | None,
     gold: str | None = None,
+    grammar: str | None = None,
+    system: str | None = None,
 ) -> str:
+    from llava_cot.grammars import named_grammar
     from llava_cot.image import check_image, open_image
     from llava_cot.search import make_plan
     from llava_cot.stages import LLAVA_COT
 
     # All that needs no weights is checked before they are loaded.
-    plan = _search(search)
-    make_plan(plan, {name: value for name, value in settings.items() if name != "seed"}, LLAVA_COT)
+    known = None if grammar is None else named_grammar(grammar)
+    make_plan(search, {name: value for name, value in settings.items() if name != "seed"}, known or LLAVA_COT)
     for image in images:
         check_image(image)
     if not images and os.path.isfile(question):
@@ -217,7 +222,7 @@ def _run(
 
     check_question(question)
     logging.disable_progress_bar()
-    generator = SwiresGenerator.from_pretrained(model, device=device)
+    generator = SwiresGenerator.from_pretrained(model, device=device, grammar=known, system=system)
 
     def write(found: "Trace") -> None:
         if trace is not None:
@@ -228,10 +233,10 @@ def _run(
 
     try:
         if json:
-            result = generator.answer(images, question, plan, **settings)
+            result = generator.answer(images, question, search, **settings)
             print(_json(result))
         else:
-            events = generator.stream(images, question, plan, **settings)
+            events = generator.stream(images, question, search, **settings)
             result = _watch(question, events)
     except Exception as error:
         if hasattr(error, "trace"):  # a failed search shows how far it came
@@ -239,17 +244,6 @@ def _run(
         raise
     write(result.trace)
     return result.conclusion
-
-
-def _search(name: str) -> "str | SwiresConfig":
-    from llava_cot.search import SwiresConfig
-
-    policy, _, preset = name.partition(":")
-    if not preset:
-        return name
-    if policy != "swires" or preset not in PRESETS:
-        raise ValueError(f"search must be a policy or one of {[f'swires:{p}' for p in PRESETS]}, got {name!r}")
-    return getattr(SwiresConfig, preset)()
 
 
 def _settings(search: str) -> set[str]:

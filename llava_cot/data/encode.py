@@ -4,7 +4,6 @@ No text is searched for. The chat template renders each turn up to the answer, t
 turn. Only the tokens after the generation prompt are learnt.
 """
 
-import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
@@ -136,7 +135,5 @@ def _rest(text: str, before: str, what: str) -> str:
 
 def _stage_starts(text: str, grammar: Grammar) -> tuple[list[int], list[int]]:
     """Return where stages open, and the stages between these places; before the first it is -1."""
-    tags = {grammar.tag_pair(name)[0]: index for index, name in enumerate(grammar.names)}
-    pattern = "|".join(sorted(map(re.escape, tags), key=len, reverse=True))
-    found = list(re.finditer(pattern, text))
-    return [match.start() for match in found], [-1, *(tags[match.group()] for match in found)]
+    found = grammar.starts(text)
+    return [start for start, _ in found], [-1, *(grammar.names.index(name) for _, name in found)]

@@ -1,6 +1,5 @@
 """Step labels for process reward models: each finished answer as a list of stages, with a value for each."""
 
-import re
 from collections.abc import Iterable, Iterator
 from statistics import fmean
 from typing import Any
@@ -60,10 +59,9 @@ def _cut(tree: TraceTree, node: TraceNode) -> list[tuple[str, str]]:
     """Split the text of ``node`` into stages: pairs of name ("" if no tag closes) and text."""
     if node.stage is not None:
         return [(node.stage, node.text)]
-    tags = {tree.grammar.tag_pair(name)[1]: name for name in tree.grammar.names}
-    closing = list(re.finditer("|".join(map(re.escape, tags)), node.text))
-    bounds = [0, *(tag.end() for tag in closing)]
-    cut = [(tags[tag[0]], node.text[start : tag.end()]) for start, tag in zip(bounds, closing)]
+    closed = [part for part in tree.grammar.parts(node.text, ended=node.closed) if part.closed]
+    bounds = [0, *(part.end + len(tree.grammar.tag_pair(part.name)[1]) for part in closed)]
+    cut = [(part.name, node.text[start:end]) for part, start, end in zip(closed, bounds, bounds[1:])]
     rest = node.text[bounds[-1] :]
     if not cut or rest.strip():
         return [*cut, ("", rest)]

@@ -7,6 +7,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from llava_cot.families.training import Training
+from llava_cot.stages import Grammar
 
 Prompt = dict[str, torch.Tensor]  # the processor's inputs for one prompt, without padding
 Inputs = dict[str, tuple[str, ...]]  # the dimensions of each input
@@ -27,6 +28,7 @@ class Family:
         has_custom_generate: whether transformers' ``generate`` hands these inputs to a custom function unchanged.
         pixel_values_per_pass: the most elements of ``pixel_values`` in one prefill of several prompts, by device type.
             They bound the memory of the vision encoder. An image of 1120 x 1120 has 3.8 million.
+        grammar: the stages that its models write, where that is known.
         training: the training parts; None if models of this family can't be trained.
     """
 
@@ -35,6 +37,7 @@ class Family:
     may_end_early: ClassVar[frozenset[str]] = frozenset()
     has_custom_generate: ClassVar[bool] = False
     pixel_values_per_pass: ClassVar[dict[str, int]] = {"cpu": 4 << 20, "cuda": 40 << 20}
+    grammar: ClassVar[Grammar | None] = None
     training: ClassVar[type[Training] | None] = None
 
     def __init__(self, config: Any) -> None:

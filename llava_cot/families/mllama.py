@@ -6,6 +6,7 @@ import torch
 
 from llava_cot.families.family import Family, Inputs, Prompt
 from llava_cot.families.mllama_training import MllamaTraining
+from llava_cot.stages import LLAVA_COT
 
 
 class Mllama(Family):
@@ -24,6 +25,7 @@ class Mllama(Family):
     }
     may_end_early = frozenset({"cross_attention_mask"})
     has_custom_generate = True
+    grammar = LLAVA_COT  # the paper's own model
     training = MllamaTraining
 
     @property

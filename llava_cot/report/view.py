@@ -92,7 +92,7 @@ def read(trace: Trace) -> View:
         failure=trace.failure,
         others=[(cards[path[-1]], _conclusion(grammar, text)) for path, text in zip(paths[1:], texts[1:])],
         malformed=None if trace.failure else _malformed(grammar, texts[0], [cards[id] for id in paths[0]]),
-        tags=[tag for name in grammar.names for tag in grammar.tag_pair(name)],
+        tags=grammar.all_tags,
         headings=headings,
         rounds=sorted({card.round for card in cards.values()}),
         cards=cards,
@@ -150,6 +150,8 @@ def _malformed(grammar: Grammar, text: str, path: Sequence[Card]) -> str | None:
     if outcome is not Outcome.COMPLETE:
         return f"{grammar.conclusion} is {outcome}"
     names = grammar.names
+    if not all(map(all, map(grammar.tag_pair, names))):
+        return None  # where a stage has no tags of its own, its place is its only sign
     anything = Grammar(
         {name: () if name == grammar.conclusion else names for name in names},
         start=names,

@@ -64,19 +64,19 @@ def look_ahead(spans: Sequence[Span]) -> Program[list[float]]:
 
 
 def _has_conclusion(span: Span) -> bool:
-    return span.grammar.parse(span.path_text)[span.grammar.conclusion].outcome is Outcome.COMPLETE
+    stages = span.grammar.parse(span.path_text, ended=span.closed)
+    return stages[span.grammar.conclusion].outcome is Outcome.COMPLETE
 
 
 def _answer(span: Span) -> str:
-    stages = span.grammar.parse(span.text)
-    conclusion = stages[span.grammar.conclusion]
-    if conclusion.outcome is not Outcome.MISSING:
-        return normalise(conclusion.text)
-    return normalise(stages[span.stage].text if span.stage else span.text)
+    if span.stage:
+        return normalise(span.grammar.body(span.text, span.stage))
+    conclusion = span.grammar.parse(span.text, ended=span.closed)[span.grammar.conclusion]
+    return normalise(span.text if conclusion.outcome is Outcome.MISSING else conclusion.text)
 
 
 def _facts(span: Span) -> set[str]:
-    body = span.grammar.parse(span.text)[span.stage].text if span.stage else span.text
+    body = span.grammar.body(span.text, span.stage) if span.stage else span.text
     clauses = (normalise(clause) for clause in _CLAUSE.split(body))
     return {clause for clause in clauses if clause} if span.closed else set()
 

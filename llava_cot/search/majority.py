@@ -41,7 +41,7 @@ def majority(search: Search, config: MajorityConfig) -> Program[list[Node]]:
     nodes = yield from search.expand([search.root], config.n, None, params=config.params())
     yield from search.score(nodes, resolve_scorer(config.scorer))
     grammar = search.grammar
-    conclusions = {node: grammar.parse(node.text)[grammar.conclusion] for node in nodes}
+    conclusions = {node: grammar.parse(node.text, ended=node.closed)[grammar.conclusion] for node in nodes}
     complete = [node for node, stage in conclusions.items() if stage.outcome is Outcome.COMPLETE and stage.text]
     voters = sorted(complete or nodes, key=Node.rank)
     votes: dict[str, list[Node]] = {}

@@ -34,6 +34,14 @@ POLICIES: dict[str, tuple[type[Limits], Callable[..., Program[Node | list[Node]]
 }
 
 
+# Settings with a name: the three sources' algorithms
+PRESETS: dict[str, Callable[..., SwiresConfig]] = {
+    "swires:published": SwiresConfig.published,
+    "swires:released": SwiresConfig.released,
+    "swires:prose": SwiresConfig.prose,
+}
+
+
 @dataclass(frozen=True)
 class Plan:
     """A resolved ``search=``: its name, its settings, and the policy bound to them."""
@@ -72,7 +80,7 @@ def make_plan(search: SearchLike, settings: Mapping[str, Any], grammar: Grammar)
     for key in settings:
         if key not in known:
             raise ValueError(f"{key} is not supported by search={name!r}; its settings are {known}")
-    config = search if isinstance(search, Limits) else _default(config_type, grammar)
+    config = search if isinstance(search, Limits) else _default(search, config_type, grammar)
     config = replace(config, **settings)
     if isinstance(config, Staged) and config.grammar != grammar:
         raise ValueError(f"grammar must be the generator's, {grammar}, got {config.grammar}")
@@ -95,11 +103,15 @@ def _is_function(search: SearchLike) -> TypeGuard[Policy]:
 
 def _name_of_policy(search: Any) -> str:
     by_config = {config_type: name for name, (config_type, _) in POLICIES.items()}
-    name = search if isinstance(search, str) else by_config.get(type(search))
+    name = search.partition(":")[0] if isinstance(search, str) and search in PRESETS else search
+    name = name if isinstance(name, str) else by_config.get(type(search))
     if name not in POLICIES:
-        raise ValueError(f"search must be one of {sorted(POLICIES)}, a config or a policy function, got {search!r}")
+        known = [*sorted(POLICIES), *PRESETS]
+        raise ValueError(f"search must be one of {known}, a config or a policy function, got {search!r}")
     return name
 
 
-def _default(config_type: type[Limits], grammar: Grammar) -> Limits:
+def _default(search: Any, config_type: type[Limits], grammar: Grammar) -> Limits:
+    if search in PRESETS:
+        return PRESETS[search](grammar)
     return config_type(grammar=grammar) if issubclass(config_type, Staged) else config_type()

@@ -9,7 +9,7 @@ from llava_cot.core import Continuation, Expand, Finish, Program, SamplingParams
 from llava_cot.search.drive import Drive
 from llava_cot.search.plan import Plan, Policy
 from llava_cot.search.search import BudgetSpent, Search
-from llava_cot.search.tree import Node, candidate_seed, stages_of
+from llava_cot.search.tree import Node, candidate_seed
 
 
 class SearchRun(Drive):
@@ -77,7 +77,7 @@ def finish(search: Search) -> Program[Node]:
 
 
 def _is_answer(search: Search, node: Node) -> bool:
-    return node.finish is Finish.EOS or not search.grammar.allowed(stages_of(node))
+    return node.finish is Finish.EOS or not search.allowed(node)
 
 
 def _progress(node: Node) -> float:

@@ -56,7 +56,7 @@ class Search:
     calibration: Calibration | None = None
     on_event: Callable[[Event], None] = lambda event: None
     eos_token_ids: frozenset[int] = frozenset()
-    grammar: Grammar = LLAVA_COT  # its tags are the engine's first ones
+    grammar: Grammar = LLAVA_COT  # its stops are the engine's first tags
     budget: Budget | None = None
     question: str | None = None
     load_images: "Callable[[], Sequence[Image]]" = tuple
@@ -90,7 +90,13 @@ class Search:
 
     def can_grow(self, node: Node) -> bool:
         """Whether another stage may come after ``node``."""
-        return bool(self.grammar.allowed(stages_of(node))) and self.can_continue(node)
+        return bool(self.allowed(node)) and self.can_continue(node)
+
+    def allowed(self, node: Node) -> tuple[str, ...]:
+        """The stages that may come after ``node``: one if the prompt or a heading has opened it."""
+        if node.opens is not None:
+            return (node.opens,)
+        return self.grammar.allowed(stages_of(node)) if node.parent else self.grammar.first()
 
     def can_continue(self, node: Node) -> bool:
         """Whether any token may come after ``node``."""
@@ -124,7 +130,6 @@ class Search:
         _check_nodes("parents", parents)
         allowed = [self._allowed(parent, stage) for parent in parents]
         limits = [min(self.tokens_left(parent), max_stage_tokens or self.max_new_tokens) for parent in parents]
-        stops = frozenset(range(len(self.grammar.names)) if stage is not None else ())
         places = [
             ("|".join(names), round, parent.id, first_index + index)
             for parent, names in zip(parents, allowed)
@@ -132,8 +137,8 @@ class Search:
         ]
         seeds = [candidate_seed(self.seed, *place) for place in places]
         requests = [
-            Expand(parent.continuation.id, tuple(seeds[at * n : at * n + n]), params, limit, stops)
-            for at, (parent, limit) in enumerate(zip(parents, limits))
+            Expand(parent.continuation.id, tuple(seeds[at * n : at * n + n]), params, limit, self._stops(parent, names))
+            for at, (parent, limit, names) in enumerate(zip(parents, limits, allowed))
         ]
         replies = yield from self._draw(requests)
         nodes = [
@@ -157,8 +162,8 @@ class Search:
         """
         n = whole_number("n", n, 1)
         _check_nodes("parents", parents)
-        stages = len(self.grammar.names)
-        trims = frozenset(range(stages, stages + len(SENTENCE_ENDS)))
+        stages = len(self.grammar.stops)
+        trims = frozenset(range(stages, len(stop_tags(self.grammar))))
         requests = [
             Expand(
                 parent.continuation.id,
@@ -340,7 +345,13 @@ class Search:
             raise BudgetSpent(self.spent())
 
     def _allowed(self, parent: Node, stage: str | None) -> tuple[str, ...]:
-        return self.grammar.allowed(stages_of(parent)) if stage is NEXT else () if stage is None else (stage,)
+        return self.allowed(parent) if stage is NEXT else () if stage is None else (stage,)
+
+    def _stops(self, parent: Node, allowed: Sequence[str]) -> frozenset[int]:
+        """The numbers of the tags that end a candidate of the stages ``allowed``. Their own headings come before it."""
+        own = () if parent.opens is not None or (parent.parent is None and self.grammar.opened) else allowed
+        stops = self.grammar.stops if allowed else ()
+        return frozenset(number for number, stop in enumerate(stops) if stop.opens is None or stop.opens not in own)
 
     def _stage_node(
         self, parent: Node, allowed: tuple[str, ...], round: int, index: int, continuation: Continuation
@@ -349,12 +360,17 @@ class Search:
         finish = continuation.finish
         if not allowed:
             return self.node(parent, None, round, index, continuation, finish is Finish.EOS)
-        written = self.grammar.names[continuation.tag] if continuation.tag >= 0 else None
-        node = self.node(parent, allowed[0], round, index, continuation, written in allowed)
-        if written in allowed:
-            node.stage = written
+        stop = self.grammar.stops[continuation.tag] if continuation.tag >= 0 else None
+        written = None
+        if stop is not None:
+            written = self.grammar.ended_by(stop, stages_of(parent), allowed)
+        elif finish is Finish.EOS:
+            written = self.grammar.ended_by_eos(allowed)
+        node = self.node(parent, written or allowed[0], round, index, continuation, written is not None)
+        if written is not None:
+            node.opens = stop.opens if stop else None
         elif finish is not Finish.STOPPED:
-            got = self.grammar.tag_pair(written)[1] if written else f"the end ({finish})"
+            got = stop.text.strip() or repr(stop.text) if stop else f"the end ({finish})"
             node.violation = self.grammar.expected(stages_of(parent), got)
         return node
 
@@ -410,6 +426,12 @@ class Search:
             root=self.session.root,
             tokens_left=self.tokens_left(node),
         )
+
+
+def stop_tags(grammar: Grammar) -> list[str]:
+    """Return the tags that an engine must find in sampled tokens: those that end a stage, then those of sentences."""
+    stops = [stop.text for stop in grammar.stops]
+    return [*stops, *(end for end in SENTENCE_ENDS if end not in stops)]
 
 
 def _is_finite(score: Any) -> bool:

@@ -14,8 +14,8 @@ from llava_cot.scoring import resolve_scorer
 from llava_cot.scoring.scorer import is_groupwise
 from llava_cot.search.sample import Staged
 from llava_cot.search.search import NEXT, Scope, Search, ranked_score
-from llava_cot.search.tree import Node, stages_of
-from llava_cot.stages import STAGES
+from llava_cot.search.tree import Node
+from llava_cot.stages import LLAVA_COT, Grammar
 from llava_cot.text import normalise
 
 # InternLM-XComposer2.5-7B-reward on REASONING (appendix D): mean + z * std, z of the 60th percentile
@@ -23,10 +23,6 @@ XCOMPOSER_REWARD_Z = 0.2533
 XCOMPOSER_REWARD_CUTOFF = -0.77 + XCOMPOSER_REWARD_Z * 2.08
 
 PerStage = int | Mapping[str, int]
-
-
-def _stages(summary: int, caption: int, reasoning: int, conclusion: int) -> dict[str, int]:
-    return dict(zip(map(str, STAGES), (summary, caption, reasoning, conclusion)))
 
 
 @dataclass(frozen=True)
@@ -114,12 +110,18 @@ class SwiresConfig(Staged):
         return bool(self.retrace) and self.max_rounds > 1 and not is_absolute
 
     @classmethod
-    def published(cls, **changes: object) -> "SwiresConfig":
-        """arXiv v6 (ICCV), appendix D, algorithm 1."""
+    def published(cls, grammar: Grammar = LLAVA_COT, **changes: object) -> "SwiresConfig":
+        """arXiv v6 (ICCV), appendix D, algorithm 1.
+
+        The two stages before the last are sampled, and the second of them retraces to the first. A grammar of two
+        stages has only one of them, which retraces to itself.
+        """
+        middle = grammar.names[-3:-1]
         settings: dict[str, Any] = dict(
-            candidates=_stages(1, 4, 4, 1),
-            keep=_stages(1, 2, 2, 1),
-            retrace={"REASONING": "CAPTION"},
+            grammar=grammar,
+            candidates={name: 4 if name in middle else 1 for name in grammar.names},
+            keep={name: 2 if name in middle else 1 for name in grammar.names},
+            retrace={middle[-1]: middle[0]} if middle else {},
             pass_rank=2,
             max_rounds=3,
             cutoff_quantile=0.6,
@@ -127,16 +129,18 @@ class SwiresConfig(Staged):
         return cls(**{**settings, **changes})
 
     @classmethod
-    def released(cls, **changes: object) -> "SwiresConfig":
+    def released(cls, grammar: Grammar = LLAVA_COT, **changes: object) -> "SwiresConfig":
         """inference/VLMEvalKit/swires.py of the authors' repository."""
-        settings: dict[str, Any] = dict(max_rounds=5, keep=_stages(1, 2, 3, 1), final_scope="path")
-        return cls.published(**{**settings, **changes})
+        keep = {**cls.published(grammar).keep, **dict.fromkeys(grammar.names[-2:-1], 3)}  # type: ignore[dict-item]
+        settings: dict[str, Any] = dict(max_rounds=5, keep=keep, final_scope="path")
+        return cls.published(grammar, **{**settings, **changes})
 
     @classmethod
-    def prose(cls, **changes: object) -> "SwiresConfig":
+    def prose(cls, grammar: Grammar = LLAVA_COT, **changes: object) -> "SwiresConfig":
         """arXiv v6, section 3.2.2: one good candidate is enough, and every stage from CAPTION on may retrace."""
-        retrace = {"CAPTION": "CAPTION", "REASONING": "CAPTION", "CONCLUSION": "REASONING"}
-        return cls.published(**{**dict(retrace=retrace, pass_rank=1, max_rounds=4), **changes})
+        names = grammar.names[-3:]
+        retrace = dict(zip(names, (names[0], *names)))
+        return cls.published(grammar, **{**dict(retrace=retrace, pass_rank=1, max_rounds=4), **changes})
 
 
 def swires(search: Search, config: SwiresConfig) -> Program[list[Node]]:
@@ -173,7 +177,7 @@ def swires(search: Search, config: SwiresConfig) -> Program[list[Node]]:
         pools[depth] = []
         keep(kept)
         growing = [node for node in kept if search.can_grow(node)]
-        ended += [node for node in kept if node.closed and not search.grammar.allowed(stages_of(node))]
+        ended += [node for node in kept if node.closed and not search.allowed(node)]
         if not growing:
             best = search.best(ended or kept, config.num_return_sequences)
             for node in best[0].path():
@@ -189,7 +193,7 @@ def _sample(
 ) -> Program[list[Node]]:
     """Sample and score candidates after ``parents`` and add them to ``pool``. With ``accept_after``, the second part is
     drawn only if the first does not pass."""
-    stages = {name for parent in parents for name in search.grammar.allowed(stages_of(parent))}
+    stages = {name for parent in parents for name in search.allowed(parent)}
     each = max(1, max(config.candidates[stage] for stage in stages) // len(parents))  # type: ignore[index]
     first = min(each, max(1, config.accept_after // len(parents))) if config.accept_after else each
     limits = [config.max_stage_tokens[stage] for stage in stages if stage in config.max_stage_tokens]
@@ -220,7 +224,7 @@ def _passes(search: Search, config: SwiresConfig, pool: list[Node]) -> bool:
     """Whether enough candidates are good enough, each measured by the cutoff of its own stage."""
     if config.cutoff_agreement is not None:
         closed = [node for node in pool if node.closed]
-        bodies = [normalise(search.grammar.parse(node.text)[node.stage].text) for node in closed]  # type: ignore
+        bodies = [normalise(search.grammar.body(node.text, node.stage)) for node in closed]  # type: ignore
         return max(Counter(bodies).values(), default=0) >= config.cutoff_agreement * len(pool)
     if config.cutoff is None and search.calibration is None:
         return True
@@ -247,11 +251,7 @@ def _cutoff(search: Search, config: SwiresConfig, stage: str) -> float | None:
 
 def _depth_of(search: Search, stage: str, parents: list[list[Node]]) -> int:
     """The deepest place where ``stage`` may be sampled."""
-    return max(
-        depth
-        for depth, nodes in enumerate(parents)
-        if any(stage in search.grammar.allowed(stages_of(node)) for node in nodes)
-    )
+    return max(depth for depth, nodes in enumerate(parents) if any(stage in search.allowed(node) for node in nodes))
 
 
 def _accumulates(config: SwiresConfig, pool: list[Node]) -> bool:

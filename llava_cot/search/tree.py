@@ -18,7 +18,8 @@ class Node:
     """A candidate that was drawn from ``parent``, which is None for the root. It is one stage, or with ``stage`` None a
     whole answer or a part of one.
 
-    ``closed``: it ended as it should, with its own closing tag, or with EOS for a whole answer. ``violation`` says how
+    ``closed``: it ended as it should, with its own closing tag, or with EOS for a whole answer. ``opens`` is the stage
+    that its last tokens have opened, where that stage's heading ended it. ``violation`` says how
     a stage's candidate left the grammar, ``error`` why it has no score of its own (it ranks with -inf then), and
     ``notes`` what its scorer has to tell, such as the scores that it combined.
     """
@@ -33,6 +34,7 @@ class Node:
     kept: bool = False
     seconds: float = 0.0  # from the start of the search to its last token
     closed: bool = False
+    opens: str | None = None
     violation: str | None = None
     error: str | None = None
     notes: dict[str, float] = field(default_factory=dict)

@@ -125,7 +125,8 @@ class GrammarData(TypedDict):
     follows: dict[str, list[str]]
     start: list[str]
     max_visits: dict[str, int]
-    tags: dict[str, list[str]]
+    tags: dict[str, list[str]]  # the opening and the closing tag of each stage; empty where it has none
+    opened: str | None  # the stage whose opening tag the prompt has written
 
 
 class ConfigData(TypedDict, total=False):

@@ -32,7 +32,7 @@ class Trace:
     @cached_property
     def grammar(self) -> Grammar:
         grammar = self.data["grammar"]
-        return Grammar(grammar["follows"], grammar["start"], grammar["max_visits"], grammar["tags"])
+        return Grammar(**grammar)
 
     @cached_property
     def drawn_after_budget(self) -> frozenset[int]:

@@ -7,9 +7,10 @@ from typing import Any
 
 from llava_cot.core import Continuation, Feature, Finish, Usage
 from llava_cot.search.drive import Drive
-from llava_cot.search.search import Search
+from llava_cot.search.search import Search, stop_tags
 from llava_cot.search.tree import Node
 from llava_cot.stages import LLAVA_COT, STAGES
+from llava_cot_kernels.stage_tags import StageTags
 
 PROMPT_LENGTH = 10
 
@@ -80,6 +81,46 @@ class ScriptedSession:
         self.by_id[drawn.id] = drawn
         self.usage.generated_tokens += len(drawn.tokens)
         return drawn
+
+
+class WritingSession(ScriptedSession):
+    """A session whose model writes texts, a byte a token. The stop tags are found as the engine finds them.
+
+    ``write(path_text, index)`` is what candidate ``index`` writes after a text, up to the end of its answer.
+    """
+
+    def __init__(self, write, grammar):
+        super().__init__(self._written)
+        self._write = write
+        self._tags = StageTags([bytes([byte]) for byte in range(256)], stop_tags(grammar))
+        self._states = {0: self._tags.start_state}
+
+    def path_text(self, id):
+        text, at = "", self.by_id[id]
+        while at.id != self.root:
+            text, at = at.text + text, self.by_id[at.parent]
+        return text
+
+    def _written(self, session, request, parent, index):
+        state, tag, tokens = self._states[request.parent], -1, []
+        finish = Finish.EOS
+        for token in self._write(self.path_text(request.parent), index).encode():
+            if len(tokens) == request.max_new_tokens:
+                finish = Finish.LENGTH
+                break
+            tokens.append(token)
+            state, found, _ = self._tags.advance(state, token)
+            if found in (request.stops or ()):
+                finish, tag = Finish.TAG, found
+                break
+        if len(tokens) == request.max_new_tokens and finish is Finish.EOS:
+            finish = Finish.LENGTH
+        self._states[len(self.by_id)] = state
+        text, numbers = bytes(tokens).decode(), (-1.0,) * len(tokens)
+        seed = request.seeds[index]
+        return Continuation(
+            -1, request.parent, tuple(tokens), text, numbers, entropies=numbers, finish=finish, tag=tag, seed=seed
+        )
 
 
 class ScriptedBackend:

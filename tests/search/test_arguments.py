@@ -164,8 +164,9 @@ def test_a_wrong_part(make, message):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"grammar": "LLAVA_COT"}, "grammar must be a Grammar, got 'LLAVA_COT'"),
-        ({"grammar": None}, "grammar must be a Grammar, got None"),
+        ({"grammar": 4}, "grammar must be a Grammar, the name of one or None, got 4"),
+        ({"system": 4}, "system must be a string or None, got 4"),
+        ({"chat_template_kwargs": "thinking"}, "chat_template_kwargs must be a mapping, got 'thinking'"),
         ({"engine": {"page_size": 4}}, r"engine must be an EngineConfig, got \{'page_size': 4\}"),
         ({"engine": EngineConfig}, "engine must be an EngineConfig, got <class"),
         ({"calibrations": 5}, "calibrations must be a list of Calibrations, got 5"),
