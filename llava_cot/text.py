@@ -28,6 +28,7 @@ _LATEX = [
     (re.compile(r"\\pi(?![a-z])"), "π"),
     (re.compile(r"\\times(?![a-z])|\\cdot(?![a-z])"), "*"),
 ]
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|<\|begin_of_box\|>")
 _MATH = [re.compile(p, re.DOTALL) for p in (r"\$\$([^$]+)\$\$", r"\$([^$]+)\$", r"\\\((.+)\\\)", r"\\\[(.+)\\\]")]
 
 # An option's letter with its mark, as in "(B) a cat". If a second option follows, the first alone is not the answer.
@@ -86,10 +87,13 @@ def normalise(text: str) -> str:
     a decimal number if it has few digits ("3/4" and "¾" become "0.75"), else its lowest terms. The common units,
     percent and currencies behind or before a number have one spelling; they stay part of the answer.
 
+    What stands in the last answer box (``\\\\boxed{4}`` or ``<|begin_of_box|>4<|end_of_box|>``), if there is one, is the
+    answer, whatever is said around it.
+
     The letter of an option (A to H) with a mark stands for the whole option: "(B)", "B." and "B: a cat" become "b", as
     "B" alone does. A drawback is that "E. coli" becomes "e". A text of nothing but punctuation keeps it.
     """
-    text = _plain_characters(text)
+    text = _plain_characters(_boxed(text))
     text = _without_latex(text)
     text = " ".join(text.split())
     if option := _OPTION.match(text):
@@ -102,6 +106,19 @@ def normalise(text: str) -> str:
     if (fraction := _FRACTION.fullmatch(text)) and (fraction[5] or "").strip() in {"", *_UNITS}:
         text = _decimal(*fraction.groups()[:4]) + (fraction[5] or "")
     return "0" if text == "-0" else text
+
+
+def _boxed(text: str) -> str:
+    """Return what stands in the last answer box, or ``text`` if it has none. Braces in a box may be nested."""
+    for opened in reversed([*_BOX.finditer(text)]):
+        if opened[0] == "<|begin_of_box|>":
+            return text[opened.end() :].partition("<|end_of_box|>")[0]
+        depth = 1
+        for brace in re.finditer(r"\\?[{}]", text[opened.end() :]):
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
+            if not depth:
+                return text[opened.end() : opened.end() + brace.start()]
+    return text
 
 
 def _plain_characters(text: str) -> str:
