@@ -87,7 +87,7 @@ def normalise(text: str) -> str:
     a decimal number if it has few digits ("3/4" and "¾" become "0.75"), else its lowest terms. The common units,
     percent and currencies behind or before a number have one spelling; they stay part of the answer.
 
-    What stands in the last answer box (``\\\\boxed{4}`` or ``<|begin_of_box|>4<|end_of_box|>``), if there is one, is the
+    If there is an answer box, ``\\\\boxed{4}`` or ``<|begin_of_box|>4<|end_of_box|>``, what stands in the last one is the
     answer, whatever is said around it.
 
     The letter of an option (A to H) with a mark stands for the whole option: "(B)", "B." and "B: a cat" become "b", as
