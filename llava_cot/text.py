@@ -87,8 +87,8 @@ def normalise(text: str) -> str:
     a decimal number if it has few digits ("3/4" and "¾" become "0.75"), else its lowest terms. The common units,
     percent and currencies behind or before a number have one spelling; they stay part of the answer.
 
-    If there is an answer box, ``\\\\boxed{4}`` or ``<|begin_of_box|>4<|end_of_box|>``, what stands in the last one is the
-    answer, whatever is said around it.
+    If there is an answer box, such as ``\\\\boxed{4}`` or ``<|begin_of_box|>4<|end_of_box|>``, what stands in the last
+    one is the answer, whatever is said around it.
 
     The letter of an option (A to H) with a mark stands for the whole option: "(B)", "B." and "B: a cat" become "b", as
     "B" alone does. A drawback is that "E. coli" becomes "e". A text of nothing but punctuation keeps it.
