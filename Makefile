@@ -94,7 +94,7 @@ gpu-bundle:
 $(VENV)/.ready: $(SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$(TRANSFORMERS)" -e ".[test]"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$(TRANSFORMERS)" -e ".[test,tokenizers]"
 	touch $@
 
 clean:

@@ -1,10 +1,12 @@
 """What a tokenizer must give: the bytes of its tokens, and stage tags that are found however they are spelt."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from llava_cot.check.kit import Kit, Mismatch
 from llava_cot.detokenise import Detokeniser
+from llava_cot.stages import Grammar
 from llava_cot.vocabulary import Vocabulary
 
 LETTERS = "abcXYZ 019.,:;!?<>/|\n\t'\"-_=()[]{}éßñ中文字漢あアم한🙂👩\u200d🔬𝔸"
@@ -15,25 +17,36 @@ def random_text(rng: random.Random, most: int) -> str:
     return "".join(rng.choice(LETTERS) for _ in range(rng.randint(0, most)))
 
 
-def random_spelling(text: str, tokenizer: object, rng: random.Random) -> list[int]:
-    """Return tokens that spell ``text``, which is cut at random places and tokenized piece by piece."""
-    ids, at = list[int](), 0
-    while at < len(text):
-        end = at + rng.choice((1, 1, 2, 3, 5, 8, 100))
-        ids += tokenizer(text[at:end], add_special_tokens=False)["input_ids"]  # type: ignore[operator]
-        at = end
-    return ids
+def random_spelling(text: str, ids: Mapping[bytes, int], rng: random.Random) -> list[int]:
+    """Return tokens that spell ``text``, drawn from all that do. ``ids`` are the tokens by their bytes."""
+    data, spelling, at = text.encode(), list[int](), 0
+    most = max(map(len, ids))
+    while at < len(data):
+        fitting = [size for size in range(1, most + 1) if at + size <= len(data) and data[at : at + size] in ids]
+        size = rng.choice(fitting)
+        spelling.append(ids[data[at : at + size]])
+        at += size
+    return spelling
 
 
 def token_text(kit: Kit) -> str:
     """The bytes of all tokens are the text that was tokenized, and a stream of it never cuts a character."""
-    tokenizer, rng = kit.processor.tokenizer, random.Random(0)
-    vocabulary = Vocabulary(tokenizer, kit.grammar.all_tags)
-    for _ in range(200):
+    return check_texts(kit.processor.tokenizer, kit.grammar, 200)
+
+
+def stop_tags(kit: Kit) -> str:
+    """A tag that ends a stage is found once, at its last token, however it is spelt and whatever stands around it."""
+    return check_spellings(kit.processor.tokenizer, kit.grammar, 200)
+
+
+def check_texts(tokenizer: Any, grammar: Grammar, count: int) -> str:
+    """Check ``count`` random texts. Raises ``Mismatch``; see ``check_text``."""
+    rng = random.Random(0)
+    vocabulary = Vocabulary(tokenizer, grammar.all_tags)
+    for _ in range(count):
         text = random_text(rng, 40)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        check_text(text, ids, vocabulary.token_bytes)
-    return "200 texts"
+        check_text(text, tokenizer(text, add_special_tokens=False)["input_ids"], vocabulary.token_bytes)
+    return f"{count} texts"
 
 
 def check_text(text: str, ids: Sequence[int], token_bytes: Sequence[bytes]) -> None:
@@ -53,26 +66,27 @@ def check_text(text: str, ids: Sequence[int], token_bytes: Sequence[bytes]) -> N
         raise Mismatch(f"a stream of {text!r} shows {shown!r}")
 
 
-def stop_tags(kit: Kit) -> str:
-    """A closing tag is found once, at its last token, however it is spelt and whatever stands around it."""
-    tokenizer, rng = kit.processor.tokenizer, random.Random(1)
-    vocabulary = Vocabulary(tokenizer, kit.grammar.all_tags)
-    names = [stop.text for stop in kit.grammar.stops]
+def check_spellings(tokenizer: Any, grammar: Grammar, count: int) -> str:
+    """Check that the tags of ``grammar`` are found in ``count`` random spellings. Raises ``Mismatch`` if one is not."""
+    rng = random.Random(1)
+    vocabulary = Vocabulary(tokenizer, grammar.all_tags)
+    names = [stop.text for stop in grammar.stops]
     tags = vocabulary.stop_tags(names)
-    for _ in range(200):
+    ids = {data: token for token, data in enumerate(vocabulary.token_bytes) if data and len(data) <= 32}
+    for _ in range(count if names else 0):
         number = rng.randrange(len(names))
-        before, after = (random_text(rng, 12).replace("<", "") for _ in range(2))
-        ids = random_spelling(before + names[number] + after, tokenizer, rng)
+        before, after = (random_text(rng, 12).replace("<", "").replace("\n", " ") for _ in range(2))
+        spelling = random_spelling(before + names[number] + after, ids, rng)
         state, found, read = tags.start_state, list[tuple[int, int]](), 0
-        for token in ids:
+        for token in spelling:
             state, tag, overhang = tags.advance(state, token)
-            read += len(vocabulary.token_bytes[token]) if token < len(vocabulary.token_bytes) else 0
+            read += len(vocabulary.token_bytes[token])
             found += [(tag, read - overhang)] * (tag >= 0)
-        spelt = b"".join(vocabulary.token_bytes[token] for token in ids)
-        at = spelt.find(names[number].encode()) + len(names[number].encode())
+        at = len((before + names[number]).encode())
         if found != [(number, at)]:
-            raise Mismatch(f"{names[number]!r} is found {found} times in {spelt!r}, as the tokens {ids}")
-    return f"200 spellings of {len(names)} tags"
+            text = before + names[number] + after
+            raise Mismatch(f"{names[number]!r} is found at {found} in {text!r}, spelt as {spelling}")
+    return f"{count} spellings of {len(names)} tags"
 
 
 TEXT_CHECKS = (token_text, stop_tags)
