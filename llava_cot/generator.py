@@ -37,7 +37,7 @@ from llava_cot.families import Prompt, family_of
 from llava_cot.grammars import GRAMMARS, WHOLE, grammar_of, named_grammar
 from llava_cot.image import Images, check_image, images_of, opener
 from llava_cot.loading import check_device, check_dtype, check_name, source_of
-from llava_cot.prompt import Question, build_inputs, check_question, question_text, split_rows
+from llava_cot.prompt import Question, build_inputs, check_fits, check_question, question_text, split_rows
 from llava_cot.scoring import Calibration
 from llava_cot.scoring.scorer import name_of
 from llava_cot.search import Plan, Search, SearchLike, SwiresConfig, make_plan, settings_of
@@ -317,7 +317,7 @@ class SwiresGenerator:
         def prepare() -> Prompt:
             opened = open_all()
             with self._processing:
-                return build_inputs(
+                prompt = build_inputs(
                     self.processor,
                     opened,
                     question,
@@ -325,6 +325,8 @@ class SwiresGenerator:
                     system=self.system,
                     chat_template_kwargs=self.chat_template_kwargs,
                 )
+            check_fits(prompt, self.model, images=len(opened))
+            return prompt
 
         # A question that can't be used fails when it is prepared.
         text = question if isinstance(question, str) else question_text(question) if _is_chat(question) else None

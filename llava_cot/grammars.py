@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from jinja2 import TemplateError
+
 from llava_cot.chat import render
 from llava_cot.stages import LLAVA_COT, Grammar
 
@@ -75,7 +77,11 @@ def grammar_of(processor: "ProcessorMixin") -> Grammar | None:
     """
     if processor.chat_template:
         question = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
-        if render(processor, question, add_generation_prompt=True).rstrip().endswith("<think>"):
+        try:
+            prompt = render(processor, question, add_generation_prompt=True)
+        except (TemplateError, TypeError, ValueError):
+            prompt = ""  # it asks for more than a question
+        if prompt.rstrip().endswith("<think>"):
             return GRAMMARS["prompt-think"]
     tokens = processor.tokenizer.get_added_vocab()
     tagged = [grammar for grammar in GRAMMARS.values() if all(map(all, map(grammar.tag_pair, grammar.names)))]

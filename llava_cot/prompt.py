@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from llava_cot.chat import render
 from llava_cot.core import Bos, check_kind
@@ -61,6 +61,16 @@ def build_inputs(
     )
     batch = without_marks(batch, text, processor.tokenizer)
     return {name: tensor for name, tensor in batch.items() if name != "attention_mask"}  # nothing is padded
+
+
+def check_fits(prompt: Prompt, model: PreTrainedModel, *, images: int) -> None:
+    """Raise ``ValueError`` unless a prompt that a processor made can be one of this model."""
+    ids, size = prompt["input_ids"], model.get_input_embeddings().weight.shape[0]
+    if ids.max() >= size:
+        raise ValueError(f"processor must be the model's, which has {size} tokens, got token {int(ids.max())}")
+    image = model.config.image_token_id
+    if images and not (ids == image).any():
+        raise ValueError(f"processor must be the model's, whose images are tokens {image}, got a prompt without any")
 
 
 def question_text(question: Question) -> str:

@@ -19,6 +19,7 @@ class Vocabulary:
 
     Raises:
         TypeError, ValueError: see ``StageTags.from_tokenizer``.
+        ValueError: the tokenizer has no tokens that spell one of the ``visible`` strings.
     """
 
     def __init__(self, tokenizer: Any, visible: Collection[str]) -> None:
@@ -28,6 +29,13 @@ class Vocabulary:
         for token, added in tokenizer.added_tokens_decoder.items():
             if added.special and _spells(added.content, visible):
                 self.token_bytes[token] = added.content.encode()
+        for text in visible:
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            written = b"".join(self.token_bytes[token] for token in ids)
+            if text.encode() not in written:  # a SentencePiece tokenizer puts a space before it
+                raise ValueError(
+                    f"grammar must have tags that the tokenizer can spell, got {text!r}, of which it makes {written!r}"
+                )
 
     def stop_tags(self, tags: Sequence[str]) -> StageTags:
         """Return the automaton that finds ``tags`` in sampled tokens."""
