@@ -1,6 +1,9 @@
 """Turn a question and its images into the inputs of a model, one sample at a time."""
 
+from collections.abc import Sequence
+
 import torch
+from PIL import Image
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from llava_cot.chat import render
@@ -25,9 +28,14 @@ def build_inputs(processor: ProcessorMixin, image: Images, question: str, bos: B
     images = [*map(open_image, images_of(image))]
     content = [*({"type": "image"} for _ in images), {"type": "text", "text": marked(question, processor.tokenizer)}]
     text = render(processor, [{"role": "user", "content": content}], add_generation_prompt=True)
+    return process(processor, images, text, bos)
+
+
+def process(processor: ProcessorMixin, images: Sequence[Image.Image], text: str, bos: Bos = "one") -> Prompt:
+    """Return the processor's inputs for one ``text``, as its chat template has written it. Parts may be ``marked``."""
     written = text.startswith(processor.tokenizer.bos_token or "")
     batch = processor(
-        images=[images] if images else None,
+        images=[list(images)] if images else None,
         text=text,
         add_special_tokens=bos == "released" or not written,
         return_tensors="pt",
