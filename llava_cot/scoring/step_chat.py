@@ -63,7 +63,7 @@ class StepChat:
     def prompt(self, question: str, images: Sequence[Image.Image]) -> Prompt:
         """Return the processor's inputs of the chat up to the first step."""
         texts = self._texts_of.setdefault(len(images), self._texts(len(images)))
-        text = texts.before_question + marked(question, self.tokenizer) + texts.before_first
+        text = texts.before_question + marked(question, self.tokenizer) + texts.before_first.rstrip(" ")
         if self.is_for_text:
             return {"input_ids": torch.tensor([token_ids(text, self.tokenizer)])}
         return process(self.processor, images, text)
@@ -74,14 +74,13 @@ class StepChat:
         Special tokens that a step spells are text, but for ``tags``.
         """
         texts, format = self._texts_of[0], self.format
-        first, later = texts.before_first[-1:], texts.before_next if format.in_turns else format.between
+        prompt_end = texts.before_first.rstrip(" ")
+        first = texts.before_first.removeprefix(prompt_end)  # a space is part of the token behind it
+        later = texts.before_next if format.in_turns else format.between
         pieces = list[tuple[int, ...]]()
         for step in steps:
             text = self._literal(step, tags) + texts.reply
-            if pieces:
-                own = self._after(format.mark, later + text)
-            else:
-                own = self._after(first if first.isspace() else "", text)
+            own = self._after(format.mark, later + text) if pieces else self._after(prompt_end[-1:], first + text)
             pieces.append((self.mark, *own) if format.in_turns and pieces else tuple(own))
         return pieces if format.in_turns else [(*piece, self.mark) for piece in pieces]
 

@@ -46,10 +46,11 @@ def build_random_pixtral(**sizes):
     return build_random_llava(pixtral=True, **sizes)
 
 
-def build_random_qwen2_5_vl(*, hidden=32, layers=3, heads=4, kv_heads=2, seed=0):
+def build_random_qwen2_5_vl(*, vocab=VOCAB, hidden=32, layers=3, heads=4, kv_heads=2, seed=0):
+    """The last four tokens of ``vocab`` begin and end an image, and stand for a video and an image."""
     torch.manual_seed(seed)
     text = dict(
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=layers,
@@ -72,10 +73,10 @@ def build_random_qwen2_5_vl(*, hidden=32, layers=3, heads=4, kv_heads=2, seed=0)
     config = Qwen2_5_VLConfig(
         text_config=text,
         vision_config=vision,
-        image_token_id=IMAGE_TOKEN,
-        video_token_id=VIDEO_TOKEN,
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
+        image_token_id=vocab - VOCAB + IMAGE_TOKEN,
+        video_token_id=vocab - VOCAB + VIDEO_TOKEN,
+        vision_start_token_id=vocab - VOCAB + VISION_START,
+        vision_end_token_id=vocab - VOCAB + VISION_END,
     )
     return _randomize(Qwen2_5_VLForConditionalGeneration(config))
 
