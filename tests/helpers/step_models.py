@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from transformers import AutoProcessor, LlavaProcessor, Qwen2_5_VLProcessor
+from transformers import AutoProcessor, LlavaProcessor, MllamaForConditionalGeneration, Qwen2_5_VLProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -68,4 +68,12 @@ def build_qwen(**sizes):
     return softened(build_random_qwen2_5_vl(vocab=len(processor.tokenizer), **sizes)), processor
 
 
-STEP_MODELS = {"llava": build_llava, "qwen2_5_vl": build_qwen}
+def load_mllama():
+    """(model, processor): the bundled model. It was trained on other chats, but the engine must read the same."""
+    return (
+        softened(MllamaForConditionalGeneration.from_pretrained(tiny_path())),
+        AutoProcessor.from_pretrained(tiny_path()),
+    )
+
+
+STEP_MODELS = {"llava": build_llava, "qwen2_5_vl": build_qwen, "mllama": load_mllama}

@@ -149,7 +149,7 @@ def test_only_what_is_new_is_read_and_the_scores_stay(case, format, pages):
     assert len(usages) == 3
     recomputed = sum(usage.recomputed_tokens for usage in usages)
     if pages < 2000:  # too few for all: what was evicted is computed again
-        assert len(prompts) > 3 and recomputed > 0
+        assert recomputed > 0
     else:
         assert len(prompts) == 3 and recomputed == 0
         chat = scorer._chat
