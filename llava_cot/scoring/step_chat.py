@@ -1,6 +1,7 @@
 """The tokens of a question and of a candidate's steps, as a step reward model reads them."""
 
 import re
+import threading
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -59,9 +60,14 @@ class StepChat:
                 raise ValueError(f"format.verdicts must be different tokens, got {format.verdicts} of token {good}")
             self.verdicts = good, bad
         self._texts_of = {0: self._texts(0)}  # by the number of images
+        self._writing = threading.Lock()  # tokenizers may not be used by two threads at once
 
     def prompt(self, question: str, images: Sequence[Image.Image]) -> Prompt:
         """Return the processor's inputs of the chat up to the first step."""
+        with self._writing:
+            return self._prompt(question, images)
+
+    def _prompt(self, question: str, images: Sequence[Image.Image]) -> Prompt:
         texts = self._texts_of.setdefault(len(images), self._texts(len(images)))
         text = texts.before_question + marked(question, self.tokenizer) + texts.before_first.rstrip(" ")
         if self.is_for_text:
@@ -73,6 +79,10 @@ class StepChat:
 
         Special tokens that a step spells are text, but for ``tags``.
         """
+        with self._writing:
+            return self._pieces(steps, tags)
+
+    def _pieces(self, steps: Sequence[str], tags: Collection[str]) -> list[tuple[int, ...]]:
         texts, format = self._texts_of[0], self.format
         prompt_end = texts.before_first.rstrip(" ")
         first = texts.before_first.removeprefix(prompt_end)  # a space is part of the token behind it

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, Required, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from PIL import Image
@@ -42,7 +42,6 @@ AGGREGATES: Mapping[str, Callable[[Sequence[float]], float]] = {
 
 
 class _Settings(TypedDict, total=False):
-    format: Required[StepFormat]
     aggregate: Aggregate
     scope: Literal["path", "stage"]
     split: Split | None
@@ -131,13 +130,14 @@ class StepRewardScorer:
         cls,
         name: str | Path,
         *,
+        format: StepFormat,
         revision: str | None = None,
         trust_remote_code: bool = False,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "auto",
         **settings: Unpack[_Settings],
     ) -> "StepRewardScorer":
-        """Load a folder or a hub name; ``settings`` are keyword arguments of the constructor.
+        """Load a folder or a hub name; ``format`` and ``settings`` are keyword arguments of the constructor.
 
         ``trust_remote_code`` runs the repository's own code, as Qwen2.5-Math-PRM needs.
 
@@ -148,13 +148,14 @@ class StepRewardScorer:
         config = AutoConfig.from_pretrained(name, **source)
         if trust_remote_code:
             load = AutoModel
-        elif settings["format"].verdicts is None:
+        elif format.verdicts is None:
             load = AutoModelForTokenClassification
         else:
             load = AutoModelForImageTextToText if sees_images(config) else AutoModelForCausalLM
         model = load.from_pretrained(name, dtype=dtype, **source)
         processor = (AutoProcessor if sees_images(config) else AutoTokenizer).from_pretrained(name, **source)
-        return cls(model.to(device).eval() if device is not None else model.eval(), processor, **settings)
+        model = model.to(device).eval() if device is not None else model.eval()
+        return cls(model, processor, format=format, **settings)
 
     @property
     def engine(self) -> Engine | None:

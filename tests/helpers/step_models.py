@@ -36,13 +36,16 @@ def build_llava_processor():
     )
 
 
-def build_qwen_processor():
+def build_qwen_processor(*, patch_size=4, pixels=24 * 24):
+    """Images are scaled to at most ``pixels``. A token stands for 2 x 2 patches."""
     tiny = AutoProcessor.from_pretrained(tiny_path())
     tokenizer = copy.deepcopy(tiny.tokenizer)
     tokens = ["<|vision_start|>", "<|vision_end|>", "<|video_pad|>", "<|image_pad|>"]
     tokenizer.add_special_tokens({"extra_special_tokens": tokens})
     tokenizer.image_token = tokens[-1]
-    image_processor = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64, max_pixels=24 * 24)
+    image_processor = Qwen2VLImageProcessorPil(
+        patch_size=patch_size, merge_size=2, min_pixels=(2 * patch_size) ** 2, max_pixels=pixels
+    )
     template = tiny.chat_template.replace("<|image|>", "<|vision_start|><|image_pad|><|vision_end|>")
     return ImagesOnly(image_processor, tokenizer, template)
 

@@ -1,6 +1,7 @@
 """Step reward models: the scores that transformers alone gives, on an engine and without, and what is refused."""
 
 import random
+import threading
 from dataclasses import replace
 
 import pytest
@@ -314,6 +315,26 @@ def test_a_question_that_does_not_fit_takes_no_score_of_another(case):
     assert call.function == Call(scorer.get_scores, [bad]).function  # the engine merges the calls of several searches
     memo.clear()
     del good, bad, call
+    assert scorer.engine.pages_in_use == 0
+
+
+def test_several_threads_share_a_scorer(case):
+    scorer, start = scorer_of(case), threading.Barrier(3)
+    paths = {seed: [[said(random.Random(seed + at), 5)] * (at + 1) for at in range(3)] for seed in SEEDS[:3]}
+    expected = {seed: scorer.get_scores([span_of(path, seed) for path in own]) for seed, own in paths.items()}
+    found = {}
+
+    def score(seed):
+        memo = {}
+        start.wait()
+        found[seed] = [scorer.get_scores([span_of(path, seed, memo)])[0] for path in paths[seed]]
+
+    threads = [threading.Thread(target=score, args=[seed]) for seed in paths]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {seed: pytest.approx(own, abs=TOLERANCE) for seed, own in expected.items()}
     assert scorer.engine.pages_in_use == 0
 
 
