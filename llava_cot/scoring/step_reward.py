@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoProcessor,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -25,7 +26,7 @@ from transformers import (
 from llava_cot.core import Call, Program, check_kind, whole_number
 from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.engine import Engine
-from llava_cot.families import FAMILIES, Prompt, family_of
+from llava_cot.families import Prompt, family_of
 from llava_cot.scoring.reward_model import pinned_code, sees_images
 from llava_cot.scoring.scorer import Span
 from llava_cot.scoring.step_chat import StepChat
@@ -115,7 +116,7 @@ class StepRewardScorer:
         self.__name__ = f"step_reward_{aggregate}"
         verdicts = self._chat.verdicts
         if incremental is None:
-            incremental = verdicts is not None and model.config.model_type in FAMILIES
+            incremental = verdicts is not None and _is_supported(model.config)
         self._reader: EngineReader | FullReader
         if incremental:
             family_of(model.config)  # raises if it is not supported
@@ -225,6 +226,14 @@ def _note(span: Span, readings: Sequence[Reading]) -> None:
     masses = [reading.label_mass for reading in readings if reading.label_mass is not None]
     if masses:
         span.notes["label_mass"] = min(masses)
+
+
+def _is_supported(config: PreTrainedConfig) -> bool:
+    try:
+        family_of(config)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_head(model: PreTrainedModel, format: StepFormat) -> None:
