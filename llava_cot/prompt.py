@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from llava_cot.chat import render
@@ -52,9 +53,14 @@ def build_inputs(
             if "text" in part:
                 part["text"] = marked(part["text"], processor.tokenizer)
     text = render(processor, messages, add_generation_prompt=True, **(chat_template_kwargs or {}))
+    return process(processor, images, text, bos)
+
+
+def process(processor: ProcessorMixin, images: Sequence[Image.Image], text: str, bos: Bos = "one") -> Prompt:
+    """Return the processor's inputs for one ``text``, as its chat template has written it. Parts may be ``marked``."""
     written = text.startswith(processor.tokenizer.bos_token or "")
     batch = processor(
-        images=[images] if images else None,
+        images=[list(images)] if images else None,
         text=text,
         add_special_tokens=bos == "released" or not written,
         return_tensors="pt",

@@ -21,6 +21,7 @@ sys.path.append(str(BENCHMARKS))
 import bench_batch  # noqa: E402
 import bench_logprob_memory  # noqa: E402
 import bench_search  # noqa: E402
+import bench_step_reward  # noqa: E402
 import bench_throughput  # noqa: E402
 import bench_token_beam  # noqa: E402
 import static_decode  # noqa: E402
@@ -132,6 +133,21 @@ def test_an_engine_that_fails_leaves_the_loops_their_figures(run, small, monkeyp
     assert code == 1
     assert "OutOfMemoryError" in engine["error"]
     assert cached["seconds"] > 0 and "agreement" not in cached
+
+
+def test_steps_are_scored_in_both_ways(run, monkeypatch):
+    sizes = dict(hidden=32, layers=2, heads=4, kv_heads=2, ffn=48, vocab=645, vision_hidden=16, vision_layers=2)
+    stages = {"SUMMARY": 2, "CAPTION": 4, "REASONING": 3, "CONCLUSION": 1}
+    small = {"MODEL": sizes, "STAGE_TOKENS": stages, "SYSTEM_TOKENS": 5, "QUESTION_TOKENS": 4, "SIDE": 56}
+    for name, value in small.items():
+        monkeypatch.setattr(bench_step_reward, name, value)
+    code, rows = run(bench_step_reward)
+    assert code == 0
+    assert [row["way"] for row in rows] == ["incremental", "full"]
+    assert all(row["ms"]["median"] > 0 for row in rows) and rows[0]["ratio"] == 1
+    monkeypatch.setattr(bench_step_reward, "TOLERANCE", -1.0)
+    code, _ = run(bench_step_reward)
+    assert code == 1
 
 
 def test_other_tokens_than_the_engine_are_an_error(run, small, monkeypatch):

@@ -189,7 +189,7 @@ def of_one_family(tree):
     return [
         f"{line}: {word}"
         for line, word in words(tree)
-        if NAME.search(word.replace("llava_cot", "")) or ONE_FAMILYS.intersection(re.findall(r"\w+", word))
+        if NAME.search(re.sub("llava_cot|QWEN_VL_PRM", "", word)) or ONE_FAMILYS.intersection(re.findall(r"\w+", word))
     ]
 
 
@@ -219,8 +219,9 @@ def test_the_search_finds(code):
     assert of_one_family(ast.parse(code))
 
 
-def test_the_search_leaves_the_projects_own_name_alone():
+def test_the_search_leaves_the_projects_own_name_and_that_of_a_reward_models_chats_alone():
     code = '"""For LLaVA and Qwen2.5-VL."""\nfrom llava_cot import LLAVA_COT\nname = "llava-cot, LLaVA-CoT-100k"'
+    code += "\nfrom llava_cot.scoring import QWEN_VL_PRM"
     assert not of_one_family(ast.parse(code))
 
 

@@ -147,10 +147,14 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def build_config(name: str) -> PreTrainedConfig:
-    """Return the config of a name in ``CONFIGS``."""
+def build_config(name: str, *, vocab: int = VOCAB, image_token: int | None = None, **text: Any) -> PreTrainedConfig:
+    """Return the config of a name in ``CONFIGS``, with ``text`` changed in that of its language model.
+
+    The last four tokens of ``vocab`` begin and end an image, and stand for a video and an image.
+    """
     model_type, settings = CONFIGS[name]
-    settings = settings | {"image_token_id": IMAGE_TOKEN, "tie_word_embeddings": False}
+    settings = settings | {"tie_word_embeddings": False}
+    settings["text_config"] = {**settings["text_config"], "vocab_size": vocab, **text}
     kind = transformers.CONFIG_MAPPING[model_type]
     known = {
         "video_token_id": VIDEO_TOKEN,
@@ -159,13 +163,18 @@ def build_config(name: str) -> PreTrainedConfig:
         "image_start_token_id": VISION_START,
         "image_end_token_id": VISION_END,
     }
-    return kind(**settings, **{key: value for key, value in known.items() if hasattr(kind(), key)})
+    special = {key: value + vocab - VOCAB for key, value in known.items() if hasattr(kind(), key)}
+    special["image_token_id"] = vocab - VOCAB + IMAGE_TOKEN if image_token is None else image_token
+    return kind(**settings, **special)
 
 
-def build_model(name: str, *, seed: int = 0) -> PreTrainedModel:
-    """Return a model of a name in ``CONFIGS``. Its weights are so large that every token and every pixel matters."""
+def build_model(name: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """Return a model of a name in ``CONFIGS``, with the ``changes`` that ``build_config`` takes.
+
+    Its weights are so large that every token and every pixel matters.
+    """
     torch.manual_seed(seed)
-    model = transformers.AutoModelForImageTextToText.from_config(build_config(name))
+    model = transformers.AutoModelForImageTextToText.from_config(build_config(name, **changes))
     randomize(model)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = EOS, PAD
     return model.eval()

@@ -7,6 +7,7 @@ from llava_cot.scoring.confidence import confidence, lowest_group, negative_entr
 from llava_cot.scoring.diagnostics import Diagnosis, diagnose, within_question_auc
 from llava_cot.scoring.judge import JudgeScorer
 from llava_cot.scoring.scorer import Scorer, Span, check_scorer, groupwise
+from llava_cot.scoring.step_format import QWEN_VL_PRM, VISUAL_PRM, StepFormat, paragraphs
 from llava_cot.text import normalise
 
 # For use without a second model: captions by shared facts, reasonings by where they lead, the rest by votes
@@ -41,7 +42,9 @@ def resolve_scorer(scorer: str | Scorer) -> Scorer:
 
 
 __all__ = [
+    "QWEN_VL_PRM",
     "SCORERS",
+    "VISUAL_PRM",
     "Borda",
     "ByStage",
     "Calibration",
@@ -49,6 +52,7 @@ __all__ = [
     "JudgeScorer",
     "Scorer",
     "Span",
+    "StepFormat",
     "Weighted",
     "by_stage",
     "confidence",
@@ -58,6 +62,7 @@ __all__ = [
     "lowest_group",
     "negative_entropy",
     "normalise",
+    "paragraphs",
     "resolve_scorer",
     "self_certainty",
     "self_consistency",

@@ -4,7 +4,8 @@ import math
 import re
 from collections.abc import Sequence
 from itertools import permutations
-from typing import TYPE_CHECKING, Literal
+from statistics import fmean
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from llava_cot.core import Continuation, Expand, Extend, Program, SamplingParams
 from llava_cot.literal import marked, token_ids
@@ -23,6 +24,11 @@ VERDICT_TOKENS = 16
 _SENTINEL = "\u2060judged\u2060"
 
 
+class _Verdict(NamedTuple):
+    probability: float  # of the first word against the second
+    label_mass: float | None = None  # the total probability of both; None if the verdict was written
+
+
 class JudgeScorer:
     """Scores a candidate by the probability, in [0, 1], that the model's verdict is in its favour.
 
@@ -31,6 +37,9 @@ class JudgeScorer:
     about in both orders, because judges tend to prefer a position. The score is the mean probability that the candidate
     wins. The pages of the candidates or of the prompt are shared. Only the questions to the judge are computed, those
     for all candidates of all searches as one batch.
+
+    The notes of the trace have the total probability of the two verdicts' tokens as ``label_mass``, of pairs its mean.
+    Where it is low, the model would rather have said something else, and the score means little.
 
     With ``generate=True`` the model writes its verdict instead (greedily, at most 16 tokens). The first of the two
     words in it gives the score: 1, 0, or 0.5 if neither occurs. This resembles the published judge, whose wording
@@ -81,7 +90,10 @@ class JudgeScorer:
     def __call__(self, spans: Sequence[Span]) -> Program[list[float]]:
         if self.mode == "yes_no":
             asked = [self._ask(span.id, span.tokens, stage=span.stage or "answer") for span in spans]
-            return (yield from self._verdicts(asked))
+            verdicts = yield from self._verdicts(asked)
+            for span, verdict in zip(spans, verdicts):
+                _note(span, [verdict])
+            return [verdict.probability for verdict in verdicts]
         pairs = [*permutations(range(len(spans)), 2)]
         asked = [
             self._ask(
@@ -94,22 +106,27 @@ class JudgeScorer:
             for first, second in pairs
         ]
         wins = yield from self._verdicts(asked)
-        scores = [[] for _ in spans]  # type: list[list[float]]
+        own: list[list[_Verdict]] = [[] for _ in spans]
         for (first, second), win in zip(pairs, wins):
-            scores[first].append(win)
-            scores[second].append(1 - win)
-        return [sum(own) / len(own) if own else 1.0 for own in scores]
+            own[first].append(win)
+            own[second].append(win._replace(probability=1 - win.probability))
+        for span, verdicts in zip(spans, own):
+            _note(span, verdicts)
+        return [fmean(verdict.probability for verdict in verdicts) if verdicts else 1.0 for verdicts in own]
 
-    def _verdicts(self, asked: list[Extend]) -> Program[list[float]]:
-        """Return the probability of the first word for each question asked."""
+    def _verdicts(self, asked: list[Extend]) -> Program[list[_Verdict]]:
+        """Return the verdict on each question asked."""
         read: list[Continuation] = [found for (found,) in (yield asked)] if asked else []
         if self.generate and read:
             greedy = SamplingParams(temperature=0.0)
             replies = yield [Expand(found.id, (0,), greedy, VERDICT_TOKENS, frozenset()) for found in read]
-            return [self._read(drawn.text) for (drawn,) in replies]
+            return [_Verdict(self._read(drawn.text)) for (drawn,) in replies]
         number = len(self._ids[0])
         sides = [(_logsumexp(found.wanted[:number]), _logsumexp(found.wanted[number:])) for found in read]
-        return [0.5 + 0.5 * math.tanh((for_it - against) / 2) for for_it, against in sides]  # the sigmoid
+        return [
+            _Verdict(0.5 + 0.5 * math.tanh((for_it - against) / 2), math.exp(for_it) + math.exp(against))  # the sigmoid
+            for for_it, against in sides
+        ]
 
     def _read(self, verdict: str) -> float:
         found = re.search(rf"\b({'|'.join(map(re.escape, self.words))})\b", verdict, re.IGNORECASE)
@@ -137,6 +154,12 @@ class JudgeScorer:
         encode = self.processor.tokenizer
         forms = [form for plain in (word, word.capitalize()) for form in (plain, f" {plain}")]
         return {encode(form, add_special_tokens=False).input_ids[0] for form in forms}
+
+
+def _note(span: Span, verdicts: Sequence[_Verdict]) -> None:
+    masses = [verdict.label_mass for verdict in verdicts if verdict.label_mass is not None]
+    if masses:
+        span.notes["label_mass"] = fmean(masses)
 
 
 def _logsumexp(logprobs: Sequence[float]) -> float:

@@ -126,7 +126,7 @@ class RewardModelScorer:
             raise ValueError(f"model must have one label, got num_labels={labels}")
         self._is_for_text = isinstance(processor, PreTrainedTokenizerBase) and not isinstance(model, ChatRewardModel)
         if self._is_for_text:
-            if _sees_images(getattr(model, "config", None)):
+            if sees_images(getattr(model, "config", None)):
                 raise ValueError("processor must be the whole processor of a model that sees images, got its tokenizer")
             if view is not None:
                 raise ValueError(f"view must be None for a model that reads text only, got {view!r}")
@@ -154,10 +154,7 @@ class RewardModelScorer:
             ValueError: ``trust_remote_code`` without a full commit hash as ``revision``, because a branch can change.
         """
         if trust_remote_code:
-            if not re.fullmatch("[0-9a-f]{40}", revision or ""):
-                raise ValueError(f"revision must be a commit of 40 hex digits with trust_remote_code, got {revision!r}")
-            # revision does not pin code in another repository. code_revision makes such a model fail to load.
-            pinned: dict[str, Any] = {"revision": revision, "code_revision": revision, "trust_remote_code": True}
+            pinned = pinned_code(revision)
             model = AutoModel.from_pretrained(name, dtype=dtype, **pinned)
             model.tokenizer = AutoTokenizer.from_pretrained(name, **pinned)
             processor = None if isinstance(model, ChatRewardModel) else AutoProcessor.from_pretrained(name, **pinned)
@@ -167,7 +164,7 @@ class RewardModelScorer:
             load = RewardModel if ours else AutoModelForSequenceClassification
             model = load.from_pretrained(name, dtype=dtype, revision=revision)
             # A tokenizer that was taken from a model with images may still name that model's processor.
-            processor = (AutoProcessor if _sees_images(config) else AutoTokenizer).from_pretrained(
+            processor = (AutoProcessor if sees_images(config) else AutoTokenizer).from_pretrained(
                 name, revision=revision
             )
         return cls(model.to(device).eval() if device is not None else model.eval(), processor, **settings)
@@ -256,8 +253,21 @@ class RewardModelScorer:
             return self.model.get_scores(chats, [[files[id(image)]] for image in images], hd_num=self.hd_num)
 
 
-def _sees_images(config: PreTrainedConfig | None) -> bool:
+def sees_images(config: PreTrainedConfig | None) -> bool:
+    """Whether the model with this config has a vision encoder."""
     return getattr(config, "vision_config", None) is not None
+
+
+def pinned_code(revision: str | None) -> dict[str, Any]:
+    """Return the arguments of ``from_pretrained`` that run a repository's own code as it was at one commit.
+
+    Raises:
+        ValueError: ``revision`` is no full commit hash, because a branch can change.
+    """
+    if not re.fullmatch("[0-9a-f]{40}", revision or ""):
+        raise ValueError(f"revision must be a commit of 40 hex digits with trust_remote_code, got {revision!r}")
+    # revision does not pin code in another repository. code_revision makes such a model fail to load.
+    return {"revision": revision, "code_revision": revision, "trust_remote_code": True}
 
 
 def verify_policy(

@@ -3,7 +3,7 @@
 import reprlib
 from collections.abc import Callable, Generator, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llava_cot.core import Program
 from llava_cot.stages import LLAVA_COT, Grammar
@@ -18,7 +18,8 @@ T = TypeVar("T", bound=Callable)
 class Span:
     """A candidate as a scorer sees it: one stage, or the whole path.
 
-    A scorer may write numbers into ``notes``, which the trace shows.
+    A scorer may write numbers into ``notes``, which the trace shows. It may keep what it wants to find again in
+    ``memo``, under a key of its own: the candidates of a search share it, and it is emptied when the search ends.
     """
 
     text: str  # tags included
@@ -36,6 +37,7 @@ class Span:
     root: int = 0  # the id of the prompt
     tokens_left: int = 0  # the most tokens that its path may still get
     notes: dict[str, float] = field(default_factory=dict)
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def images(self) -> "Sequence[Image]":

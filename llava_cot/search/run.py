@@ -22,7 +22,7 @@ class SearchRun(Drive):
     def _end(self) -> None:
         super()._end()
         if self.done:  # nothing looks at the image any more, and it may be large
-            self.search.forget_images()
+            self.search.forget()
 
 
 def run(search: Search, policy: Policy) -> Program[list[Node]]:

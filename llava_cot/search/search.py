@@ -67,6 +67,7 @@ class Search:
     _scores: dict[tuple, tuple[float, str | None, dict[str, float]]] = field(default_factory=dict)
     _scorers: dict[int, Scorer] = field(default_factory=dict)
     _images: "Sequence[Image] | None" = None
+    _memo: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.root = Node(0, None, None, 0, 0, Continuation(self.session.root, -1))
@@ -84,9 +85,10 @@ class Search:
             self._images = self.load_images()
         return self._images
 
-    def forget_images(self) -> None:
-        """Keep neither the images nor what they would be opened from."""
+    def forget(self) -> None:
+        """Keep neither the images, nor what they would be opened from, nor what scorers have kept."""
         self._images, self.load_images = None, tuple
+        self._memo.clear()
 
     def can_grow(self, node: Node) -> bool:
         """Whether another stage may come after ``node``."""
@@ -425,6 +427,7 @@ class Search:
             id=node.continuation.id,
             root=self.session.root,
             tokens_left=self.tokens_left(node),
+            memo=self._memo,
         )
 
 

@@ -42,6 +42,10 @@ def probability(judge, logprobs):
     return torch.sigmoid(for_it - against).item()
 
 
+def label_mass(judge, logprobs):
+    return logprobs[judge._ids[0] + judge._ids[1]].exp().sum().item()
+
+
 def paths(answer):
     nodes = {node["id"]: node for node in answer.trace.data["nodes"]}
 
@@ -58,6 +62,7 @@ def test_yes_or_no_is_asked_behind_the_candidate(tiny, fresh_tiny):
     for node, tokens in paths(answer):
         logprobs = next_logprobs(fresh_tiny, tiny.processor, tokens, turn(YES_NO.format(stage=node["stage"])))
         assert node["score"] == pytest.approx(probability(judge, logprobs), abs=1e-4)
+        assert node["notes"] == {"label_mass": pytest.approx(label_mass(judge, logprobs), rel=1e-3)}
         checked += 1
     assert checked == 11
     one_by_one = answer.usage
@@ -73,13 +78,16 @@ def test_pairs_are_asked_in_both_orders_behind_the_prompt(tiny, fresh_tiny):
     texts = [node["text"].strip() for node in nodes]
     assert len(set(texts)) == 3
     for at, node in enumerate(nodes):
-        wins = []
+        wins, masses = [], []
         for other in {0, 1, 2} - {at}:
             for first, second in ((at, other), (other, at)):
                 asked = PAIRWISE.format(stage="answer", first=texts[first], second=texts[second])
-                win = probability(judge, next_logprobs(fresh_tiny, tiny.processor, [], turn(asked)))
+                logprobs = next_logprobs(fresh_tiny, tiny.processor, [], turn(asked))
+                masses.append(label_mass(judge, logprobs))
+                win = probability(judge, logprobs)
                 wins.append(win if first == at else 1 - win)
         assert node["score"] == pytest.approx(sum(wins) / len(wins), abs=1e-4)
+        assert node["notes"] == {"label_mass": pytest.approx(sum(masses) / len(masses), rel=1e-3)}
 
 
 def test_a_whole_answer_ends_its_turn_once(tiny, fresh_tiny):
@@ -97,6 +105,7 @@ def test_a_written_verdict(tiny):
     assert [judge._read(t) for t in ("Yes, it is.", "no", "maybe", "It is NO good", "nothing")] == [1, 0, 0.5, 0, 0.5]
     answer = ask(tiny, SwiresConfig.published(max_new_tokens=160, cutoff=-100.0, scorer=judge))
     assert {node["score"] for node in answer.trace.data["nodes"]} <= {0.0, 0.5, 1.0}
+    assert not any(node["notes"] for node in answer.trace.data["nodes"])
     drawn = sum(len(node["tokens"]) for node in answer.trace.data["nodes"])
     assert drawn < answer.usage.generated_tokens <= drawn + 11 * 16
 
