@@ -14,7 +14,8 @@ from llava_cot_kernels.backend import available
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 32, 8, 128, 16  # Llama 3.2 Vision 11B
 SCALE = HEAD_DIM**-0.5
-# (candidates, shared tokens, private tokens of each, sliding window or 0), and (candidates, keys of the image, which has 1601 per tile).
+# (candidates, shared tokens, private tokens of each, sliding window or 0), and (candidates, keys of the image, which
+# has 1601 per tile).
 SMALL_PAGED = [(4, 64, 16, 0)]
 PAGED = [(16, 1024, 32, 0), (1, 1024, 32, 0), (4, 1024, 128, 0), (16, 256, 32, 0), (64, 1024, 128, 0)]
 PAGED += [(16, 4064, 32, 0), (16, 4064, 32, 512), (1, 4064, 32, 0), (1, 4064, 32, 512)]

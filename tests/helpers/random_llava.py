@@ -9,7 +9,10 @@ from transformers import (
     PixtralVisionConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
 )
+
+from helpers.random_gemma3 import random_gemma3
 
 VOCAB, VISION_START, VISION_END, VIDEO_TOKEN, IMAGE_TOKEN = 97, 93, 94, 95, 96
 IMAGE_SIZE, PATCH_SIZE = 28, 14  # LLaVA: 4 tokens an image
@@ -18,10 +21,20 @@ GRIDS = [(1, 2, 2), (1, 4, 6), (1, 8, 4), (1, 6, 6)]  # Qwen2.5-VL: time, height
 
 
 def build_random_llava(
-    *, vocab=VOCAB, image_token=IMAGE_TOKEN, hidden=32, layers=3, heads=4, kv_heads=2, seed=0, pixtral=False
+    *,
+    vocab=VOCAB,
+    image_token=IMAGE_TOKEN,
+    hidden=32,
+    layers=3,
+    heads=4,
+    kv_heads=2,
+    seed=0,
+    pixtral=False,
+    text=LlamaConfig,
+    **of_text,
 ):
     torch.manual_seed(seed)
-    text = LlamaConfig(
+    text = text(
         vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
@@ -30,6 +43,7 @@ def build_random_llava(
         num_key_value_heads=kv_heads,
         max_position_embeddings=4096,
         tie_word_embeddings=False,
+        **of_text,
     )
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "patch_size": PATCH_SIZE}
     if pixtral:
@@ -44,6 +58,17 @@ def build_random_llava(
 def build_random_pixtral(**sizes):
     """A LLaVA whose vision encoder takes images of any size."""
     return build_random_llava(pixtral=True, **sizes)
+
+
+def build_random_windowed(**sizes):
+    """A LLaVA on Qwen2: the first layer attends to everything, the others to a window."""
+    return build_random_llava(
+        text=Qwen2Config, use_sliding_window=True, sliding_window=10, max_window_layers=1, **sizes
+    )
+
+
+def build_random_gemma3(**sizes):
+    return _randomize(random_gemma3(vocab=VOCAB, image_token=IMAGE_TOKEN, **sizes))
 
 
 def build_random_qwen2_5_vl(*, hidden=32, layers=3, heads=4, kv_heads=2, seed=0):
@@ -99,6 +124,12 @@ def random_llava_inputs(model, *, length, seed, images=1):
     return {**_prompt(generator, length, [per_image] * images), "pixel_values": pixels}
 
 
+def random_gemma3_inputs(model, **prompt):
+    """As those of a LLaVA, of as many tokens an image."""
+    inputs = random_llava_inputs(model, **prompt)
+    return {**inputs, "token_type_ids": (inputs["input_ids"] == IMAGE_TOKEN).int()}
+
+
 def random_pixtral_inputs(model, *, length, seed, images=1):
     """As above; every image has a size of its own, and its pixels are padded to the largest."""
     generator = torch.Generator().manual_seed(seed)
@@ -133,6 +164,8 @@ def _prompt(generator, length, image_tokens):
 
 FAMILIES = {
     "llava": (build_random_llava, random_llava_inputs),
+    "windowed": (build_random_windowed, random_llava_inputs),
+    "gemma3": (build_random_gemma3, random_gemma3_inputs),
     "pixtral": (build_random_pixtral, random_pixtral_inputs),
     "qwen2_5_vl": (build_random_qwen2_5_vl, random_qwen2_5_vl_inputs),
 }
