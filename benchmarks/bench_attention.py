@@ -14,8 +14,11 @@ from llava_cot_kernels.backend import available
 
 HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE = 32, 8, 128, 16  # Llama 3.2 Vision 11B
 SCALE = HEAD_DIM**-0.5
-# (candidates, shared tokens, private tokens of each), and (candidates, keys of the image, which has 1601 per tile).
-SMALL_PAGED, PAGED = [(4, 64, 16)], [(16, 1024, 32), (1, 1024, 32), (4, 1024, 128), (16, 256, 32), (64, 1024, 128)]
+# (candidates, shared tokens, private tokens of each, sliding window or 0), and (candidates, keys of the image, which
+# has 1601 per tile).
+SMALL_PAGED = [(4, 64, 16, 0)]
+PAGED = [(16, 1024, 32, 0), (1, 1024, 32, 0), (4, 1024, 128, 0), (16, 256, 32, 0), (64, 1024, 128, 0)]
+PAGED += [(16, 4064, 32, 0), (16, 4064, 32, 512), (1, 4064, 32, 0), (1, 4064, 32, 512)]
 SMALL_IMAGES, IMAGES = [(4, 101)], [(N, keys) for keys in (1601, 6404) for N in (1, 4, 16)]
 # Errors against float64 of an output whose values are about 1.
 MAX_ERROR = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -34,8 +37,11 @@ def cases(device: str, report: bool) -> Iterator[Case]:
             yield image_case(*shape, dtype, device)
 
 
-def paged_case(N: int, shared: int, private: int, dtype: torch.dtype, device: str) -> Case:
-    """Attend for one new token of each of ``N`` candidates that were forked after ``shared`` tokens in shared pages."""
+def paged_case(N: int, shared: int, private: int, window: int, dtype: torch.dtype, device: str) -> Case:
+    """Attend for one new token of each of ``N`` candidates that were forked after ``shared`` tokens in shared pages.
+
+    The peers of a window longer than ``private`` get the keys in the window alone.
+    """
     own = private // PAGE_SIZE
     prefix = torch.arange(shared // PAGE_SIZE)
     page_table = torch.stack([torch.cat([prefix, len(prefix) + n * own + torch.arange(own)]) for n in range(N)])
@@ -51,20 +57,23 @@ def paged_case(N: int, shared: int, private: int, dtype: torch.dtype, device: st
     }
 
     def ours(backend: str, **hints) -> Callable[[], Tensor]:
-        return lambda: paged_attention(*arguments, softmax_scale=SCALE, backend=backend, **hints)
+        return lambda: paged_attention(*arguments, softmax_scale=SCALE, window=window, backend=backend, **hints)
 
     # Caches [N, Hkv, tokens, D] that are built beforehand, as a model without pages has them.
-    key, value = (x[page_table.long()].flatten(1, 2).transpose(1, 2).contiguous() for x in (key_cache, value_cache))
+    seen = window or shared + private
+    key, value = (
+        x[page_table.long()].flatten(1, 2)[:, -seen:].transpose(1, 2).contiguous() for x in (key_cache, value_cache)
+    )
     providers: Providers = reference(ours("reference"), device)
     for backend in available("paged_attention", device)[:-1]:
         if (backend, device) != ("triton", "cpu"):  # the time of the interpreter means nothing
             providers |= {f"{backend}, no hint": ours(backend), backend: ours(backend, **hints)}
     providers["SDPA"] = lambda: scaled_dot_product_attention(query[:, :, None], key, value, enable_gqa=True)[:, :, 0]
-    providers["cascade in torch"] = torch_cascade(query, key, value, shared)
-    if device == "cuda":
+    providers["cascade in torch"] = torch_cascade(query, key, value, seen - private)
+    if device == "cuda" and not window:
         providers |= flashinfer_paged(*arguments[:3], page_table=page_table, shared=shared, private=private)
-    read_once = 2 * num_pages * PAGE_SIZE * KV_HEADS * HEAD_DIM * key.element_size()
-    name = f"N={N} shared={shared} private={private} {_name(dtype)}"
+    read_once = 2 * (seen - private + N * private) * KV_HEADS * HEAD_DIM * key.element_size()
+    name = f"N={N} shared={shared} private={private} {f'window={window} ' * bool(window)}{_name(dtype)}"
     return _case("paged_attention", name, providers, read_once, query, attend(query, key, value))
 
 

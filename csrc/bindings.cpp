@@ -11,7 +11,7 @@ DEFINE_OPS(m) {
   m.def(
       "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor page_table, Tensor seq_lens, "
       "Tensor cu_seqlens_q, Tensor? prefix_group, Tensor? prefix_lens, float softmax_scale, "
-      "Tensor(a!) out, Tensor(b!) lse) -> ()");
+      "int window, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def(
       "shared_attention(Tensor query, Tensor key, Tensor value, Tensor group, Tensor cu_seqlens_k, "
       "float softmax_scale, Tensor(a!) out, Tensor(b!) lse) -> ()");

@@ -16,6 +16,7 @@ from llava_cot_kernels.checks import (
     check_last_dim_contiguous,
     check_no_gradient,
     check_range,
+    check_window,
 )
 from llava_cot_kernels.reference import attention as reference
 
@@ -31,6 +32,7 @@ def paged_attention(
     cu_seqlens_q: Tensor | None = None,
     prefix_group: Tensor | None = None,
     prefix_lens: Tensor | None = None,
+    window: int = 0,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -40,6 +42,8 @@ def paged_attention(
     key head ``h // (Hq // Hkv)``. Key ``j`` is at offset ``j % page_size`` of page ``page_table[b, j // page_size]``::
 
         out = sum over j <= p of softmax_j(softmax_scale * query . key_j) * value_j
+
+    With a ``window``, only the keys ``p - window < j <= p`` count, and pages in front of them are not read.
 
     Args:
         query: ``[T, Hq, D]``, float32, bfloat16 or float16; ``Hq`` is a multiple of ``Hkv``.
@@ -52,6 +56,7 @@ def paged_attention(
         prefix_group: int32 ``[B]``, the group that a sequence shares its leading pages with, or -1 for none.
         prefix_lens: int32 ``[G]``, the number of leading tokens that the members of a group share. Both are hints:
             they change the speed and never the result. Only pages that are equal in the table are read together.
+        window: how many keys a query sees, its own included: ``sliding_window`` of transformers. 0 means all.
         return_lse: whether to return the logsumexp of the scaled scores too.
         backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``.
 
@@ -65,7 +70,7 @@ def paged_attention(
             key or value requires grad while gradients are recorded; only ``"reference"`` is differentiable.
 
     Source: PagedAttention, arXiv:2309.06180; the online softmax of FlashAttention, arXiv:2205.14135; the shared
-    prefix as in Hydragen, arXiv:2402.05099.
+    prefix as in Hydragen, arXiv:2402.05099; the window of Longformer, arXiv:2004.05150, section 3.1.
     """
     sizes = Sizes()
     sizes.check("query", query, "T Hq D", FLOATS)
@@ -79,6 +84,7 @@ def paged_attention(
         check_contiguous(name, tensor)
     _check_heads(sizes)
     softmax_scale = check_finite("softmax_scale", softmax_scale)
+    window = check_window("window", window)
     if not sizes["page_size"]:
         raise ValueError("key_cache must have page_size >= 1 in dimension 1, got 0")
     if cu_seqlens_q is None:
@@ -108,11 +114,11 @@ def paged_attention(
         out, lse = _empty_results(query)
         OPS[chosen].paged_attention(
             query, key_cache, value_cache, page_table, seq_lens, cu_seqlens_q, prefix_group, prefix_lens,
-            softmax_scale, out, lse,
+            softmax_scale, window, out, lse,
         )  # fmt: skip
     else:
         out, lse = reference.paged_attention(
-            query, key_cache, value_cache, page_table, seq_lens, cu_seqlens_q, softmax_scale
+            query, key_cache, value_cache, page_table, seq_lens, cu_seqlens_q, softmax_scale, window
         )
     return (out, lse) if return_lse else out
 

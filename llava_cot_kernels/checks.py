@@ -7,6 +7,7 @@ from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 FLOAT32_MAX = torch.finfo(torch.float32).max
+INT32_MAX = torch.iinfo(torch.int32).max
 USE_REFERENCE = 'use backend="reference", which has one'  # what a caller can do where a gradient would be lost
 Named = Sequence[tuple[str, torch.Tensor]]
 
@@ -94,6 +95,15 @@ def check_finite(name: str, value: float) -> float:
     if not abs(value) <= FLOAT32_MAX:
         raise ValueError(f"{name} must be finite in float32, got {value}")
     return float(value)
+
+
+def check_window(name: str, value: int) -> int:
+    """Check that ``value`` is a number of tokens, and return it as an int that 32 bits can hold, as a length."""
+    if not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{name} must be >= 0, got {value}")
+    return min(int(value), INT32_MAX)
 
 
 def check_no_gradient(op: str, tensors: Named, instead: str) -> None:

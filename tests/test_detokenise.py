@@ -21,6 +21,7 @@ from llava_cot.stages import LLAVA_COT, Grammar, Outcome
 from llava_cot.vocabulary import Vocabulary
 
 SAMPLE = shapes.sample(809_000)
+CLOSE_TAGS = [stop.text for stop in LLAVA_COT.stops]
 WORDS = ["I", "see", "two", "cubes", "象", "é", "left", "So", ":"]
 
 
@@ -121,7 +122,7 @@ def speaker(tiny, monkeypatch):
 
     def make(tokenizer, tokens, grammar=LLAVA_COT):
         inputs = build_inputs(tiny.processor, SAMPLE.image, SAMPLE.question, "one")
-        monkeypatch.setattr(generator_module, "build_inputs", lambda *_: inputs)
+        monkeypatch.setattr(generator_module, "build_inputs", lambda *_, **__: inputs)
         processor = copy.copy(tiny.processor)
         processor.tokenizer = tokenizer
         generator = SwiresGenerator(says(tiny.model, tokens), processor, grammar=grammar)
@@ -217,7 +218,7 @@ def with_tags(tiny, add):
 
 ADDED = {
     "special": lambda t: t.add_special_tokens({"extra_special_tokens": LLAVA_COT.all_tags}),
-    "special, only the closing ones": lambda t: t.add_special_tokens({"extra_special_tokens": LLAVA_COT.close_tags}),
+    "special, only the closing ones": lambda t: t.add_special_tokens({"extra_special_tokens": CLOSE_TAGS}),
     "special, with white space": lambda t: t.add_special_tokens(
         {"extra_special_tokens": [f" {tag}\n" for tag in LLAVA_COT.all_tags]}
     ),
@@ -241,7 +242,7 @@ TAGGED = "\n\n".join(f"{stage.open_tag} A cat. {stage.close_tag}" for stage in S
 def test_tags_are_found_and_stay_in_the_text(tiny, add):
     tokenizer = with_tags(tiny, add)
     vocabulary = Vocabulary(tokenizer, LLAVA_COT.all_tags)
-    tags = vocabulary.stop_tags(LLAVA_COT.close_tags)
+    tags = vocabulary.stop_tags(CLOSE_TAGS)
     tokens = [*tokenizer(TAGGED, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     stream, state, found, text = Detokeniser(vocabulary.token_bytes), tags.start_state, [], ""
     for token in tokens:
@@ -249,7 +250,7 @@ def test_tags_are_found_and_stay_in_the_text(tiny, add):
         text += stream.add([token])
         if tag >= 0:
             found.append(tag)
-            assert text[: len(text) - overhang].endswith(LLAVA_COT.close_tags[tag])
+            assert text[: len(text) - overhang].endswith(CLOSE_TAGS[tag])
     assert found == [0, 1, 2, 3]
     stages = LLAVA_COT.parse(text)
     assert [(stage.text, stage.outcome) for stage in stages.values()] == [("A cat.", Outcome.COMPLETE)] * 4

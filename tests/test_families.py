@@ -14,7 +14,7 @@ from llava_cot.families import FAMILIES, family_of, training_of
 from llava_cot.prompt import split_rows
 
 PACKAGE = Path(llava_cot.__file__).parent
-NAME = re.compile(r"mllama|llava(?![-_ ]?cot)|qwen", re.IGNORECASE)
+NAME = re.compile(r"mllama|llava(?![-_ ]?cot)|qwen|gemma", re.IGNORECASE)
 ONE_FAMILYS = {  # of an input, a setting or a module that not every family has
     "model_type",
     "aspect_ratio_ids",
@@ -25,6 +25,8 @@ ONE_FAMILYS = {  # of an input, a setting or a module that not every family has
     "cross_rows",
     "image_grid_thw",
     "mm_token_type_ids",
+    "token_type_ids",
+    "mm_tokens_per_image",
     "multi_modal_projector",
     "vision_model",
     "get_rope_index",

@@ -4,7 +4,8 @@
 // pair; 16 rows advance together, one per vector lane, so that a key is loaded once for all of them and no sum crosses
 // lanes. Rows of several sequences are stacked while they read a shared prefix. Then each sequence continues in its own
 // pages. Blocks always start at multiples of KEY_BLOCK from the first key of a sequence. So neither the tile, the
-// prefix nor the number of threads changes a bit of the result.
+// prefix nor the number of threads changes a bit of the result. A block is cut where a window begins: a key that no row
+// sees would add 0 to each sum.
 #include "checks.h"
 #include "cpu/attention_tile.h"
 
@@ -45,7 +46,7 @@ __attribute__((noinline)) Scratch& thread_scratch() {
 void run(const Call& call, Plan& plan) {
   constexpr int64_t WORKER_COST = 1 << 20;  // multiply-adds that are worth waking a thread for
   int64_t cost = 0;
-  for (const Query& query : plan.queries) cost += query.limit * call.num_heads * call.head_dim;
+  for (const Query& query : plan.queries) cost += (query.limit - query.first) * call.num_heads * call.head_dim;
   const int64_t num_workers = std::min<int64_t>(torch::stable::get_num_threads(), 1 + cost / WORKER_COST);
   const int64_t num_kv_heads = call.num_heads / call.heads_per_kv;
   int64_t rows_per_tile = MAX_SLABS * LANES;
@@ -110,7 +111,7 @@ void plan_sequences(Plan& plan, const Tensor& page_table, const Tensor& seq_lens
 
 // Stacks the sequences [begin, end) over the leading pages that their tables have in common.
 void plan_unit(Plan& plan, const int64_t* begin, const int64_t* end, const int32_t* lens, const int32_t* starts,
-               int64_t prefix_len, int64_t page_size) {
+               int64_t prefix_len, int64_t page_size, int64_t window) {
   const int64_t leader = *std::max_element(begin, end, [&](int64_t a, int64_t b) { return lens[a] < lens[b]; });
   Unit unit{static_cast<int64_t>(plan.queries.size()), 0, leader, 0};
   prefix_len = std::clamp<int64_t>(prefix_len, 0, lens[leader]);
@@ -123,7 +124,8 @@ void plan_unit(Plan& plan, const int64_t* begin, const int64_t* end, const int32
     if (same < used) common = same;
     for (int64_t i = 0; i < num_queries; ++i) {
       const int64_t limit = std::max<int64_t>(lens[sequence] - num_queries + i + 1, 0);
-      plan.queries.push_back({starts[sequence] + i, sequence, limit});
+      const int64_t first = window ? std::max<int64_t>(limit - window, 0) : 0;
+      plan.queries.push_back({starts[sequence] + i, sequence, first, limit});
     }
   }
   unit.end = static_cast<int64_t>(plan.queries.size());
@@ -133,7 +135,7 @@ void plan_unit(Plan& plan, const int64_t* begin, const int64_t* end, const int32
 
 // Makes one unit for each group, and one for each sequence without a group.
 void plan_units(Plan& plan, const int32_t* groups, const int32_t* prefix_lens, const int32_t* lens,
-                const int32_t* starts, int64_t page_size) {
+                const int32_t* starts, int64_t page_size, int64_t window) {
   std::vector<int64_t>& order = plan.order;
   order.resize(plan.sequences.size());
   std::iota(order.begin(), order.end(), 0);
@@ -146,13 +148,13 @@ void plan_units(Plan& plan, const int32_t* groups, const int32_t* prefix_lens, c
     end = begin + 1;
     const int32_t group = groups ? groups[*begin] : -1;
     while (group >= 0 && end < stop && groups[*end] == group) ++end;
-    plan_unit(plan, begin, end, lens, starts, end - begin > 1 ? prefix_lens[group] : 0, page_size);
+    plan_unit(plan, begin, end, lens, starts, end - begin > 1 ? prefix_lens[group] : 0, page_size, window);
   }
 }
 
 void paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor page_table, Tensor seq_lens,
                      Tensor cu_seqlens_q, std::optional<Tensor> prefix_group, std::optional<Tensor> prefix_lens,
-                     double softmax_scale, Tensor out, Tensor lse) {
+                     double softmax_scale, int64_t window, Tensor out, Tensor lse) {
   CHECK_DIM(key_cache, 4);
   CHECK_DIM(value_cache, 4);
   CHECK_CONTIGUOUS(key_cache);
@@ -166,6 +168,7 @@ void paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor 
   STD_TORCH_CHECK(cu_seqlens_q.numel() == num_sequences + 1, "cu_seqlens_q must have ", num_sequences + 1, " entries");
   STD_TORCH_CHECK(page_table.size(1) <= 1 || page_table.stride(1) == 1, "page_table must have stride 1 in dimension 1");
   STD_TORCH_CHECK(page_size > 0, "key_cache must have pages of at least one token");
+  STD_TORCH_CHECK(window >= 0, "window must be >= 0, got ", window);
   const int32_t *groups = nullptr, *prefixes = nullptr;
   if (prefix_group) {
     CHECK_CONTIGUOUS(*prefix_group);
@@ -184,7 +187,7 @@ void paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor 
   plan.clear();
   plan_sequences(plan, page_table, seq_lens, cu_seqlens_q, query.size(0), key_cache.size(0), page_size);
   plan_units(plan, groups, prefixes, seq_lens.const_data_ptr<int32_t>(), cu_seqlens_q.const_data_ptr<int32_t>(),
-             page_size);
+             page_size, window);
   const Call call{dtype_of(query, "query"), strided_rows(query), cache_rows(key_cache), cache_rows(value_cache),
                   out.mutable_data_ptr(), lse.mutable_data_ptr<float>(), query.size(1),
                   query.size(1) / key_cache.size(2), query.size(2), page_size, static_cast<float>(softmax_scale)};
@@ -217,7 +220,7 @@ void shared_attention(Tensor query, Tensor key, Tensor value, Tensor group, Tens
     STD_TORCH_CHECK(-1 <= groups[row] && groups[row] < num_groups, "group must be in [-1, ", num_groups - 1, "], got ",
                     groups[row]);
     const int64_t sequence = groups[row] < 0 ? num_groups : groups[row];
-    plan.queries.push_back({row, sequence, groups[row] < 0 ? 0 : starts[sequence + 1] - starts[sequence]});
+    plan.queries.push_back({row, sequence, 0, groups[row] < 0 ? 0 : starts[sequence + 1] - starts[sequence]});
   }
   std::sort(plan.queries.begin(), plan.queries.end(), [](const Query& a, const Query& b) {
     return std::pair(a.sequence, a.token) < std::pair(b.sequence, b.token);

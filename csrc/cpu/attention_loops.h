@@ -86,11 +86,15 @@ NO_INLINE void weigh_values(const float* const* values, int64_t count, int64_t h
 
 // Turns scores into exp(score - max), adds them to the sum, and returns by how much earlier terms shrink.
 ALWAYS_INLINE Vec softmax_block(const KeyBlock& block, Slab& slab, Lanes* scores) {
-  int32_t visible[LANES];
+  int32_t visible[LANES], hidden[LANES], most_hidden = 0;
   for (int lane = 0; lane < LANES; ++lane) {
-    const int64_t seen = slab.limit[lane] - block.first;
+    const int64_t seen = slab.limit[lane] - block.first, unseen = slab.first[lane] - block.first;
     visible[lane] = static_cast<int32_t>(seen < 0 ? 0 : seen < block.count ? seen : block.count);
+    hidden[lane] = static_cast<int32_t>(unseen < 0 ? 0 : unseen < block.count ? unseen : block.count);
+    most_hidden = most_hidden < hidden[lane] ? hidden[lane] : most_hidden;
   }
+  const Ints begin = load(hidden);
+  for (int j = 0; j < most_hidden; ++j) store(select(Ints(j) < begin, -INF, load(scores[j].of)), scores[j].of);
   const Ints end = load(visible);
   const Vec before = load(slab.max.of);
   Vec largest = before, sum = 0.0f;

@@ -56,7 +56,7 @@ struct Call {
 };
 
 struct Query {
-  int64_t token, sequence, limit;  // the query sees the keys [0, limit) of its sequence
+  int64_t token, sequence, first, limit;  // the query sees the keys [first, limit) of its sequence
 };
 
 // Stacked queries of one sequence, or of several that share the keys [0, shared).
@@ -115,6 +115,7 @@ struct Stack {
       for (int lane = 0; lane < LANES; ++lane) {
         slab.max.of[lane] = -INF;
         slab.sum.of[lane] = 0;
+        slab.first[lane] = std::numeric_limits<int64_t>::max();
         slab.limit[lane] = 0;
       }
     }
@@ -123,7 +124,9 @@ struct Stack {
   int64_t num_slabs() const { return (num_rows + LANES - 1) / LANES; }
 
   void push(const Query& query, int64_t head) {
-    slabs[num_rows / LANES].limit[num_rows % LANES] = query.limit;
+    Slab& slab = slabs[num_rows / LANES];
+    slab.first[num_rows % LANES] = query.first;
+    slab.limit[num_rows % LANES] = query.limit;
     queries[num_rows] = &query;
     heads[num_rows++] = head;
   }
@@ -189,26 +192,39 @@ void find_block(const Call& call, const Keys& keys, int64_t kv_head, int64_t fir
   }
 }
 
-// All rows of the stack read the keys [first, end), as far as each sees them.
+// All rows of the stack read the keys [first, end), as far as each sees them. What no row sees is not read, but for keys
+// between the windows of two rows in one block.
 void attend(const Call& call, const Keys& keys, int64_t kv_head, int64_t first, int64_t end, Stack& stack,
             Scratch& scratch) {
-  int64_t slab_end[MAX_SLABS], last = 0;
-  for (int64_t i = 0; i < stack.num_slabs(); ++i) {
-    slab_end[i] = *std::max_element(stack.slabs[i].limit, stack.slabs[i].limit + LANES);
-    last = std::max(last, slab_end[i]);
+  int64_t lowest = end, last = 0;
+  for (int64_t row = 0; row < stack.num_rows; ++row) {
+    lowest = std::min(lowest, stack.queries[row]->first);
+    last = std::max(last, stack.queries[row]->limit);
   }
   end = std::min(end, last);
   KeyBlock block;
   block.dtype = call.dtype;
   block.head_dim = call.head_dim;
   block.scratch = scratch.block.data();
-  for (; first < end; first += KEY_BLOCK) {
+  int64_t next;
+  for (first = std::max(first, lowest); first < end; first = next) {
+    next = std::min(end, first / KEY_BLOCK * KEY_BLOCK + KEY_BLOCK);
     Slab* seeing[MAX_SLABS];
-    int64_t num_seeing = 0;
+    int64_t num_seeing = 0, seen_first = next, seen_end = first;
     for (int64_t i = 0; i < stack.num_slabs(); ++i) {
-      if (slab_end[i] > first) seeing[num_seeing++] = &stack.slabs[i];
+      Slab& slab = stack.slabs[i];
+      bool sees = false;
+      for (int lane = 0; lane < LANES; ++lane) {
+        if (slab.first[lane] >= next || slab.limit[lane] <= first) continue;
+        sees = true;
+        seen_first = std::min(seen_first, slab.first[lane]);
+        seen_end = std::max(seen_end, slab.limit[lane]);
+      }
+      if (sees) seeing[num_seeing++] = &slab;
     }
-    find_block(call, keys, kv_head, first, std::min<int64_t>(KEY_BLOCK, end - first), block);
+    if (!num_seeing) continue;
+    seen_first = std::max(first, seen_first);
+    find_block(call, keys, kv_head, seen_first, std::min(next, seen_end) - seen_first, block);
     loops().attend_block(block, seeing, num_seeing);
   }
 }

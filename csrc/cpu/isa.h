@@ -140,7 +140,7 @@ struct Slab {
   Lanes* query;     // [head_dim], times softmax_scale
   Lanes* weighted;  // [head_dim rounded up to UNROLL], sum of exp(score - max) * value
   Lanes max, sum;
-  int64_t limit[LANES];  // the row sees the keys [0, limit)
+  int64_t first[LANES], limit[LANES];  // the row sees the keys [first, limit)
 };
 
 // ---- the table ----

@@ -49,12 +49,22 @@ QWEN3_VISION = {
     **{"hidden_size": 16, "intermediate_size": 32, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]},
 }
 GLM_VISION = {**QWEN_VISION, "hidden_size": 16, "intermediate_size": 64, "image_size": 32, "out_hidden_size": 64}
+GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 7, "sliding_window_pattern": 3}
 CLIP, SIGLIP = {"model_type": "clip_vision_model"}, {"model_type": "siglip_vision_model"}
 LLAMA, QWEN2, MISTRAL = {"model_type": "llama"}, {"model_type": "qwen2"}, {"model_type": "mistral"}
+COHERE2 = {"model_type": "cohere2", "sliding_window": 5, "sliding_window_pattern": 2, "pad_token_id": PAD}
 
 # name -> (model_type, settings of its config); for some families there are several
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "aya_vision": ("aya_vision", {"text_config": {**LLAMA, **TEXT}, "vision_config": {**SIGLIP, **FOUR_TO_ONE}}),
+    "aya_vision": ("aya_vision", {"text_config": {**COHERE2, **TEXT}, "vision_config": {**SIGLIP, **FOUR_TO_ONE}}),
+    "gemma3": (  # two local layers to a global one, and a window that is wider than an image
+        "gemma3",
+        {
+            "text_config": {**TEXT, **GEMMA},
+            "vision_config": {**ONE_TILE, "patch_size": PATCH_SIZE // 2},
+            "mm_tokens_per_image": 4,
+        },
+    ),
     "glm46v": ("glm46v", {"text_config": GLM, "vision_config": GLM_VISION}),
     "glm4v": ("glm4v", {"text_config": GLM, "vision_config": GLM_VISION}),
     "glm4v_moe": ("glm4v_moe", {"text_config": {**GLM, **GLM_EXPERTS}, "vision_config": GLM_VISION}),
@@ -135,6 +145,13 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "smolvlm": ("smolvlm", {"text_config": {**LLAMA, **TEXT}, "vision_config": FOUR_TO_ONE, "scale_factor": 2}),
+    "windowed": (  # the first layer attends to everything, the others to a window
+        "llava",
+        {
+            "text_config": {**QWEN2, **TEXT, "use_sliding_window": True, "sliding_window": 10, "max_window_layers": 1},
+            "vision_config": {**CLIP, **ONE_TILE},
+        },
+    ),
     "vipllava": (
         "vipllava",
         {
@@ -200,8 +217,9 @@ def make_inputs(model: PreTrainedModel, *, length: int, seed: int, images: int =
     if not images:
         pixels = {}
     inputs = _prompt(generator, length, tokens) | pixels
-    if "mm_token_type_ids" in family.inputs:
-        inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE_TOKEN).int()
+    for name in family.inputs:
+        if name.endswith("token_type_ids"):
+            inputs[name] = (inputs["input_ids"] == model.config.image_token_id).int()
     return inputs
 
 

@@ -6,7 +6,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from llava_cot.engine.batch import Batch
+from llava_cot.engine.batch import Batch, Masks
 from llava_cot.engine.cache import PagedLayer
 from llava_cot_kernels.attention import paged_attention, shared_attention
 
@@ -28,25 +28,23 @@ def paged_attention_forward(
     *,
     paged_batch: Batch,
     paged_layers: list,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of T flattened tokens: ``query`` [1, Hq, T, D] to [1, T, Hq, D]; in prefill B rows of them.
 
-    Self-attention reads the pages; the prefill, where all keys are at hand, is flash-attn's if it is installed, else
-    transformers' own: behind causal attention no token sees the padding on its right. Cross-attention reads the image
-    store in decoding; in prefill it is transformers' own, over all tiles with the model's mask (the tokens before the
-    image attend to padding tiles too).
+    Self-attention reads the pages, within the sliding window that the model passes on or the module has. In prefill
+    all keys are at hand: see ``_attend_to_prompt``. Cross-attention reads the image store in decoding; in prefill it is
+    transformers' own, over all tiles with the model's mask (the tokens before the image attend to padding tiles too).
     """
     layer = paged_layers[module.layer_idx]
+    window = kwargs.get("sliding_window", getattr(module, "sliding_window", None)) or 0
     if paged_batch.is_prefill:
         layer.check_unchanged(key, value)
     if paged_batch.is_prefill and not isinstance(layer, PagedLayer):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
-    if paged_batch.is_prefill and flash_attn_func and _flash_attn_takes(query):
-        packed = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))  # [B, T, H, D]
-        return flash_attn_func(*packed, softmax_scale=scaling, causal=True), None
     if paged_batch.is_prefill:
-        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
+        assert paged_batch.masks is not None
+        return _attend_to_prompt(module, query, key, value, scaling, window, paged_batch.masks)
     rows = query[0].transpose(0, 1)  # [T, Hq, D]
     out: Any
     if isinstance(layer, PagedLayer):
@@ -61,6 +59,7 @@ def paged_attention_forward(
             cu_seqlens_q=paged_batch.cu_seqlens_q,
             prefix_group=paged_batch.prefix_group,
             prefix_lens=paged_batch.prefix_lens,
+            window=window,
         )
     else:
         assert paged_batch.image_group is not None and paged_batch.image_cu_seqlens is not None
@@ -73,6 +72,30 @@ def paged_attention_forward(
             softmax_scale=scaling,
         )
     return out.unsqueeze(0), None
+
+
+def _attend_to_prompt(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    window: int,
+    masks: Masks,
+) -> tuple[torch.Tensor, None]:
+    """Attention of whole prompts. Without a mask of the family's own it is causal: no token sees the padding behind it.
+
+    Causal attention is flash-attn's if that is installed, else transformers' own.
+    """
+    mask, length = masks[window], query.shape[2]
+    if mask is None and flash_attn_func and _flash_attn_takes(query):
+        packed = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))  # [B, T, H, D]
+        seen = (window - 1, 0) if window else (-1, -1)  # keys before and behind that of the query
+        return flash_attn_func(*packed, softmax_scale=scaling, causal=True, window_size=seen), None
+    if mask is None and 0 < window < length:
+        ones = torch.ones(1, 1, length, length, dtype=torch.bool, device=query.device)
+        mask = masks[window] = ones.tril().triu(1 - window)
+    return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, is_causal=mask is None)
 
 
 def _flash_attn_takes(query: torch.Tensor) -> bool:

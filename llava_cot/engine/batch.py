@@ -1,6 +1,6 @@
 """What one forward pass needs to know, built once per step and passed as an argument."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,12 +8,27 @@ import torch
 from llava_cot.engine.branch import Branch
 
 
+class Masks(dict[int, torch.Tensor | None]):
+    """The masks of a prefill by the window of a layer, made by ``make`` when a layer first asks for one.
+
+    They are bool [B, 1, T, T]. None means causal attention within the window.
+    """
+
+    def __init__(self, make: Callable[[int], torch.Tensor | None]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, window: int) -> torch.Tensor | None:
+        self[window] = self._make(window)
+        return self[window]
+
+
 @dataclass(frozen=True)
 class Batch:
     """T tokens, filled by the runner and read by the cache and the attention.
 
     Decoding takes those of B sequences flattened to one row. A prefill has whole prompts with their images, padded on
-    the right to one length and flattened: all keys are at hand, and of these fields it has the first alone.
+    the right to one length and flattened: all keys are at hand, and of these fields it has the first and the last.
     """
 
     slot_mapping: torch.Tensor  # [T] int64, where each token's key and value go; -1: nowhere
@@ -25,6 +40,7 @@ class Batch:
     image_group: torch.Tensor | None = None  # [T] int32, the image segment of each token; None where none is stored
     image_cu_seqlens: torch.Tensor | None = None  # [G + 1] int32, the segments of the store; None where none is stored
     has_blind_rows: bool = False  # whether the image group of some rows is -1: they must pass cross-attention unchanged
+    masks: Masks | None = None  # of a prefill
 
     @property
     def is_prefill(self) -> bool:

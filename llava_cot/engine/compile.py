@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 import torch.fx.experimental._config
+import torch.utils.dlpack
 from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from llava_cot.engine.batch import Batch
+from llava_cot.engine.cache import PagedLayer
 
 
 def compile_layers(model: PreTrainedModel, cache_parameter: str) -> None:
@@ -38,6 +40,15 @@ def _call(compiled: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return compiled(*args, **kwargs)
 
 
+def _without_offset(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as a tensor of its own.
+
+    Inductor finds what an op writes by its offset in the storage, which it takes from the layer that it compiles. So
+    the layers after it would write to other places, were that layer not the first in the storage (torch 2.11 to 2.13).
+    """
+    return torch.from_dlpack(torch.utils.dlpack.to_dlpack(tensor))
+
+
 def _forward(
     plain: Callable[..., Any],
     compiled: Callable[..., Any],
@@ -51,5 +62,7 @@ def _forward(
     layer = paged_layers[index]
     kwargs[cache_parameter] = Cache(layers=[layer])
     is_decoding = not paged_batch.is_prefill and paged_batch.cu_seqlens_q is None
+    if is_decoding and isinstance(layer, PagedLayer):
+        layer.kv_cache = _without_offset(layer.kv_cache)
     forward = compiled if is_decoding else plain
     return forward(*args, paged_batch=paged_batch, paged_layers=[layer], **kwargs)

@@ -5,6 +5,7 @@ import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from llava_cot.engine.attention import NAME
-from llava_cot.engine.batch import Batch
+from llava_cot.engine.batch import Batch, Masks
 from llava_cot.engine.cache import PagedCache
 from llava_cot.engine.compile import compile_layers
 from llava_cot.engine.config import EngineConfig
@@ -23,6 +24,12 @@ from llava_cot_kernels.checks import FLOATS
 
 CPU_BYTES = 2 << 30  # address space, for pages and for images: only what was written becomes resident
 CUDA_PAGES_SHARE, CUDA_IMAGES_SHARE = 0.5, 0.2  # of the memory that is free once the weights are there
+LAYER_KINDS = {"full_attention", "sliding_attention"}
+NEEDS = {  # what the engine lacks for other kinds
+    "linear_attention": "a recurrent state for each branch, copied at every fork",
+    "conv": "the last inputs of the convolution for each branch, copied at every fork",
+    "chunked_attention": "attention that begins at multiples of the chunk",
+}
 MAX_IMAGE_TOKENS = 1 << 20  # of the image store: 163 images of four tiles, more than run at once
 
 logger = logging.getLogger(__name__)
@@ -61,13 +68,13 @@ class ModelView:
     The families differ in where a prompt's image goes, and so in parts of ``prefill``: decoding is the same for all.
 
     Raises:
-        ValueError: the model's family or dtype is not supported, or a layer of it attends to a window.
+        ValueError: the model's family, its dtype or the kind of a layer is not supported.
     """
 
     def __init__(self, model: PreTrainedModel, config: EngineConfig) -> None:
         self.family = family_of(model.config)
         self.cross_layers = self.family.cross_layers
-        _require_full_attention(model.config.text_config)
+        self._has_windows = _has_windows(model.config.text_config)
         if model.dtype not in FLOATS:
             raise ValueError(f"model must be in float32, bfloat16 or float16, got {model.dtype}")
         self._model = copy_around_tensors(model).eval()
@@ -116,9 +123,16 @@ class ModelView:
         inputs = self.family.stack(prompts)
         lengths = torch.tensor([prompt["input_ids"].shape[1] for prompt in prompts], device=self.device)
         slots = pad_sequence(slot_mappings, batch_first=True, padding_value=-1).flatten()
-        cache = PagedCache(self.kv_cache, self.images, self.cross_layers, Batch(slots.to(self.device)))
+        masks = Masks(partial(self.family.prefill_mask, inputs))
+        batch = Batch(slots.to(self.device), masks=masks)
+        cache = PagedCache(self.kv_cache, self.images, self.cross_layers, batch)
         positions, offsets = self.family.positions(self._model, inputs, lengths)
         logits = self._forward(cache, position_ids=positions, logits_to_keep=lengths - 1, **inputs)
+        if self._has_windows and not any(masks):
+            raise ValueError(
+                "model must tell its attention function the window of a layer, but "
+                f"{self._model.config.text_config.model_type} does not"
+            )
         kept = self._store_images(cache, prompts)
         return [Prefilled(logits[row, row].clone(), *rest) for row, rest in enumerate(zip(kept, offsets))]
 
@@ -172,8 +186,18 @@ def _left_unwritten() -> Iterator[None]:
         settings.fill_uninitialized_memory = before
 
 
-def _require_full_attention(text: Any) -> None:
-    kinds = getattr(text, "layer_types", None) or ["full_attention"]
-    if getattr(text, "sliding_window", None) or set(kinds) != {"full_attention"}:
-        # The pages would be read from the first token on all the same: an answer, but another one.
-        raise ValueError(f"model must have full attention in every layer, got {text.model_type} with a window")
+def _has_windows(text: Any) -> bool:
+    """Whether some layers attend to a sliding window.
+
+    Raises:
+        ValueError: a layer attends otherwise than to the whole text or to a window, so that it needs other memory.
+    """
+    kinds = getattr(text, "layer_types", None)
+    for kind in kinds or ():
+        if kind not in LAYER_KINDS:
+            needs = NEEDS.get(kind, "memory or masks of its own")
+            raise ValueError(
+                f"model must have only layers of {sorted(LAYER_KINDS)}, got {text.model_type} with {kind!r}, "
+                f"which needs {needs}"
+            )
+    return "sliding_attention" in kinds if kinds else bool(getattr(text, "sliding_window", None))

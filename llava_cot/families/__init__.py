@@ -4,6 +4,7 @@ from typing import Any
 
 from llava_cot.families.anyres import LlavaNext, LlavaOnevision
 from llava_cot.families.family import Family, Prompt
+from llava_cot.families.gemma3 import Gemma3
 from llava_cot.families.llava import Llava
 from llava_cot.families.mllama import Mllama
 from llava_cot.families.pixtral import Pixtral
@@ -13,6 +14,7 @@ from llava_cot.families.training import Training
 
 FAMILIES: dict[str, type[Family]] = {  # by the model_type of their configs
     "aya_vision": Tiles,
+    "gemma3": Gemma3,
     "glm46v": QwenVL,
     "glm4v": QwenVL,
     "glm4v_moe": QwenVL,

@@ -131,6 +131,17 @@ class Family:
         ids = inputs["input_ids"]
         return torch.arange(ids.shape[1], device=ids.device).expand_as(ids), [0] * len(ids)
 
+    def prefill_mask(self, inputs: Prompt, window: int) -> torch.Tensor | None:
+        """Return which keys the tokens of a batch of prompts see in the layers with one window, as bool [B, 1, T, T].
+
+        None means causal attention within the window. A token must see itself, padding too.
+
+        Args:
+            inputs: the batch that ``stack`` made.
+            window: how many keys a token sees, its own included; 0 means all.
+        """
+        return None
+
     def stored_image_tokens(self, prompt: Prompt) -> torch.Tensor:
         """Return which image tokens of the cross-attention layers must be kept for decoding, as bool [S]."""
         return torch.zeros(0, dtype=torch.bool)

@@ -15,16 +15,21 @@ def paged_attention(
     seq_lens: Tensor,
     cu_seqlens_q: Tensor,
     softmax_scale: float,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor]:
     page_size = key_cache.shape[1]
     out, lse = _empty_results(query)
     starts = cu_seqlens_q.tolist()
     for sequence, (seq_len, begin, end) in enumerate(zip(seq_lens.tolist(), starts, starts[1:])):
         pages = page_table[sequence, : -(-seq_len // page_size)].long()
-        key = key_cache[pages].flatten(0, 1)[:seq_len]  # [seq_len, Hkv, D]
-        value = value_cache[pages].flatten(0, 1)[:seq_len]
         position = torch.arange(seq_len - (end - begin), seq_len, device=query.device)
-        visible = torch.arange(seq_len, device=query.device) <= position[:, None]  # [n, seq_len]
+        first = max(0, seq_len - (end - begin) - window + 1) if window else 0  # that the first query sees
+        key = key_cache[pages].flatten(0, 1)[first:seq_len]  # [seq_len - first, Hkv, D]
+        value = value_cache[pages].flatten(0, 1)[first:seq_len]
+        index = torch.arange(first, seq_len, device=query.device)
+        visible = index <= position[:, None]  # [n, seq_len - first]
+        if window:
+            visible &= index > position[:, None] - window
         out[begin:end], lse[begin:end] = _attend(query[begin:end], key, value, visible, softmax_scale)
     return out, lse
 

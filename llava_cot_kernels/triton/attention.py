@@ -5,6 +5,9 @@ share, the rows of an image over its keys, or the queries of a chunk over their 
 (query, query head) pair of one key head. The keys are cut into splits. A program attends with one tile to one split.
 ``merge`` folds the states of a row's splits in the order of the keys.
 
+With a window a tile begins at the first split that one of its rows sees, and a row has states for as many splits as
+its window may touch. So neither programs nor scratch grow with the length of a sequence.
+
 There are at most three launches: ``group_queries`` (which queries are stacked), ``attend`` and ``merge``. Without
 groups there are two. If there are enough programs without splits, each program walks through all splits of its tile,
 and there is one launch.
@@ -64,13 +67,18 @@ def _image_split(num_keys, IMAGE_SPLITS: tl.constexpr, IMAGE_SPLIT_KEYS: tl.cons
     return tl.maximum(tl.cdiv(num_keys, IMAGE_SPLITS * 64) * 64, IMAGE_SPLIT_KEYS)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "num_groups", "num_group_slots", "num_rows", "table_stride"])
+@triton.jit(
+    do_not_specialize=[
+        "num_sequences", "num_groups", "num_group_slots", "num_states", "num_rows", "table_stride", "window"
+    ]
+)  # fmt: skip
 def _attend_paged(
     query, key_cache, value_cache, page_table, seq_lens, cu_seqlens_q, out, lse, max_states, sum_states, total_states,
     order, order_sequence, group_starts, leaders, shared_lens,
-    num_sequences, num_groups, num_group_slots, num_rows, query_stride, query_head_stride, table_stride, softmax_scale,
+    num_sequences, num_groups, num_group_slots, num_states, num_rows, query_stride, query_head_stride, table_stride,
+    softmax_scale, window,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, SPLIT_KEYS: tl.constexpr,
-    GROUPED: tl.constexpr, WALK: tl.constexpr,
+    GROUPED: tl.constexpr, WALK: tl.constexpr, WINDOWED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Attend to paged keys. Grid: tiles (those of groups, then those of single sequences), key heads, splits."""
@@ -99,16 +107,26 @@ def _attend_paged(
             owner = tl.load(leaders + segment)
         # A row is computed in its group's tile for the splits that it shares, and in its sequence's for all others.
         shared = tl.load(shared_lens + sequence, mask=valid, other=0)
-        first_key = tl.program_id(2) * SPLIT_KEYS
-        valid &= tl.where(in_group, first_key < shared, first_key >= shared)
+        if not WINDOWED:
+            first_key = tl.program_id(2) * SPLIT_KEYS
+            valid &= tl.where(in_group, first_key < shared, first_key >= shared)
     after = tl.load(cu_seqlens_q + sequence + 1, mask=valid, other=0) - token
     limit = tl.where(valid, tl.load(seq_lens + sequence, mask=valid, other=0) - after + 1, 0)
+    first = limit  # a placeholder: not read without a window
+    if WINDOWED:
+        first = tl.maximum(limit - window, 0)
+        if GROUPED:
+            first = tl.where(in_group, first, tl.maximum(first, shared))
+            limit = tl.where(in_group, tl.minimum(limit, shared), limit)
+        sees = first < limit
+        first, limit = tl.where(sees, first, 0x7FFFFFFF), tl.where(sees, limit, 0)
     stride = tl.num_programs(1) * HEAD_DIM
     run_tile(
         query, key_cache, value_cache, out, lse, max_states, sum_states, total_states,
         query_stride, query_head_stride, stride, HEAD_DIM, stride, HEAD_DIM,
-        page_table + owner.to(tl.int64) * table_stride, 0, token, valid, limit, SPLIT_KEYS, num_rows, softmax_scale,
-        HEADS, HEAD_DIM, PAGE_SIZE, WALK, BLOCK_M, BLOCK_N, BLOCK_D, INTERPRETED,
+        page_table + owner.to(tl.int64) * table_stride, 0, token, valid, first, limit,
+        SPLIT_KEYS, num_states, num_rows, softmax_scale,
+        HEADS, HEAD_DIM, PAGE_SIZE, WALK, WINDOWED, BLOCK_M, BLOCK_N, BLOCK_D, INTERPRETED,
     )  # fmt: skip
 
 
@@ -142,16 +160,16 @@ def _attend_image(
     run_tile(
         query, key, value, out, lse, max_states, sum_states, total_states,
         query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride,
-        group, first_token, token, valid, tl.where(seeing, num_keys, 0),
-        _image_split(num_keys, IMAGE_SPLITS, IMAGE_SPLIT_KEYS), num_rows, softmax_scale,
-        HEADS, HEAD_DIM, 0, WALK, BLOCK_M, BLOCK_N, BLOCK_D, INTERPRETED,
+        group, first_token, token, valid, token, tl.where(seeing, num_keys, 0),
+        _image_split(num_keys, IMAGE_SPLITS, IMAGE_SPLIT_KEYS), 0, num_rows, softmax_scale,
+        HEADS, HEAD_DIM, 0, WALK, False, BLOCK_M, BLOCK_N, BLOCK_D, INTERPRETED,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_segments", "num_rows"])
+@triton.jit(do_not_specialize=["num_segments", "num_states", "num_rows", "window"])
 def _merge(
-    max_states, sum_states, total_states, lens, starts, group, out, lse, num_segments, num_rows,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGED: tl.constexpr, SPLIT_KEYS: tl.constexpr,
+    max_states, sum_states, total_states, lens, starts, group, out, lse, num_segments, num_states, num_rows, window,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGED: tl.constexpr, SPLIT_KEYS: tl.constexpr, WINDOWED: tl.constexpr,
     IMAGE_SPLITS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Fold the states of a row's splits in the order of the keys. Grid: queries, key heads, blocks of query heads."""
@@ -174,8 +192,14 @@ def _merge(
     row_max = tl.full([BLOCK_H], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_H], tl.float32)
     total = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
-    for split in tl.range(0, tl.cdiv(tl.maximum(limit, 0), split_keys), loop_unroll_factor=4):
-        state = split * num_rows.to(tl.int64) + row
+    begin = 0
+    if WINDOWED:
+        begin = tl.maximum(limit - window, 0) // split_keys
+    for split in tl.range(begin, tl.cdiv(tl.maximum(limit, 0), split_keys), loop_unroll_factor=4):
+        slot = split
+        if WINDOWED:
+            slot = split % num_states
+        state = slot * num_rows.to(tl.int64) + row
         row_max, row_sum, total = fold(
             row_max, row_sum, total,
             tl.load(max_states + state, mask=valid, other=float("-inf")),
@@ -189,12 +213,14 @@ def _merge(
 def _group_queries(
     group, cu_seqlens_q, order, group_starts, order_sequence, leaders, shared_lens, prefix_lens, page_table, seq_lens,
     num_sequences, num_groups, table_stride,
-    PAGE_SIZE: tl.constexpr, SPLIT_KEYS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, SPLIT_KEYS: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """Sort queries by group and keep their order within a group. Group ``num_groups`` has all queries without one.
 
     Program ``i`` places the queries of sequence ``i`` in ``order`` and finds where group ``i`` starts there. For pages
-    it also finds how many leading tokens the sequence shares with the first member of its group.
+    it also finds how many leading tokens the sequence shares with the first member of its group. If ``WINDOWED``, a
+    sequence shares its whole prefix, with all of its queries behind it, or nothing: then the rows of a group's tile see
+    no more splits than those of any other.
     """
     i = tl.program_id(0)
     own = tl.load(group + i, mask=i < num_sequences, other=-1)
@@ -220,8 +246,9 @@ def _group_queries(
                 token = first + tl.arange(0, _SCAN)
                 tl.store(order + place + token - begin, token, mask=token < end)
                 tl.store(order_sequence + place + token - begin, token * 0 + i, mask=token < end)
-            prefix = tl.load(prefix_lens + own, mask=own < num_groups, other=0)
-            prefix = tl.maximum(tl.minimum(prefix, tl.load(seq_lens + i)), 0)
+            whole = tl.load(prefix_lens + own, mask=own < num_groups, other=0)
+            length = tl.load(seq_lens + i)
+            prefix = tl.maximum(tl.minimum(whole, length), 0)
             same = tl.cdiv(prefix, PAGE_SIZE)
             for first in range(0, tl.cdiv(prefix, PAGE_SIZE), _SCAN):
                 index = first + tl.arange(0, _SCAN)
@@ -230,6 +257,9 @@ def _group_queries(
                 theirs = tl.load(page_table + leader.to(tl.int64) * table_stride + index, mask=inside, other=0)
                 same = tl.minimum(same, tl.min(tl.where(inside & (mine != theirs), index, same)))
             shared = tl.minimum(prefix, same * PAGE_SIZE) // SPLIT_KEYS * SPLIT_KEYS
+            if WINDOWED:
+                is_whole = shared == whole // SPLIT_KEYS * SPLIT_KEYS
+                shared = tl.where(is_whole & (shared <= length - end + begin), shared, 0)
             tl.store(shared_lens + i, shared)
             tl.store(leaders + own, leader, mask=leader == i)
         else:
@@ -247,6 +277,7 @@ def paged_attention(
     prefix_group: Tensor | None,
     prefix_lens: Tensor | None,
     softmax_scale: float,
+    window: int,
     out: Tensor,
     lse: Tensor,
 ) -> None:
@@ -259,9 +290,15 @@ def paged_attention(
     num_full_tiles = num_queries // (shape["BLOCK_M"] // shape["HEADS"])
     num_slots, num_group_slots = num_full_tiles + num_sequences, 0
     max_keys = page_table.shape[1] * page_size
-    num_splits = max(1, triton.cdiv(max_keys, SPLIT_KEYS))
+    window = window if window < max_keys else 0
+    seen_keys = window or max_keys  # by one query
+    num_splits = max(1, triton.cdiv(seen_keys, SPLIT_KEYS))
+    num_states = num_programs = num_splits
+    if window:  # it begins and ends within splits, that of a tile later than that of its first query
+        num_states = triton.cdiv(window - 1, SPLIT_KEYS) + 1
+        num_programs = triton.cdiv(window + shape["BLOCK_M"] // shape["HEADS"] - 2, SPLIT_KEYS) + 1
     num_groups = 0 if prefix_lens is None else prefix_lens.shape[0]
-    grouped = sharing_pays(num_sequences, num_groups, max_keys) and _fits(num_splits, query)
+    grouped = sharing_pays(num_sequences, num_groups, seen_keys) and _fits(num_states, query)
     walk = not grouped and _walks(num_splits, num_slots * kv_heads, query)
     order = group_starts = order_sequence = leaders = shared_lens = seq_lens  # a placeholder: not read without groups
     with torch.cuda.device_of(query):
@@ -273,21 +310,21 @@ def paged_attention(
             _group_queries[(max(num_sequences, num_groups + 2),)](
                 prefix_group, cu_seqlens_q, order, group_starts, order_sequence, leaders, shared_lens,
                 prefix_lens, page_table, seq_lens, num_sequences, num_groups, page_table.stride(0),
-                page_size, SPLIT_KEYS, num_warps=1,
+                page_size, SPLIT_KEYS, window > 0, num_warps=1,
             )  # fmt: skip
-        states = _new_states(query, 0 if walk else num_splits)
-        _attend_paged[(num_group_slots + num_slots, kv_heads, 1 if walk else num_splits)](
+        states = _new_states(query, 0 if walk else num_states)
+        _attend_paged[(num_group_slots + num_slots, kv_heads, 1 if walk else num_programs)](
             query, key_cache, value_cache, page_table, seq_lens, cu_seqlens_q, out, lse, *states,
             order, order_sequence, group_starts, leaders, shared_lens,
-            num_sequences, num_groups, num_group_slots, lse.numel(), query.stride(0), query.stride(1),
-            page_table.stride(0), softmax_scale,
-            PAGE_SIZE=page_size, SPLIT_KEYS=SPLIT_KEYS, GROUPED=grouped, WALK=walk, **shape,
+            num_sequences, num_groups, num_group_slots, num_states, lse.numel(), query.stride(0), query.stride(1),
+            page_table.stride(0), softmax_scale, window,
+            PAGE_SIZE=page_size, SPLIT_KEYS=SPLIT_KEYS, GROUPED=grouped, WALK=walk, WINDOWED=window > 0, **shape,
         )  # fmt: skip
         if not walk:
             merge = _merge_shape(shape)
             _merge[(num_queries, kv_heads, triton.cdiv(merge["HEADS"], merge["BLOCK_H"]))](
-                *states, seq_lens, cu_seqlens_q, seq_lens, out, lse, num_sequences, lse.numel(),
-                PAGED=True, SPLIT_KEYS=SPLIT_KEYS, IMAGE_SPLITS=0, **merge,
+                *states, seq_lens, cu_seqlens_q, seq_lens, out, lse, num_sequences, num_states, lse.numel(), window,
+                PAGED=True, SPLIT_KEYS=SPLIT_KEYS, WINDOWED=window > 0, IMAGE_SPLITS=0, **merge,
             )  # fmt: skip
 
 
@@ -319,7 +356,7 @@ def shared_attention(
         if grouped:
             order, group_starts = torch.empty_like(group), group.new_empty(num_groups + 2)
             _group_queries[(max(num_queries, num_groups + 2),)](
-                group, group, order, group_starts, *[group] * 6, num_queries, num_groups, 0, 0, 1, num_warps=1
+                group, group, order, group_starts, *[group] * 6, num_queries, num_groups, 0, 0, 1, False, num_warps=1
             )
         states = _new_states(query, 0 if walk else num_splits)
         _attend_image[(num_slots, kv_heads, 1 if walk else num_splits)](
@@ -331,8 +368,8 @@ def shared_attention(
         if not walk:
             merge = _merge_shape(shape)
             _merge[(num_queries, kv_heads, triton.cdiv(merge["HEADS"], merge["BLOCK_H"]))](
-                *states, cu_seqlens_k, cu_seqlens_k, group, out, lse, num_groups, lse.numel(),
-                PAGED=False, SPLIT_KEYS=IMAGE_SPLIT_KEYS, IMAGE_SPLITS=IMAGE_SPLITS, **merge,
+                *states, cu_seqlens_k, cu_seqlens_k, group, out, lse, num_groups, 0, lse.numel(), 0,
+                PAGED=False, SPLIT_KEYS=IMAGE_SPLIT_KEYS, WINDOWED=False, IMAGE_SPLITS=IMAGE_SPLITS, **merge,
             )  # fmt: skip
 
 

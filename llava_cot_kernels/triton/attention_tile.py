@@ -78,18 +78,27 @@ def fold(row_max, row_sum, total, next_max, next_sum, next_total):
 
 @triton.jit
 def _attend_split(
-    q, key, value, key_stride, value_stride, page_row, first_token, begin, end, limit, softmax_scale,
-    HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    q, key, value, key_stride, value_stride, page_row, first_token, begin, end, first, limit, softmax_scale,
+    HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, WINDOWED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Return the state of a tile's rows after keys ``begin`` to ``end``. Row ``i`` sees the keys below ``limit[i]``."""
+    """Return the state of a tile's rows after keys ``begin`` to ``end``. Row ``i`` sees the keys below ``limit[i]``.
+
+    If ``WINDOWED``, it sees only those from ``first[i]`` on. Blocks begin where they would without a window.
+    """
     dims = tl.arange(0, BLOCK_D)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(begin, end, BLOCK_N):
-        index = start + tl.arange(0, BLOCK_N)
+    skipped, lowest = 0, begin
+    if WINDOWED:
+        lowest = tl.maximum(begin, tl.min(tl.where(limit > begin, first, end)))
+        skipped = (lowest - begin) // BLOCK_N * BLOCK_N
+    for start in range(begin, end - skipped, BLOCK_N):
+        index = start + skipped + tl.arange(0, BLOCK_N)
         inside = index < end
+        if WINDOWED:
+            inside &= index >= lowest
         if PAGE_SIZE:
             page = tl.load(page_row + index // PAGE_SIZE, mask=inside, other=0)
             token = page.to(tl.int64) * PAGE_SIZE + index % PAGE_SIZE
@@ -99,7 +108,10 @@ def _attend_split(
         readable = inside[:, None] & (dims < HEAD_DIM)[None, :]
         keys = tl.load(key + token[:, None] * key_stride + dims[None, :], mask=readable, other=0.0)
         scores = _dot(q, tl.trans(keys), INTERPRETED) * softmax_scale
-        scores = tl.where(inside[None, :] & (index[None, :] < limit[:, None]), scores, float("-inf"))
+        visible = inside[None, :] & (index[None, :] < limit[:, None])
+        if WINDOWED:
+            visible &= index[None, :] >= first[:, None]
+        scores = tl.where(visible, scores, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         finite = tl.where(new_max == float("-inf"), 0.0, new_max)
         weights = tl.exp(scores - finite[:, None])
@@ -130,11 +142,15 @@ def store_result(
 def run_tile(
     query, key, value, out, lse, max_states, sum_states, total_states,
     query_stride, query_head_stride, key_stride, key_head_stride, value_stride, value_head_stride,
-    page_row, first_token, token, valid, limit, split_keys, num_rows, softmax_scale,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, WALK: tl.constexpr,
+    page_row, first_token, token, valid, first, limit, split_keys, num_states, num_rows, softmax_scale,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, WALK: tl.constexpr, WINDOWED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Attend with the ``valid`` rows of a tile to this program's split, or, with ``WALK``, to all splits in turn."""
+    """Attend with the ``valid`` rows of a tile to this program's split, or, with ``WALK``, to all splits in turn.
+
+    If ``WINDOWED``, the first split is that of the first key that a row sees. No row sees more than ``num_states``
+    splits, which follow each other, so that split ``i`` has the state ``i % num_states``.
+    """
     kv_head = tl.program_id(1).to(tl.int64)
     dims = tl.arange(0, BLOCK_D)
     head = kv_head * HEADS + tl.arange(0, BLOCK_M) % HEADS
@@ -143,7 +159,11 @@ def run_tile(
     key += kv_head * key_head_stride
     value += kv_head * value_head_stride
     stop = tl.max(limit)
-    begin = 0 if WALK else tl.program_id(2) * split_keys
+    begin, skipped = 0 if WALK else tl.program_id(2) * split_keys, 0
+    if WINDOWED:
+        skipped = tl.minimum(tl.min(first), stop) // split_keys * split_keys
+        if not WALK:
+            begin += skipped
     if WALK or begin < stop:
         q = tl.load(
             query + (token * query_stride + head * query_head_stride)[:, None] + dims[None, :],
@@ -154,21 +174,25 @@ def run_tile(
             row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
             row_sum = tl.zeros([BLOCK_M], tl.float32)
             total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-            for first in range(0, stop, split_keys):
+            for walked in range(0, stop - skipped, split_keys):
+                split = walked + skipped
                 next_max, next_sum, next_total = _attend_split(
                     q, key, value, key_stride, value_stride, page_row, first_token,
-                    first, tl.minimum(first + split_keys, stop), limit, softmax_scale,
-                    HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D, INTERPRETED,
+                    split, tl.minimum(split + split_keys, stop), first, limit, softmax_scale,
+                    HEAD_DIM, PAGE_SIZE, WINDOWED, BLOCK_M, BLOCK_N, BLOCK_D, INTERPRETED,
                 )  # fmt: skip
                 row_max, row_sum, total = fold(row_max, row_sum, total, next_max, next_sum, next_total)
             store_result(row_max, row_sum, total, out, lse, row, valid, HEAD_DIM, BLOCK_D, INTERPRETED)
         else:
             row_max, row_sum, total = _attend_split(
                 q, key, value, key_stride, value_stride, page_row, first_token,
-                begin, tl.minimum(begin + split_keys, stop), limit, softmax_scale,
-                HEAD_DIM, PAGE_SIZE, BLOCK_M, BLOCK_N, BLOCK_D, INTERPRETED,
+                begin, tl.minimum(begin + split_keys, stop), first, limit, softmax_scale,
+                HEAD_DIM, PAGE_SIZE, WINDOWED, BLOCK_M, BLOCK_N, BLOCK_D, INTERPRETED,
             )  # fmt: skip
             state = tl.program_id(2).to(tl.int64) * num_rows + row
+            if WINDOWED:
+                state = (begin // split_keys % num_states).to(tl.int64) * num_rows + row
+                valid &= (first < begin + split_keys) & (limit > begin)
             tl.store(max_states + state, row_max, mask=valid)
             tl.store(sum_states + state, row_sum, mask=valid)
             target = total_states + state[:, None] * HEAD_DIM + dims[None, :]

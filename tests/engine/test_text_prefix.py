@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.jobs import Job, run
 from helpers.random_llava import FAMILIES, IMAGE_SIZE, PATCH_SIZE, build_random_llava
-from helpers.reference_loop import PublishedWay, swires
+from helpers.reference_loop import KINDS, PublishedWay, swires
 from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -51,7 +51,7 @@ def left_padded(rows):
     """One batch of two prompts' inputs, as a processor pads them: images on the right and below."""
     longest = max(row["input_ids"].shape[1] for row in rows)
     largest = torch.tensor([row["pixel_values"].shape[-2:] for row in rows]).amax(0).tolist()
-    per_token = ("input_ids", "attention_mask", "mm_token_type_ids")
+    per_token = ("input_ids", "attention_mask", *KINDS)
 
     def padded(name, value):
         if name in per_token:
@@ -179,10 +179,27 @@ def test_other_models_are_refused(bare_generator):
     model = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
     with pytest.raises(ValueError, match=r"model must be one of \[.*'llava', .*'qwen3_vl'.*\], got .*'llama'"):
         bare_generator(model)
-    model = FAMILIES["llava"][0]()
+    model = build_random_llava()
+    for kind, needs in (
+        ("chunked", "attention that begins at multiples of the chunk"),
+        ("linear", "a recurrent state"),
+    ):
+        model.config.text_config.layer_types = ["full_attention", f"{kind}_attention", "full_attention"]
+        message = rf"only layers of \['full_attention', 'sliding_attention'\], got llama with '{kind}_.*needs {needs}"
+        with pytest.raises(ValueError, match=message):
+            bare_generator(model)
+
+
+def test_a_window_that_is_only_in_the_mask_is_refused(bare_generator):
+    """The engine makes its own masks: it would read everything, and give another answer."""
+    build, make_inputs = FAMILIES["llava"]
+    model = build()
     model.config.text_config.sliding_window = 16
-    with pytest.raises(ValueError, match="model must have full attention in every layer, got llama with a window"):
-        bare_generator(model)
+    generator = bare_generator(model)
+    message = "model must tell its attention function the window of a layer, but llama does not"
+    with pytest.raises(ValueError, match=message):
+        generator.generate(**make_inputs(model, length=20, seed=0), search="greedy")
+    assert_nothing_held(generator)
 
 
 def cut(inputs, name, by=1):

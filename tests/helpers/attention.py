@@ -50,20 +50,32 @@ class Problem:
         lens = torch.tensor(lens, dtype=torch.int32)
         return cls(packed[:, : heads[0]], key_cache, value_cache, page_table, lens, starts, head_dim**-0.5)
 
-    def run(self, backend="native", **hints):
+    def without_keys_before(self, window):
+        """Put NaN in front of the windows of all queries of a sequence, and of those that share its first page."""
+        page_size, counts = self.key_cache.shape[1], self.cu_seqlens_q.diff().tolist()
+        pages, lens = self.page_table[:, 0].tolist(), self.seq_lens.tolist()
+        for sequence in range(len(lens)):
+            together = [other for other, page in enumerate(pages) if lens[other] and page == pages[sequence]]
+            index = torch.arange(min((max(0, lens[s] - counts[s] - window + 1) for s in together), default=0))
+            slots = self.page_table[sequence].long()[index // page_size] * page_size + index % page_size
+            self.key_cache.flatten(0, 1)[slots] = self.value_cache.flatten(0, 1)[slots] = torch.nan
+        return self
+
+    def run(self, backend="native", window=0, **hints):
         device = device_of(backend)
         tensors = (self.query, self.key_cache, self.value_cache, self.page_table, self.seq_lens)
         results = paged_attention(
             *(tensor.to(device) for tensor in tensors),
             softmax_scale=self.softmax_scale,
             cu_seqlens_q=self.cu_seqlens_q.to(device),
+            window=window,
             return_lse=True,
             backend=backend,
             **{name: hint.to(device) for name, hint in hints.items()},
         )
         return tuple(result.cpu() for result in results)
 
-    def dense(self, dtype):
+    def dense(self, dtype, window=0):
         """PyTorch's attention, a query at a time."""
         out = torch.zeros(self.query.shape, dtype=dtype)
         lse = torch.full(self.query.shape[:2], -torch.inf, dtype=dtype)
@@ -76,8 +88,9 @@ class Problem:
             for token in range(starts[sequence], starts[sequence + 1]):
                 seen = length - (starts[sequence + 1] - 1 - token)
                 if seen > 0:
+                    keys = slice(max(0, seen - window) if window else 0, seen)
                     out[token], lse[token] = dense(
-                        self.query[token].to(dtype), key[:seen].to(dtype), value[:seen].to(dtype), self.softmax_scale
+                        self.query[token].to(dtype), key[keys].to(dtype), value[keys].to(dtype), self.softmax_scale
                     )
         return out, lse
 
@@ -105,10 +118,10 @@ def assert_close(got, plain, exact, score_size=1.0):
     assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
 
 
-def check(problem, backend, score_size=1.0, **hints):
-    out, lse = problem.run(backend, **hints)
+def check(problem, backend, score_size=1.0, window=0, **hints):
+    out, lse = problem.run(backend, window, **hints)
     assert out.dtype == problem.query.dtype and lse.dtype == torch.float32
-    plain = {dtype: problem.dense(dtype) for dtype in {out.dtype, lse.dtype, torch.float64}}
+    plain = {dtype: problem.dense(dtype, window) for dtype in {out.dtype, lse.dtype, torch.float64}}
     exact, exact_lse = plain[torch.float64]
     assert_close(out, plain[out.dtype][0], exact, score_size)
     assert_close(lse, plain[lse.dtype][1], exact_lse)

@@ -21,6 +21,7 @@ from llava_cot_kernels.sampling import sample
 
 ORDER = ["SUMMARY", "CAPTION", "REASONING", "CONCLUSION"]
 CLOSING = [f"</{stage}>" for stage in ORDER]
+KINDS = {"mm_token_type_ids", "token_type_ids"}  # which tokens are of images
 PIXELS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 
 
@@ -95,14 +96,14 @@ class PublishedWay:
         drawn = torch.tensor([prefix], dtype=torch.int64, device=self.prompt.device)
         ids = torch.cat([self.prompt, drawn], dim=1).expand(len(seeds), -1)
         start = ids.shape[1]
-        per_token = ("attention_mask", "cross_attention_mask", "mm_token_type_ids")
+        per_token = ("attention_mask", "cross_attention_mask", *KINDS)
         given = cache or {k: v for k, v in self.inputs.items() if k not in per_token}
-        mask, kinds = self.inputs.get("cross_attention_mask"), self.inputs.get("mm_token_type_ids")
+        mask = self.inputs.get("cross_attention_mask")
         if mask is not None:  # what is drawn sees what the prompt's last token sees
             mask = torch.cat([mask, mask[:, -1:].expand(-1, start - mask.shape[1], -1, -1)], dim=1)
             given["cross_attention_mask"] = mask.expand(len(seeds), -1, -1, -1)
-        if kinds is not None:  # and is text
-            given["mm_token_type_ids"] = torch.nn.functional.pad(kinds, (0, start - kinds.shape[1]))
+        for name in KINDS & self.inputs.keys():  # and is text
+            given[name] = torch.nn.functional.pad(self.inputs[name], (0, start - self.prompt.shape[1]))
         draw = SeededDraw(seeds, params, self.backend)
         out = self.model.generate(
             input_ids=ids,

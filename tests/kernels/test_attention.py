@@ -51,6 +51,68 @@ def test_shared_prefix(backend, dtype):
     check(problem, backend, prefix_group=int32(0, 0, 0, -1, 0, 0, 0, 0), prefix_lens=int32(160))
 
 
+WINDOWS = [1, 7, 16, 61, 64, 65, 130, 10_000]  # 16 is a page; the others are around blocks of keys
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_window(backend, window):
+    """Keys before the windows are NaN: they are not read."""
+    torch.manual_seed(window)
+    lens, counts = [1, 15, 16, 17, 64, 131, 300, 3, 0, 600], [1, 1, 2, 1, 64, 1, 9, 5, 1, 1]
+    problem = Problem.random(lens, counts, heads=(6, 2), head_dim=24).without_keys_before(window)
+    check(problem, backend, window=window)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("window", "page_size"), [(1, 1), (13, 5), (37, 16), (128, 128)])
+def test_window_of_every_dtype(backend, dtype, window, page_size):
+    torch.manual_seed(window)
+    lens, counts = [300, 261, 90], [1, 40, 1]
+    problem = Problem.random(lens, counts, heads=(6, 2), head_dim=24, page_size=page_size, dtype=dtype)
+    check(problem.without_keys_before(window), backend, window=window)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window", [1, 29, 64, 150])
+def test_window_over_a_shared_prefix(backend, window):
+    """The windows of some sequences end in the shared pages, those of others reach into them, or begin behind them."""
+    torch.manual_seed(window)
+    lens, counts = [200, 161, 160, 177, 90, 201, 0, 199, 400], [1, 1, 3, 1, 2, 1, 1, 20, 1]
+    problem = Problem.random(lens, counts, prefix=160, heads=(8, 2), head_dim=16).without_keys_before(window)
+    hints = {"prefix_group": int32(0, 0, 0, -1, 0, 0, 0, 0, 0), "prefix_lens": int32(160)}
+    check(problem, backend, window=window, **hints)
+
+
+def test_a_window_that_hides_nothing_changes_no_bit():
+    torch.manual_seed(13)
+    problem = Problem.random([140, 129, 64], [1, 9, 64])
+    assert all(map(torch.equal, problem.run(window=140), problem.run()))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("window", [1, 20, 100, 190])
+def test_hints_chunks_and_threads_change_no_bit_of_a_window(dtype, window):
+    torch.manual_seed(14)
+    lens, counts = [140, 129, 128, 300, 180, 200], [1, 1, 5, 1, 9, 72]
+    problem = Problem.random(lens, counts, prefix=128, heads=(8, 2), dtype=dtype)
+    expected = problem.run(window=window)
+    groups = int32(0, 0, 0, 0, 1, 1)
+    num_threads = torch.get_num_threads()
+    try:
+        for threads in (1, 5):
+            torch.set_num_threads(threads)
+            for prefix_len in (1, 100, 128, 10_000):
+                got = problem.run(window=window, prefix_group=groups, prefix_lens=int32(prefix_len, prefix_len))
+                assert all(map(torch.equal, got, expected))
+    finally:
+        torch.set_num_threads(num_threads)
+    last, problem.query, problem.cu_seqlens_q = problem.query, problem.query[-1:], int32(0, 1)
+    problem.page_table, problem.seq_lens = problem.page_table[-1:], problem.seq_lens[-1:]
+    assert last.shape[0] == 89 and torch.equal(problem.run(window=window)[0][0], expected[0][-1])
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("prefix_len", [0, 1, 63, 64, 100, 128, 160, 10_000, -300])
 def test_the_prefix_hint_changes_no_bit(dtype, prefix_len):
@@ -168,11 +230,11 @@ def test_shared_attention_with_two_threads_changes_no_bit():
     assert torch.equal(*results)
 
 
-def paged_op_arguments(problem, prefix_group, prefix_lens):
+def paged_op_arguments(problem, prefix_group, prefix_lens, window=0):
     out, lse = torch.full(problem.query.shape, torch.nan), torch.full(problem.query.shape[:2], torch.nan)
     return (
         problem.query, problem.key_cache, problem.value_cache, problem.page_table, problem.seq_lens,
-        problem.cu_seqlens_q, prefix_group, prefix_lens, problem.softmax_scale, out, lse,
+        problem.cu_seqlens_q, prefix_group, prefix_lens, problem.softmax_scale, window, out, lse,
     )  # fmt: skip
 
 
@@ -180,10 +242,10 @@ def test_ops_fill_poisoned_outputs_and_pass_opcheck():
     torch.manual_seed(12)
     ops = torch.ops.llava_cot_kernels
     problem = Problem.random([80, 70, 0, 3], [1, 4, 1, 5], prefix=64)
-    for hints in ((None, None), (int32(0, 0, -1, -1), int32(64))):
-        arguments = paged_op_arguments(problem, *hints)
+    for *hints, window in ((None, None, 0), (int32(0, 0, -1, -1), int32(64), 0), (None, None, 30)):
+        arguments = paged_op_arguments(problem, *hints, window)
         ops.paged_attention(*arguments)
-        expected, expected_lse = problem.run("native")
+        expected, expected_lse = problem.run("native", window)
         assert torch.equal(arguments[-2], expected) and torch.equal(arguments[-1], expected_lse)
         assert not arguments[-2].isnan().any() and not arguments[-1].isnan().any()
         torch.nan_to_num_(problem.key_cache)  # opcheck compares its inputs, and NaN differs from NaN
@@ -215,6 +277,8 @@ def test_ops_fill_poisoned_outputs_and_pass_opcheck():
         ({"cu_seqlens_q": int32(0, 2, 1, 3)}, ValueError, r"cu_seqlens_q must not decrease, got \[0, 2, 1, 3\]"),
         ({"prefix_group": int32(0, 0, 0)}, ValueError, "prefix_group and prefix_lens must be given together"),
         ({"prefix_group": int32(0, 0, 1), "prefix_lens": int32(4)}, ValueError, "prefix_group must be in .*, got 1"),
+        ({"window": -1}, ValueError, "window must be >= 0, got -1"),
+        ({"window": 4.0}, TypeError, "window must be an int, got float"),
         ({"backend": "cutlass"}, ValueError, "backend of paged_attention on cpu must be one of"),
     ],
 )  # fmt: skip
@@ -266,6 +330,7 @@ def test_the_ops_themselves_refuse_what_would_leave_memory():
         (4, int32(33), "seq_lens must fit page_table"),
         (5, int32(0, 2), "cu_seqlens_q must go from 0 to 1"),
         (6, int32(0), "prefix_group needs prefix_lens"),
+        (9, -1, "window must be >= 0, got -1"),
     ]:
         with pytest.raises(RuntimeError, match=message):
             ops.paged_attention(*arguments[:index], value, *arguments[index + 1 :])

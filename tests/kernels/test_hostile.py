@@ -90,6 +90,7 @@ def good(op):
             "cu_seqlens_q": integers(0, 1, 3),
             "prefix_group": integers(0, 0),
             "prefix_lens": integers(2, 0),
+            "window": 2,
             "return_lse": True,
         },
         "shared_attention": lambda: {
@@ -126,7 +127,7 @@ def good(op):
 
 def changes(name, value):
     """What an argument may be instead, and what to call it."""
-    if name in ("softmax_scale", "temperature", "top_k", "top_p", "min_p", "seed", "position", "tag_state"):
+    if name in ("softmax_scale", "temperature", "top_k", "top_p", "min_p", "seed", "position", "tag_state", "window"):
         yield from ((repr(number), number) for number in NUMBERS)
     if name == "tags":
         yield from ((repr(other), other) for other in ("<A>", [b"<A>"], 3))

@@ -26,10 +26,11 @@ def test_every_op_on_cuda():
         page_table = torch.tensor([[0, 1], [0, 2], [3, 0]], dtype=torch.int32)
         seq_lens = torch.tensor([6, 7, 2], dtype=torch.int32)
         group, prefix_lens = torch.zeros(3, dtype=torch.int32), torch.tensor([4], dtype=torch.int32)
-        paged_attention(
-            query, kv_cache[0, 0], kv_cache[1, 0], page_table, seq_lens, softmax_scale=0.25, prefix_group=group,
-            prefix_lens=prefix_lens,
-        )  # fmt: skip
+        for window in (0, 5):
+            paged_attention(
+                query, kv_cache[0, 0], kv_cache[1, 0], page_table, seq_lens, softmax_scale=0.25, prefix_group=group,
+                prefix_lens=prefix_lens, window=window,
+            )  # fmt: skip
         shared_attention(query, key, value, group, torch.tensor([0, 3]), softmax_scale=0.25)
         logits, seed = torch.randn(3, 1003), torch.arange(3)
         tags = StageTags([b"<A>"] * 1003, ["<A>"]).to("cuda")

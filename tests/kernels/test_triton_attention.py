@@ -120,16 +120,18 @@ def test_each_key_of_an_image_is_read_once(loads, rows):
 
 
 @interpreted
+@pytest.mark.parametrize("window", [0, 1, 37])
 @pytest.mark.parametrize("grouped", [True, False])
-def test_shared_pages_are_read_once_per_group(small, loads, grouped):
+def test_shared_pages_are_read_once_per_group(small, loads, grouped, window):
+    """And no key that no query sees. With a window, those share a prefix whose queries are all behind it."""
     torch.manual_seed(1)
-    lens = [70, 64, 65, 90]
-    problem = Problem.random(lens, [1, 1, 2, 1], prefix=64, head_dim=8, dtype=torch.float16)
+    lens, counts = [70, 65, 66, 90] if window else [70, 64, 65, 90], [1, 1, 2, 1]
+    problem = Problem.random(lens, counts, prefix=64, head_dim=8, dtype=torch.float16)
     hints = {"prefix_group": int32(0, 0, 0, 0), "prefix_lens": int32(64)} if grouped else {}
-    problem.run("triton", **hints)
+    problem.run("triton", window, **hints)
     wanted = torch.zeros(problem.key_cache.shape[:2], dtype=torch.long)
-    for sequence, length in enumerate(lens):
-        for token in range(length):
+    for sequence, (length, count) in enumerate(zip(lens, counts)):
+        for token in range(max(0, length - count - window + 1) if window else 0, length):
             slot = problem.page_table[sequence, token // 16], token % 16
             wanted[slot] = 1 if grouped else wanted[slot] + 1
     for cache in (problem.key_cache, problem.value_cache):
@@ -146,6 +148,9 @@ def test_launches(monkeypatch, launches):
     launches.clear()
     problem.run("triton")
     assert launches == ["_attend_paged", "_merge"]
+    launches.clear()
+    problem.run("triton", 200, **hints)  # a window with too little to share, and of no more than one split
+    assert launches == ["_attend_paged"]
     launches.clear()
     few = Problem.random([250] * 8, [1] * 8, prefix=240, heads=(2, 1), head_dim=8)
     few.run("triton", prefix_group=int32(*[0] * 8), prefix_lens=int32(240))  # too little to share, and a single split
@@ -168,25 +173,41 @@ def test_sharing_pays_from_the_table_on():
     assert not kernels.sharing_pays(16, 16, 1 << 20)
 
 
+@pytest.mark.parametrize("window", [0, 3, 40])
 @pytest.mark.parametrize("dtype", TILES)
-def test_the_prefix_hint_changes_no_bit(small, dtype):
+def test_the_prefix_hint_changes_no_bit(small, dtype, window):
     """Nor does a wrong one: all share 64 tokens, whatever it says, but for 3 and 4, which have theirs elsewhere."""
     torch.manual_seed(3)
     lens, counts = [70, 65, 64, 90, 75, 33], [1, 1, 5, 1, 2, 1]
     problem = Problem.random(lens, counts, prefix=64, heads=(4, 1), head_dim=16, dtype=dtype)
     problem.page_table[3:5] = problem.page_table[3].flip(0)
-    expected = without_nan(problem).run("triton")
+    expected = without_nan(problem).run("triton", window)
     everyone, mixed, sparse = int32(0, 0, 0, 0, 0, 0), int32(0, 1, 0, 1, 1, 0), int32(1, -1, 1, -1, 0, 1)
     for groups, prefix_len in [(everyone, 31), (everyone, 10_000), (everyone, -300), (mixed, 64), (sparse, 50)]:
-        assert same(problem.run("triton", prefix_group=groups, prefix_lens=int32(prefix_len, prefix_len)), expected)
+        hints = {"prefix_group": groups, "prefix_lens": int32(prefix_len, prefix_len)}
+        assert same(problem.run("triton", window, **hints), expected)
 
 
+@pytest.mark.parametrize("window", [1, 20, 33, 100])
+def test_windows_that_are_far_apart_in_one_group(small, window):
+    """Those that have not all of the prefix in front of them do not share: a tile has programs for one window."""
+    torch.manual_seed(13)
+    lens, counts = [40, 300, 293, 150, 60], [1, 3, 1, 1, 30]
+    problem = without_nan(Problem.random(lens, counts, prefix=288, heads=(2, 1), head_dim=16, dtype=torch.bfloat16))
+    got = problem.run("triton", window, prefix_group=int32(0, 0, 0, 0, 0), prefix_lens=int32(288))
+    assert same(got, problem.run("triton", window))
+    expected = problem.run("reference", window)
+    torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("window", [0, 50])
 @pytest.mark.parametrize("dtype", TILES)
-def test_a_large_group_of_several_tiles(small, dtype):
+def test_a_large_group_of_several_tiles(small, dtype, window):
     torch.manual_seed(4)
     problem = Problem.random([75] * 10 + [0, 90], [1] * 11 + [7], prefix=64, heads=(17, 1), head_dim=16, dtype=dtype)
     groups = int32(*[1, 0] * 5, 0, 1)
-    assert same(problem.run("triton", prefix_group=groups, prefix_lens=int32(64, 64)), problem.run("triton"))
+    got = problem.run("triton", window, prefix_group=groups, prefix_lens=int32(64, 64))
+    assert same(got, problem.run("triton", window))
 
 
 def test_a_sequence_alone_has_the_same_bits(small):
@@ -204,23 +225,24 @@ def test_a_sequence_alone_has_the_same_bits(small):
         assert same(got, (out[rows], lse[rows])) and same(some.run("triton"), got)
 
 
-def test_chunks_walks_through_splits_and_merges_of_few_heads_change_no_bit(small, monkeypatch):
+@pytest.mark.parametrize("window", [0, 10])
+def test_chunks_walks_through_splits_and_merges_of_few_heads_change_no_bit(small, monkeypatch, window):
     """The first sequence is a whole prompt, and the second a chunk of 5 queries behind 32 cached keys."""
     torch.manual_seed(6)
     monkeypatch.setattr(kernels, "SPLIT_KEYS", 16)
     whole = Problem.random([37, 37], [37, 5], prefix=32, page_size=8, heads=(5, 1), head_dim=16, dtype=torch.bfloat16)
-    expected = whole.run("triton")
+    expected = whole.run("triton", window)
     for name, value in {"ENOUGH_PROGRAMS": 1, "MAX_SCRATCH_BYTES": 0, "MERGE_VALUES": 32}.items():
         with monkeypatch.context() as patch:
             patch.setattr(kernels, name, value)
-            assert same(whole.run("triton"), expected)
+            assert same(whole.run("triton", window), expected)
     for position, other in ((0, 32), (15, 33), (16, 34), (17, 35), (36, 36)):
         rows = [position, 5 + other]
         last = Problem(
             whole.query[rows], whole.key_cache, whole.value_cache, whole.page_table,
             int32(position + 1, other + 1), int32(0, 1, 2), whole.softmax_scale,
         )  # fmt: skip
-        assert same(last.run("triton"), [result[rows] for result in expected])
+        assert same(last.run("triton", window), [result[rows] for result in expected])
 
 
 @pytest.mark.parametrize("dtype", TILES)
@@ -269,15 +291,15 @@ def test_ops_fill_poisoned_outputs_and_pass_opcheck(small):
     torch.manual_seed(10)
     ops = torch.ops.llava_cot_kernels_triton
     problem = without_nan(Problem.random([40, 35, 0, 3], [1, 2, 1, 5], prefix=32, heads=(2, 1)))
-    for hints in ((None, None), (int32(0, 0, -1, -1), int32(32))):
+    for *hints, window in ((None, None, 0), (int32(0, 0, -1, -1), int32(32), 0), (None, None, 9)):
         out, lse = torch.full(problem.query.shape, torch.nan), torch.full(problem.query.shape[:2], torch.nan)
         arguments = [
             problem.query, problem.key_cache, problem.value_cache, problem.page_table, problem.seq_lens,
-            problem.cu_seqlens_q, *hints, problem.softmax_scale, out, lse,
+            problem.cu_seqlens_q, *hints, problem.softmax_scale, window, out, lse,
         ]  # fmt: skip
         arguments = [value.to(DEVICE) if isinstance(value, torch.Tensor) else value for value in arguments]
         ops.paged_attention(*arguments)
-        assert same([result.cpu() for result in arguments[-2:]], problem.run("triton"))
+        assert same([result.cpu() for result in arguments[-2:]], problem.run("triton", window))
         torch.library.opcheck(ops.paged_attention.default, tuple(arguments))
     images = random_images([70, 9], [1, 0, -1, 0])
     out, lse = torch.full(images[0].shape, torch.nan), torch.full(images[0].shape[:2], torch.nan)
@@ -287,7 +309,8 @@ def test_ops_fill_poisoned_outputs_and_pass_opcheck(small):
     torch.library.opcheck(ops.shared_attention.default, tuple(arguments))
 
 
-def test_a_captured_graph_follows_its_inputs(small, capture):
+@pytest.mark.parametrize("window", [0, 50])
+def test_a_captured_graph_follows_its_inputs(small, capture, window):
     """Without a GPU the launches are recorded: as in a graph, only what they read may differ when they run."""
     torch.manual_seed(11)
     problem = Problem.random([140, 129, 128, 170], [1, 1, 1, 1], prefix=128)
@@ -297,7 +320,7 @@ def test_a_captured_graph_follows_its_inputs(small, capture):
     query, key, value, group, starts = (x.to(DEVICE) for x in random_images([300, 77], [1, 0, -1, 0]))
 
     def run():
-        text = paged_attention(*tensors, softmax_scale=0.2, backend="triton", **hints)
+        text = paged_attention(*tensors, softmax_scale=0.2, window=window, backend="triton", **hints)
         return text, shared_attention(query, key, value, group, starts, softmax_scale=0.2, backend="triton")
 
     results, replay = capture(run)
