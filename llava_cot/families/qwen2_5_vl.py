@@ -6,6 +6,8 @@ import torch
 from transformers import PreTrainedModel
 
 from llava_cot.families.family import Family, Inputs, Prompt
+from llava_cot.families.qwen_processor import QwenImageTextProcessor as QwenImageTextProcessor
+from llava_cot.families.qwen_training import QwenTraining
 
 
 class Qwen2_5_VL(Family):
@@ -24,6 +26,7 @@ class Qwen2_5_VL(Family):
         "mm_token_type_ids": ("batch", "tokens"),
     }
     optional = frozenset({"attention_mask", "mm_token_type_ids"})
+    training = QwenTraining
 
     def image_sizes(self, inputs: Prompt, image_tokens: int) -> list[tuple[int, int]]:
         patches = inputs["image_grid_thw"].prod(-1).tolist()
