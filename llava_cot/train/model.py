@@ -28,8 +28,10 @@ def build_model(config: TrainConfig, *, empty: bool) -> PreTrainedModel:
     options = {"dtype": getattr(torch, config.precision.params), "attn_implementation": config.attention}
     is_reward = config.objective == "reward"
     if is_reward and not isinstance(settings, RewardModel.config_class):
-        kind = RewardModel.config_class.model_type
-        raise ValueError(f"model must be of {kind!r} to be trained as a reward model, got {settings.model_type!r}")
+        raise ValueError(
+            f"model must be a {RewardModel.config_class.model_type} to be trained as a reward model, "
+            f"got model_type {settings.model_type!r}"
+        )
     if empty:
         build = RewardModel._from_config if is_reward else AutoModelForImageTextToText.from_config
         with torch.device("meta"):
