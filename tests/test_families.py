@@ -29,8 +29,8 @@ ONE_FAMILYS = {  # of an input, a setting or a module that not every family has
     "vision_model",
     "get_rope_index",
 }
-# These make or load one Mllama: the bundled model and its verifier.
-MAKE_A_MODEL = ("small_world/", "scoring/reward_model.py")
+# These make or load one model: the bundled ones and the verifier.
+MAKE_A_MODEL = ("bundled.py", "tiny_qwen/", "small_world/", "scoring/reward_model.py")
 
 
 def mllama_inputs(model, *, length, seed):

@@ -36,7 +36,7 @@ Search = Annotated[
         "or a preset of swires: swires:published, swires:released or swires:prose."
     ),
 ]
-Model = Annotated[str, typer.Option(help="A model folder or a hub name; tiny is the bundled scale model.")]
+Model = Annotated[str, typer.Option(help="A model folder or a hub name; tiny and tiny-qwen are bundled.")]
 Seed = Annotated[int, typer.Option(min=0, help="The seed of everything random.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="The most tokens of the whole answer.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the live view.")]
