@@ -71,7 +71,7 @@ def image_size(path: str) -> tuple[int, int]:
     """
     with naming(_name_of(path)), Image.open(_file_of(path)) as opened:
         width, height = opened.size
-        return (height, width) if _orientation(opened) >= 5 else (width, height)
+        return (height, width) if _orientation(opened) in (5, 6, 7, 8) else (width, height)
 
 
 def images_of(image: Images) -> tuple[ImageLike, ...]:

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_llava
+from helpers import random_llava, random_qwen
 from helpers.random_mllama import TINY_SHAPE, build_random_mllama, random_inputs
+from transformers import AutoProcessor
 
 import llava_cot
 from llava_cot.families import FAMILIES, family_of, training_of
 from llava_cot.prompt import split_rows
+from llava_cot.tiny_qwen import tiny_qwen_path
 
 PACKAGE = Path(llava_cot.__file__).parent
 NAME = re.compile(r"mllama|llava(?![-_ ]?cot)|qwen", re.IGNORECASE)
@@ -68,12 +70,13 @@ def left_padded(family, rows):
 
 def test_what_is_not_supported_is_named():
     config = type("Config", (), {"model_type": "llama"})()
-    message = r"model must be one of \['llava', 'mllama', 'qwen2_5_vl'\], got model_type 'llama'"
+    message = r"model must be one of \['llava', 'mllama', 'qwen2_5_vl', 'qwen3_vl'\], got model_type 'llama'"
     for lookup in (family_of, training_of):
         with pytest.raises(ValueError, match=message):
             lookup(config)
     config.model_type, config.vision_config = "llava", config
-    with pytest.raises(ValueError, match=r"one of \['mllama'\] to be trained, got model_type 'llava'"):
+    message = r"one of \['mllama', 'qwen2_5_vl', 'qwen3_vl'\] to be trained, got model_type 'llava'"
+    with pytest.raises(ValueError, match=message):
         training_of(config)
 
 
@@ -159,7 +162,10 @@ def test_image_sizes_of_pixtral():
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.training])
 def test_every_parameter_is_of_one_part(name):
-    model = BUILDERS[name][0]()
+    if name in random_qwen.MODELS:
+        model = random_qwen.build_random_qwen(name, AutoProcessor.from_pretrained(tiny_qwen_path()))
+    else:
+        model = BUILDERS[name][0]()
     parts = training_of(model.config).parts
     found = {part: 0 for part in parts}
     for parameter, _ in model.named_parameters():

@@ -32,6 +32,7 @@ class QwenTraining(Training):
     """
 
     dummy_tokens = 1
+    reads_values = True  # the sizes of the images
 
     def __init__(self, config: PreTrainedConfig) -> None:
         self.config = config

@@ -22,6 +22,7 @@ class Training(Protocol):
     """The training parts of a model family, bound to the config of one of its models."""
 
     dummy_tokens: ClassVar[int] = 0  # padding that a batch without images needs for its dummy image
+    reads_values: ClassVar[bool] = False  # whether a step depends on values, so that tensors without data can't run it
 
     def __init__(self, config: Any) -> None: ...
 

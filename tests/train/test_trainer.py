@@ -28,6 +28,7 @@ from llava_cot.tiny_qwen import tiny_qwen_path
 from llava_cot.train.config import load_config
 from llava_cot.train.metrics import read_metrics
 from llava_cot.train.model import build_model as build_trained
+from llava_cot.train.plan import make_plan
 from tools.small_world.processor import build_processor
 from tools.small_world.untrained import build_config, build_model
 
@@ -328,3 +329,9 @@ def test_a_reward_model_must_be_of_its_family(place):
     message = "model must be a mllama to be trained as a reward model, got model_type 'qwen2_5_vl'"
     with pytest.raises(ValueError, match=message):
         build_trained(load_config(place / "config.yaml", ["objective=reward"]), empty=True)
+
+
+@pytest.mark.parametrize("place", ["qwen2_5_vl"], indirect=True)
+def test_what_reads_values_cannot_be_planned(place):
+    with pytest.raises(ValueError, match="must be of a family whose steps read no values, got Qwen2_5_VLFor"):
+        make_plan(load_config(place / "config.yaml"), "1x80GB")
