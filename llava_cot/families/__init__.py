@@ -7,11 +7,12 @@ from llava_cot.families.llava import Llava
 from llava_cot.families.mllama import Mllama
 from llava_cot.families.qwen2_5_vl import Qwen2_5_VL
 from llava_cot.families.qwen3_vl import Qwen3_VL
+from llava_cot.families.qwen_processor import QwenImageTextProcessor
 from llava_cot.families.training import Training
 
 FAMILIES: dict[str, type[Family]] = {family.model_type: family for family in (Llava, Mllama, Qwen2_5_VL, Qwen3_VL)}
 
-__all__ = ["FAMILIES", "Family", "Prompt", "Training", "family_of", "training_of"]
+__all__ = ["FAMILIES", "Family", "Prompt", "QwenImageTextProcessor", "Training", "family_of", "training_of"]
 
 
 def family_of(config: Any) -> Family:

@@ -6,7 +6,6 @@ import torch
 from transformers import PreTrainedModel
 
 from llava_cot.families.family import Family, Inputs, Prompt
-from llava_cot.families.qwen_processor import QwenImageTextProcessor as QwenImageTextProcessor
 from llava_cot.families.qwen_training import QwenTraining
 
 

@@ -13,6 +13,7 @@ import torch
 from helpers.random_mllama import TINY_SHAPE, build_random_mllama
 from helpers.random_qwen import build_random_qwen
 from PIL import Image
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoProcessor, MllamaImageProcessorPil, MllamaProcessor
 
 from llava_cot.data.collate import Collator
@@ -21,7 +22,6 @@ from llava_cot.data.example import IGNORE_INDEX, Example
 from llava_cot.families import training_of
 from llava_cot.tiny import tiny_path
 from llava_cot.tiny_qwen import tiny_qwen_path
-from llava_cot.train.sharding import checkpoint_activations
 from tools.small_world.processor import VOCAB_SIZE
 
 SIZES = [(28, 28), (28, 56), (90, 28), (56, 56), (20, 200)]  # of Mllama 1, 2, 3, 4 and 4 tiles
@@ -244,7 +244,11 @@ def test_recomputed_layers_have_the_same_gradients(models, processor, samples):
     packed_loss(hooked, batch).backward()
     expected = gradients(hooked)
     wrapped = copy.deepcopy(hooked)
-    checkpoint_activations(wrapped)
+    kinds = {kind for module in wrapped.modules() for kind in getattr(module, "_no_split_modules", None) or ()}
+    for module in list(wrapped.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__ in kinds:
+                setattr(module, name, checkpoint_wrapper(child))
     assert any("_checkpoint_wrapped_module" in name for name, _ in wrapped.named_parameters())
     packed_loss(wrapped, batch).backward()
     found = {name.replace("_checkpoint_wrapped_module.", ""): grad for name, grad in gradients(wrapped).items()}
@@ -263,3 +267,12 @@ def test_a_batch_without_any_image_reaches_every_parameter(models, processor, sa
     unseen = [parts[part] for part in ("vision", "projector", "cross") if part in parts]
     for name, gradient in gradients(hooked).items():
         assert gradient.any() != any(re.match(pattern, name) for pattern in unseen), name
+
+
+def test_the_largest_images_are_inputs_too(models):
+    _, hooked = models
+    training = training_of(hooked.config)
+    text = {name: torch.zeros(2, 40, dtype=torch.int64) for name in ("input_ids", "position_ids")}
+    inputs = floats(training.full_images(text, images_per_row=3), hooked.dtype)
+    assert training.count_images(inputs)["num_images"] == 6
+    assert hooked.model(**inputs, use_cache=False).last_hidden_state.isfinite().all()
