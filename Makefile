@@ -1,7 +1,7 @@
 # make demo    set everything up and answer a question about an image by SWIRES
 # make test    set everything up and run the tests      make lint    ruff and mypy
 # make bench   the search benchmark                     make info    what was built
-# make small-world  train the bundled model and its verifier again, calibrate them, and repeat the comparison
+# make small-world  train the bundled models and the verifier again, calibrate them, and repeat the comparison
 # make ablation     what each stage of an answer is worth, on the small world
 # make test-avx2    the tests as on a CPU without AVX-512      make test-baseline  without AVX2 too
 # make gpu-bundle   what a machine with a GPU and no network needs besides the tree (docs/gpu.md)
@@ -66,6 +66,13 @@ small-world: $(VENV)/.ready
 	$(VENV)/bin/llava-cot train-reward configs/tiny_reward.yaml
 	$(VENV)/bin/python benchmarks/bench_accuracy.py --out build/accuracy.json
 	$(VENV)/bin/python benchmarks/accuracy_report.py build/accuracy.json
+	$(VENV)/bin/python -m tools.small_world.untrained_qwen build/untrained_qwen
+	$(VENV)/bin/llava-cot train configs/tiny_qwen.yaml
+	rm -f llava_cot/tiny_qwen/swires_calibration.json
+	cp build/tiny_qwen/model/* llava_cot/tiny_qwen
+	$(VENV)/bin/python -m tools.small_world.calibration llava_cot/tiny_qwen
+	$(VENV)/bin/python benchmarks/bench_accuracy.py --model tiny-qwen --out build/tiny_qwen_accuracy.json
+	$(VENV)/bin/python benchmarks/accuracy_report.py build/tiny_qwen_accuracy.json
 
 # What each stage is worth: fine-tunes with stages left out, from one base. About two hours on two cores.
 ablation: $(VENV)/.ready

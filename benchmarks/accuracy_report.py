@@ -1,8 +1,9 @@
 """Make the tables and the plot of what ``bench_accuracy.py`` measured: ``python benchmarks/accuracy_report.py RAW``.
 
 It prints the tables and writes two files. ``benchmarks/results/tiny_accuracy.json`` has the outcome of each question in
-every row, so any two rows can be compared in pairs. ``docs/tiny_accuracy.svg`` is the plot. Intervals are Wilson's 95 %
-intervals. The exact McNemar test compares two searches of the same questions.
+every row, so any two rows can be compared in pairs. ``docs/tiny_accuracy.svg`` is the plot. Of the second bundled model
+there is no plot, and the results are in ``tiny_qwen_accuracy.json``. Intervals are Wilson's 95 % intervals. The exact
+McNemar test compares two searches of the same questions.
 """
 
 import argparse
@@ -15,13 +16,14 @@ from typing import Any
 from scipy.stats import binomtest
 
 from llava_cot import tiny_path
+from llava_cot.bundled import BUNDLED
 from llava_cot.checkpoint import checkpoint_sha256
 from llava_cot.scoring import Span, diagnose, self_consistency, vote
 from llava_cot.stages import parse
 from llava_cot.text import normalise
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
-RESULTS = Path(__file__).parent / "results" / "tiny_accuracy.json"
+RESULTS = Path(__file__).parent / "results"
 PLOT = Path(__file__).parent.parent / "docs" / "tiny_accuracy.svg"
 
 
@@ -103,7 +105,7 @@ def pool_rows(pool: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     questions = [_answers(question) for question in pool]
     rows = {}
     for name, choose in choices(list(pool[0]["scores"])).items():
-        for k in SIZES:
+        for k in (size for size in SIZES if size <= len(pool[0]["text"])):
             chosen = [choose(answers[:k])["right"] for answers in questions]
             tokens = [sum(a["tokens"] for a in answers[:k]) for answers in questions]
             rows[f"{name.replace('of N', f'of {k}')}" + (f" of {k}" if "vote" in name else "")] = row(chosen, tokens, k)
@@ -137,7 +139,7 @@ def comparisons(rows: dict[str, dict[str, Any]], search: str) -> list[dict[str, 
         "stage beam, verifier": ["stage beam, verifier"],
     }
     found = []
-    for names in families.values():
+    for names in filter(None, ([name for name in names if name in rows] for names in families.values())):
         rival = same_tokens(rows, tokens, names)
         won, lost, p = mcnemar(rows[search], rows[rival])
         found.append({"search": search, "rival": rival, "won": won, "lost": lost, "p": p})
@@ -217,7 +219,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("raw", type=Path, help="the file that bench_accuracy.py wrote")
     raw = json.loads(parser.parse_args().raw.read_text())
-    for name, folder in (("model", tiny_path()), ("verifier", tiny_path() / "verifier")):
+    model = raw.get("model", "tiny")
+    for name, folder in (("model", BUNDLED[model]()), ("verifier", tiny_path() / "verifier")):
         if raw[f"{name}_sha256"] != (own := checkpoint_sha256(folder)):
             raise SystemExit(f"raw must be of the bundled {name}, {own}, got {raw[f'{name}_sha256']}")
     rows = {}
@@ -235,8 +238,9 @@ def main():
         ],
         "diagnoses": diagnoses(raw["pool"], rows["greedy"]["accuracy"]),
     }
-    RESULTS.write_text(json.dumps(data, indent=1) + "\n")
-    plot(rows, next(name for name in raw["scorers"] if name != "verifier"), PLOT)
+    (RESULTS / f"{model.replace('-', '_')}_accuracy.json").write_text(json.dumps(data, indent=1) + "\n")
+    if model == "tiny":
+        plot(rows, next(name for name in raw["scorers"] if name != "verifier"), PLOT)
     print_tables(data)
 
 

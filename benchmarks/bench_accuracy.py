@@ -6,8 +6,9 @@
 The tiny model answers held-out questions of the shapes world. One pool of 16 sampled answers per question serves every
 vote and every best-of-N. Searches by stages run with several scorers: the two that choose best from the pool of the
 calibration questions, ``by_stage``, the reward model of ``configs/tiny_reward.yaml`` if build/ has it, and oracles.
-``--sweep`` compares temperatures on the calibration questions. This is a scale model: nothing here says how good the
-11B model is.
+``--sweep`` compares temperatures on the calibration questions. ``--model tiny-qwen`` asks the second bundled model in
+fewer searches: greedy, the best of up to 6, the stage beam and SWIRES. They are scored by the tiny model's verifier as
+it is, which was trained on that model's answers. These are scale models: nothing here says how good the 11B model is.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from llava_cot import SwiresGenerator, tiny_path
+from llava_cot.bundled import BUNDLED
 from llava_cot.checkpoint import checkpoint_sha256
 from llava_cot.core import SamplingParams
 from llava_cot.data import shapes
@@ -33,6 +36,7 @@ from llava_cot.stages import parse
 from tools.small_world.scorers import Oracle, World, load_reward_model
 
 POOL = 16
+SECOND_POOL = 6  # takes more tokens than SWIRES
 FREE = ("confidence", "lowest_group", "tail", "negative_entropy", "self_certainty")
 NOISES = (0.5, 1.0, 2.0)
 CALIBRATION_SEEDS = range(700_000, 700_400)
@@ -61,6 +65,7 @@ SCORED: dict[str, tuple[str, dict[str, Any]]] = {
     "SWIRES, reasoning": ("swires", REASONING),
 }
 WITH_ORACLES = ("stage beam", "SWIRES, published", "SWIRES, reasoning")
+OF_SECOND = ("greedy", "stage beam", "SWIRES, published")
 
 
 def scorers_of(generator: SwiresGenerator, world: World) -> dict[str, Scorer]:
@@ -83,14 +88,18 @@ def ask(generator: SwiresGenerator, world: World, search: Any, **settings) -> li
 
 
 def sample_pool(
-    seeds: Sequence[int], sampling: dict[str, float], names: Sequence[str] | None = None
+    seeds: Sequence[int],
+    sampling: dict[str, float],
+    names: Sequence[str] | None = None,
+    model: str = "tiny",
+    count: int = POOL,
 ) -> list[list[dict[str, Any]]]:
-    """Return, for each question, its sampled answers with their scores by every scorer or by those named."""
-    generator, world = SwiresGenerator.from_pretrained("tiny"), World(seeds)
+    """Return, for each question, ``count`` sampled answers with their scores by every scorer or by those named."""
+    generator, world = SwiresGenerator.from_pretrained(model), World(seeds)
     scorers = {name: scorer for name, scorer in scorers_of(generator, world).items() if names is None or name in names}
 
     def policy(search):
-        nodes = yield from search.expand([search.root], POOL, None, params=SamplingParams(**sampling))
+        nodes = yield from search.expand([search.root], count, None, params=SamplingParams(**sampling))
         found: list[dict[str, float]] = [{} for _ in nodes]
         for name, scorer in scorers.items():
             yield from search.score(nodes, scorer)
@@ -116,10 +125,15 @@ def sample_pool(
 
 
 def run_search(
-    seeds: Sequence[int], search: str, settings: dict[str, Any], scorer: str | None, calibration: Calibration | None
+    seeds: Sequence[int],
+    model: str,
+    search: str,
+    settings: dict[str, Any],
+    scorer: str | None,
+    calibration: Calibration | None,
 ) -> list[dict[str, Any]]:
     """Return, for each question, whether the answer was right and what it cost."""
-    generator, world = SwiresGenerator.from_pretrained("tiny"), World(seeds)
+    generator, world = SwiresGenerator.from_pretrained(model), World(seeds)
     if scorer is not None:
         settings = {**settings, **SAMPLING, "scorer": {**SCORERS, **scorers_of(generator, world)}[scorer]}
     if calibration is not None:
@@ -148,11 +162,11 @@ def calibrate(seeds: Sequence[int], scorer: str) -> list[Calibration]:
     return [generator.calibrate(images, questions, data=data, **settings)]
 
 
-def in_two(function: Callable[..., list], seeds: Sequence[int], *arguments: Any) -> list:
-    """Run ``function(seeds, *arguments)`` on both halves, each on its own core, and join the results in order."""
-    half = len(seeds) // 2
-    with ProcessPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        parts = [pool.submit(function, part, *arguments) for part in (seeds[:half], seeds[half:])]
+def in_parts(processes: int, function: Callable[..., list], seeds: Sequence[int], *arguments: Any) -> list:
+    """Run ``function(seeds, *arguments)`` on equal parts, each on its own core, and join the results in order."""
+    size = -(-len(seeds) // processes)
+    with ProcessPoolExecutor(processes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        parts = [pool.submit(function, seeds[at : at + size], *arguments) for at in range(0, len(seeds), size)]
         return [item for part in parts for item in part.result()]
 
 
@@ -170,13 +184,13 @@ def choose_scorers(pool: list[list[dict[str, Any]]]) -> list[str]:
     return [*best, *({"reward model"} & set(names) - set(best)), "by_stage"]
 
 
-def sweep() -> None:
+def sweep(processes: int) -> None:
     """Compare temperatures on 200 of the calibration questions."""
     print("| temperature | top_p | one sample | any of 16 right | distinct answers | best of 16 by the verifier |")
     print("| --- | --- | --- | --- | --- | --- |")
     for temperature, top_p in SWEEP:
         sampling = {"temperature": temperature, "top_p": top_p}
-        pool = in_two(sample_pool, CALIBRATION_SEEDS[:200], sampling, ("confidence", "verifier"))
+        pool = in_parts(processes, sample_pool, CALIBRATION_SEEDS[:200], sampling, ("confidence", "verifier"))
         one = sum(answers[0]["right"] for answers in pool) / len(pool)
         oracle = sum(any(a["right"] for a in answers) for answers in pool) / len(pool)
         distinct = sum(len({a["text"] for a in answers}) for answers in pool) / len(pool) / POOL
@@ -188,12 +202,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=2000)
     parser.add_argument("--first-seed", type=int, default=shapes.TEST_SEEDS.start)
+    parser.add_argument("--model", default="tiny", choices=BUNDLED)
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--sweep", action="store_true", help="compare temperatures on calibration questions and stop")
     parser.add_argument("--out", type=Path, default=Path("build/accuracy.json"))
     args = parser.parse_args()
     if args.sweep:
-        return sweep()
-    start = time.monotonic()
+        return sweep(args.processes)
+    start, run, second = time.monotonic(), partial(in_parts, args.processes), args.model != "tiny"
     seeds = range(args.first_seed, args.first_seed + args.questions)
 
     def log(what, rows):
@@ -201,25 +217,31 @@ def main():
         tokens = sum(row["tokens"] for row in rows) / len(rows)
         print(f"{(time.monotonic() - start) / 60:5.1f} min  {what}: {right:.1%}, {tokens:.0f} tokens", flush=True)
 
-    scorers = choose_scorers(in_two(sample_pool, CALIBRATION_SEEDS, SAMPLING))
+    scorers, oracles = ["verifier"], []
+    if not second:
+        scorers = choose_scorers(run(sample_pool, CALIBRATION_SEEDS, SAMPLING))
+        oracles = ["oracle, noise 0.5", "oracle, noise 1"]
     calibrations = {name: calibrate(CALIBRATION_SEEDS, name)[0] for name in scorers if name not in CUTOFFS}
-    pool = in_two(sample_pool, seeds, SAMPLING)
-    log("pool of 16, the first of each", [answers[0] for answers in pool])
+    names, count = (("confidence", "verifier"), SECOND_POOL) if second else (None, POOL)
+    pool = run(sample_pool, seeds, SAMPLING, names, args.model, count)
+    log(f"pool of {count}, the first of each", [answers[0] for answers in pool])
     searches = {}
     for name, (search, settings) in PLAIN.items():
-        searches[name] = in_two(run_search, seeds, search, settings, None, None)
-        log(name, searches[name])
-    for scorer in (*scorers, "oracle, noise 0.5", "oracle, noise 1"):
+        if not second or name in OF_SECOND:
+            searches[name] = run(run_search, seeds, args.model, search, settings, None, None)
+            log(name, searches[name])
+    for scorer in (*scorers, *oracles):
         for name, (search, settings) in SCORED.items():
-            if scorer.startswith("oracle") and name not in WITH_ORACLES:
+            if name not in (OF_SECOND if second else WITH_ORACLES if scorer in oracles else SCORED):
                 continue
-            place = f"{name}, {scorer}"
-            searches[place] = in_two(run_search, seeds, search, settings, scorer, calibrations.get(scorer))
+            place, calibration = f"{name}, {scorer}", calibrations.get(scorer)
+            searches[place] = run(run_search, seeds, args.model, search, settings, scorer, calibration)
             log(place, searches[place])
     data = {
-        "model_sha256": checkpoint_sha256(tiny_path()),
+        "model": args.model,
+        "model_sha256": checkpoint_sha256(BUNDLED[args.model]()),
         "verifier_sha256": checkpoint_sha256(tiny_path() / "verifier"),
-        "reward_sha256": checkpoint_sha256(REWARD),
+        "reward_sha256": None if second else checkpoint_sha256(REWARD),
         "seeds": [seeds[0], seeds[-1]],
         "calibration_seeds": [CALIBRATION_SEEDS[0], CALIBRATION_SEEDS[-1]],
         "sampling": SAMPLING,

@@ -141,6 +141,7 @@ def random_batch(settings: MllamaConfig, rows: int, row_tokens: int, images: int
     return Batch(
         inputs=inputs, targets=inputs["input_ids"].clone(), stages=torch.zeros_like(inputs["input_ids"]), ends=ends,
         values=[math.nan] * rows, num_tokens=rows * row_tokens, num_padding=0,
+        num_pairs=rows * row_tokens**2 // images,
     )  # fmt: skip
 
 

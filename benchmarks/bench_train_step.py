@@ -76,8 +76,8 @@ def measure(config: TrainConfig, args: argparse.Namespace) -> dict[str, Any]:
         tokens = args.rows * args.row_tokens
         flops = training_of(root.model.config).flops(
             num_tokens=tokens,
-            num_images=args.rows * args.images,
-            num_pairs=tokens * args.row_tokens // args.images,
+            num_pairs=batch.num_pairs,
+            **training_of(root.model.config).count_images(batch.inputs),
         )
         median, peak = statistics.median(seconds[WARMUP:]), peak_flops(device)
         return {

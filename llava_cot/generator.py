@@ -26,6 +26,7 @@ from transformers import (
 
 from llava_cot.aio import AsyncGenerator
 from llava_cot.answer import Answer, Finished
+from llava_cot.bundled import model_path
 from llava_cot.checkpoint import checkpoint_sha256
 from llava_cot.core import Bos, Finish, check_kind, whole_number
 from llava_cot.custom_generate import SearchOutput, arguments, refuse_own
@@ -48,7 +49,6 @@ from llava_cot.search.search import stop_tags
 from llava_cot.search.stream import EventStream
 from llava_cot.search.tree import Node
 from llava_cot.stages import Grammar
-from llava_cot.tiny import tiny_path
 from llava_cot.trace import Trace, trace_data
 from llava_cot.vocabulary import Vocabulary
 
@@ -137,7 +137,9 @@ class SwiresGenerator:
         engine: EngineConfig = EngineConfig(),  # noqa: B008, it is frozen
         **kwargs: Any,
     ) -> "SwiresGenerator":
-        """Load a model folder or hub name; ``"tiny"`` is the bundled scale model. ``kwargs`` go to transformers.
+        """Load a model folder, a hub name or a bundled scale model: ``"tiny"`` or ``"tiny-qwen"``.
+
+        ``kwargs`` go to transformers.
 
         Those that say where files come from, such as ``revision``, ``subfolder`` and ``token``, are the processor's
         too. A ``swires_calibration.json`` in a local folder is loaded with it, and so is a ``swires_grammar.json``, the
@@ -152,7 +154,7 @@ class SwiresGenerator:
             grammar = named_grammar(grammar)
         if device is not None:
             check_device(device)
-        path = tiny_path() if str(name) == "tiny" else name
+        path = model_path(name)
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **kwargs)
         if device is not None:
             model = model.to(device)

@@ -63,6 +63,17 @@ def open_image(image: ImageLike) -> Image.Image:
             return to_rgb(opened)
 
 
+def image_size(path: str) -> tuple[int, int]:
+    """Return the width and height of the image that ``open_image`` would return, in pixels. Only its head is read.
+
+    Raises:
+        ValueError: there is no such file, or it is not an image. The message names it.
+    """
+    with naming(_name_of(path)), Image.open(_file_of(path)) as opened:
+        width, height = opened.size
+        return (height, width) if _orientation(opened) in (5, 6, 7, 8) else (width, height)
+
+
 def images_of(image: Images) -> tuple[ImageLike, ...]:
     """Return the images that a question is about: those of a list or a tuple, the only one, or none."""
     if image is None:

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_llava
+from helpers import random_llava, random_qwen
 from helpers.random_mllama import TINY_SHAPE, build_random_mllama, random_inputs
+from transformers import AutoProcessor
 
 import llava_cot
 from llava_cot.families import FAMILIES, family_of, training_of
 from llava_cot.prompt import split_rows
+from llava_cot.tiny_qwen import tiny_qwen_path
 
 PACKAGE = Path(llava_cot.__file__).parent
 NAME = re.compile(r"mllama|llava(?![-_ ]?cot)|qwen|gemma", re.IGNORECASE)
@@ -31,8 +33,8 @@ ONE_FAMILYS = {  # of an input, a setting or a module that not every family has
     "vision_model",
     "get_rope_index",
 }
-# These make models: the bundled one and its verifier, and random ones of every family.
-MAKE_A_MODEL = ("small_world/", "scoring/reward_model.py", "check/random_models.py")
+# These make models: the bundled ones and the verifier, and random ones of every family.
+MAKE_A_MODEL = ("bundled.py", "tiny_qwen/", "small_world/", "scoring/reward_model.py", "check/random_models.py")
 
 
 def mllama_inputs(model, *, length, seed):
@@ -75,7 +77,8 @@ def test_what_is_not_supported_is_named():
         with pytest.raises(ValueError, match=message):
             lookup(config)
     config.model_type, config.vision_config = "llava", config
-    with pytest.raises(ValueError, match=r"one of \['mllama'\] to be trained, got model_type 'llava'"):
+    message = r"one of \['mllama', 'qwen2_5_vl', 'qwen3_vl'\] to be trained, got model_type 'llava'"
+    with pytest.raises(ValueError, match=message):
         training_of(config)
 
 
@@ -162,7 +165,10 @@ def test_image_sizes_of_pixtral():
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.training])
 def test_every_parameter_is_of_one_part(name):
-    model = BUILDERS[name][0]()
+    if name in random_qwen.MODELS:
+        model = random_qwen.build_random_qwen(name, AutoProcessor.from_pretrained(tiny_qwen_path()))
+    else:
+        model = BUILDERS[name][0]()
     parts = training_of(model.config).parts
     found = {part: 0 for part in parts}
     for parameter, _ in model.named_parameters():
@@ -233,4 +239,6 @@ def test_families_import_neither_engine_nor_search():
             imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
             imported |= {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
             own = {name for name in imported if name.startswith("llava_cot.")}
-            assert all(name.startswith(("llava_cot.families", "llava_cot.stages")) for name in own), path
+            assert all(
+                name.startswith(("llava_cot.families", "llava_cot.image", "llava_cot.stages")) for name in own
+            ), path

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from llava_cot.data.annotation.images import read_image
 from llava_cot.data.images import ImageChecks
-from llava_cot.image import is_plain, open_image, to_8_bits
+from llava_cot.image import image_size, is_plain, open_image, to_8_bits
 
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 MODES = ["1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "I", "F"]
@@ -111,7 +111,7 @@ def test_a_grey_value_of_16_bits_may_be_transparent():
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WEBP"])
-def test_the_orientation_of_photos(photo, format, orientation):
+def test_the_orientation_of_photos(photo, format, orientation, tmp_path):
     exif = photo.getexif()
     exif[0x0112] = orientation
     options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95}}.get(format, {})
@@ -119,6 +119,8 @@ def test_the_orientation_of_photos(photo, format, orientation):
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     found = open_image(data)
     assert found.size == expected.size == ((12, 8) if orientation < 5 else (8, 12))
+    (tmp_path / "photo").write_bytes(data)
+    assert image_size(str(tmp_path / "photo")) == found.size
     assert found.tobytes() == expected.tobytes()
     assert is_plain(Image.open(io.BytesIO(data))) == (orientation == 1)
 

@@ -12,6 +12,7 @@ import pytest
 
 import llava_cot
 import llava_cot_kernels
+from llava_cot.bundled import BUNDLED
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
@@ -41,6 +42,15 @@ def test_the_version_of_a_source_tree_that_is_not_installed(package, monkeypatch
 def test_types_are_shipped(package):
     assert (Path(package.__file__).parent / "py.typed").is_file()
     assert "py.typed" in PYPROJECT["tool"]["setuptools"]["package-data"][package.__name__]
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_the_bundled_models_are_shipped(name):
+    folder = BUNDLED[name]()
+    patterns = PYPROJECT["tool"]["setuptools"]["package-data"][f"llava_cot.{folder.name}"]
+    shipped = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    tracked = {path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert tracked <= shipped
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")

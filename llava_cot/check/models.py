@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from llava_cot.bundled import model_path
 from llava_cot.check.kit import Inputs, Kit
 from llava_cot.check.random_models import CONFIGS, build_model, make_inputs, randomize
 from llava_cot.generator import SwiresGenerator
@@ -57,7 +58,7 @@ def load_kit(
     if random and str(name) in CONFIGS:
         return random_kit(str(name), dtype="float32" if dtype == "auto" else dtype.removeprefix("torch."))
     check_name(name)
-    path = tiny_path() if str(name) == "tiny" else name
+    path = model_path(name)
     if random:
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
         randomize(model)

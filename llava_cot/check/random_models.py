@@ -156,8 +156,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "vipllava",
         {
             "text_config": {**LLAMA, **TEXT},
-            "vision_config": {**CLIP, **ONE_TILE},
-            "vision_feature_layer": [-2, -1],
+            "vision_config": {**CLIP, **ONE_TILE, "num_hidden_layers": 11},  # it takes the features of five layers
             "image_seq_length": 4,
         },
     ),

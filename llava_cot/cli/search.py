@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llava_cot.atomic import check_output, replacing
+from llava_cot.bundled import BUNDLED
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,7 +35,7 @@ Search = Annotated[
         "or a preset of swires: swires:published, swires:released or swires:prose."
     ),
 ]
-Model = Annotated[str, typer.Option(help="A model folder or a hub name; tiny is the bundled scale model.")]
+Model = Annotated[str, typer.Option(help=f"A model folder or a hub name; {' and '.join(BUNDLED)} are bundled.")]
 Seed = Annotated[int, typer.Option(min=0, help="The seed of everything random.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="The most tokens of the whole answer.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the live view.")]

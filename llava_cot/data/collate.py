@@ -29,6 +29,7 @@ class Batch:
     values: list[float]  # one per example, NaN if it has none; not a tensor, which FSDP2 would round to bfloat16
     num_tokens: int  # targets that are not IGNORE_INDEX
     num_padding: int  # tokens that belong to no sequence
+    num_pairs: int  # the sum of the squared lengths of the examples
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -61,14 +62,15 @@ class Collator:
         A batch without any image gets a dummy image that no token sees, so that all ranks run the same modules.
 
         Raises:
-            ValueError: an image cannot be read, or an example does not have one image token for each of its images.
+            ValueError: an image cannot be read, or an example does not have the image tokens of its images.
         """
         if not rows:
             raise ValueError("rows must be at least one, got none")
         lengths = [sum(len(example.input_ids) for example in row) for row in rows]
-        multiple = self.pad_to_multiple_of
-        tokens = max(1, -(-max(lengths) // multiple)) * multiple
         images = self._load({path for row in rows for example in row for path in example.images})
+        multiple = self.pad_to_multiple_of
+        needed = max(lengths) + (0 if images else self.training.dummy_tokens)
+        tokens = max(1, -(-needed // multiple)) * multiple
 
         input_ids = torch.full((len(rows), tokens), self.processor.tokenizer.pad_token_id or 0)
         position_ids = torch.zeros_like(input_ids)  # each padding token is a sequence of its own
@@ -86,11 +88,8 @@ class Collator:
                 ends.append(index * tokens + end - 1)
                 start = end
         values = [math.nan if example.value is None else example.value for row in rows for example in row]
-        inputs = {
-            "input_ids": input_ids,
-            "position_ids": position_ids,
-            **self.training.pack(self.processor, rows, images, tokens),
-        }
+        text = {"input_ids": input_ids, "position_ids": position_ids}
+        inputs = self.training.pack(self.processor, rows, images, text)
         num_tokens = int((targets != IGNORE_INDEX).sum())
         return Batch(
             inputs,
@@ -100,6 +99,7 @@ class Collator:
             values,
             num_tokens=num_tokens,
             num_padding=len(rows) * tokens - sum(lengths),
+            num_pairs=sum(len(example.input_ids) ** 2 for row in rows for example in row),
         )
 
     def _load(self, paths: set[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ turn. Only the tokens after the generation prompt are learnt.
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from llava_cot.stages import LLAVA_COT, Grammar
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
+
+    from llava_cot.families import Training
 
 
 def encode(
@@ -59,6 +62,25 @@ def check_counts(rule: str, input_ids: Sequence[int], processor: "ProcessorMixin
     ):
         if token is not None and (got := input_ids.count(token)) != expected:
             raise ValueError(f"{rule} {what} {expected} times, got {got}")
+
+
+def expand_images(example: Example, processor: "ProcessorMixin", training: "Training") -> Example:
+    """Return the example with as many image tokens for each of its images as the image takes.
+
+    Raises:
+        ValueError: the size of an image can't be read.
+    """
+    counts = [training.image_tokens(processor, path) for path in example.images]
+    if all(count == 1 for count in counts):
+        return example
+    images = iter(counts)
+    times = [next(images) if token == processor.image_token_id else 1 for token in example.input_ids]
+
+    def repeated(values: list[int]) -> list[int]:
+        return [value for value, count in zip(values, times, strict=True) for _ in range(count)]
+
+    input_ids, labels, stages = map(repeated, (example.input_ids, example.labels, example.stages))
+    return replace(example, input_ids=input_ids, labels=labels, stages=stages)
 
 
 def _encode_turns(

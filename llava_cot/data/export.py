@@ -78,9 +78,10 @@ def _of_model(item: Item, name: str) -> Item:
 def _processor(name: str) -> "ProcessorMixin":
     from transformers import AutoProcessor
 
-    from llava_cot.tiny import tiny_path
+    from llava_cot import families  # noqa: F401, it registers a processor
+    from llava_cot.bundled import model_path
 
-    return AutoProcessor.from_pretrained(tiny_path() if name == "tiny" else name)
+    return AutoProcessor.from_pretrained(model_path(name))
 
 
 __all__ = [

@@ -36,6 +36,10 @@ def paged_attention_forward(
     all keys are at hand: see ``_attend_to_prompt``. Cross-attention reads the image store in decoding; in prefill it is
     transformers' own, over all tiles with the model's mask (the tokens before the image attend to padding tiles too).
     """
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            kind = type(module).__name__
+            raise ValueError(f"model must have attention without {name}, which the kernels lack, got {kind} with it")
     layer = paged_layers[module.layer_idx]
     window = kwargs.get("sliding_window", getattr(module, "sliding_window", None)) or 0
     if paged_batch.is_prefill:

@@ -192,6 +192,11 @@ def _has_windows(text: Any) -> bool:
     Raises:
         ValueError: a layer attends otherwise than to the whole text or to a window, so that it needs other memory.
     """
+    if getattr(text, "use_bidirectional_attention", None):
+        raise ValueError(
+            f"model must attend to earlier tokens alone, got {text.model_type} with use_bidirectional_attention="
+            f"{text.use_bidirectional_attention!r}"
+        )
     kinds = getattr(text, "layer_types", None)
     for kind in kinds or ():
         if kind not in LAYER_KINDS:

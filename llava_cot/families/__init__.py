@@ -8,7 +8,8 @@ from llava_cot.families.gemma3 import Gemma3
 from llava_cot.families.llava import Llava
 from llava_cot.families.mllama import Mllama
 from llava_cot.families.pixtral import Pixtral
-from llava_cot.families.qwen_vl import QwenVL
+from llava_cot.families.qwen_processor import QwenImageTextProcessor
+from llava_cot.families.qwen_vl import Qwen2_5_VL, QwenVL
 from llava_cot.families.tiles import Idefics3, Tiles
 from llava_cot.families.training import Training
 
@@ -25,15 +26,15 @@ FAMILIES: dict[str, type[Family]] = {  # by the model_type of their configs
     "llava_onevision": LlavaOnevision,
     "mistral3": Pixtral,
     "mllama": Mllama,
-    "qwen2_5_vl": QwenVL,
+    "qwen2_5_vl": Qwen2_5_VL,
     "qwen2_vl": QwenVL,
-    "qwen3_vl": QwenVL,
+    "qwen3_vl": Qwen2_5_VL,
     "qwen3_vl_moe": QwenVL,
     "smolvlm": Idefics3,
     "vipllava": Tiles,
 }
 
-__all__ = ["FAMILIES", "Family", "Prompt", "Training", "family_of", "training_of"]
+__all__ = ["FAMILIES", "Family", "Prompt", "QwenImageTextProcessor", "Training", "family_of", "training_of"]
 
 
 def family_of(config: Any) -> Family:

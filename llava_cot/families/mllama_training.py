@@ -7,6 +7,7 @@ itself. ``cross_rows`` tells the layers what to do, with one entry per token.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers import MllamaConfig, PreTrainedModel
 from transformers.models.mllama.processing_mllama import get_cross_attention_token_mask
 
-from llava_cot.families.training import Example, Training
+from llava_cot.families.training import Example, Training, times_multiplied
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,13 @@ class MllamaTraining(Training):
         return Image(made["pixel_values"][0, 0], tiles, int(made["aspect_ratio_ids"].item()))
 
     def pack(
-        self, processor: Any, rows: Sequence[Sequence[Example]], images: Mapping[str, Image], tokens: int
+        self,
+        processor: Any,
+        rows: Sequence[Sequence[Example]],
+        images: Mapping[str, Image],
+        text: dict[str, Tensor],
     ) -> dict[str, Tensor]:
+        tokens = text["input_ids"].shape[1]
         layouts = [_lay_out(row) for row in rows]
         slots, max_tiles = max(1, *map(len, layouts)), processor.image_processor.max_image_tiles
         # uint8, because transformers repeats it for every image token in its own dtype.
@@ -79,12 +85,13 @@ class MllamaTraining(Training):
                 _look(example, spans, places, images, cross_mask[index, own], cross_rows[index, own])
                 start = own.stop
         vision = _place(layouts, images, slots, max_tiles, processor.image_processor.size)
-        return {**vision, "cross_attention_mask": cross_mask, "cross_rows": cross_rows}
+        return {**text, **vision, "cross_attention_mask": cross_mask, "cross_rows": cross_rows}
 
-    def full_images(self, *, rows: int, row_tokens: int, images_per_row: int) -> dict[str, Tensor]:
-        vision = self.config.vision_config
+    def full_images(self, text: dict[str, Tensor], *, images_per_row: int) -> dict[str, Tensor]:
+        vision, (rows, row_tokens) = self.config.vision_config, text["input_ids"].shape
         tiles, size = vision.max_num_tiles, vision.image_size
         return {
+            **text,
             "pixel_values": torch.zeros(rows, images_per_row, tiles, vision.num_channels, size, size),
             "aspect_ratio_ids": torch.ones(rows, images_per_row, dtype=torch.int64),
             "aspect_ratio_mask": torch.ones(rows, images_per_row, tiles, dtype=torch.int64),
@@ -92,15 +99,16 @@ class MllamaTraining(Training):
             "cross_rows": torch.ones(rows, row_tokens, 2),
         }
 
-    def count_images(self, inputs: dict[str, Tensor]) -> int:
+    def count_images(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
         has_images = bool(inputs["cross_rows"][..., 0].any())
-        return int((inputs["aspect_ratio_ids"] > 0).sum()) if has_images else 0
+        return {"num_images": int((inputs["aspect_ratio_ids"] > 0).sum()) if has_images else 0}
 
     def flops(
         self,
         *,
         num_tokens: int,
         num_images: int,
+        grids: Tensor | None = None,
         num_supervised: int | None = None,
         num_pairs: int | None = None,
         num_cross_pairs: int | None = None,
@@ -108,6 +116,9 @@ class MllamaTraining(Training):
         adapters_only: bool = False,
     ) -> float:
         """Count two FLOPs for each multiply-add. Mllama computes every image with ``max_num_tiles`` tiles.
+
+        ``num_cross_pairs`` are the pairs of a token and an image key that it sees in a cross-attention layer. By
+        default every token sees one image, if there is one.
 
         Let h be the hidden size, f the FFN size, q and k the widths of all query and of all key heads, T the tokens, S
         the supervised tokens, and I the images of K = max_num_tiles * (patches + 1) keys, one per vision token. The
@@ -130,11 +141,7 @@ class MllamaTraining(Training):
         num_supervised = num_tokens if num_supervised is None else num_supervised
         num_pairs = num_tokens**2 // max(num_images, 1) if num_pairs is None else num_pairs
         num_cross_pairs = (num_tokens * keys if num_images else 0) if num_cross_pairs is None else num_cross_pairs
-
-        def passes(part: str, *, below: bool) -> int:
-            """Return how often the weights are multiplied. ``below`` says whether earlier parts are trained."""
-            return 1 + (below or adapters_only) + (part not in freeze and not adapters_only)
-
+        passes = partial(times_multiplied, freeze=freeze, adapters_only=adapters_only)
         hidden, head_dim = text.hidden_size, text.hidden_size // text.num_attention_heads
         queries, key_width = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
         ffn = 3 * hidden * text.intermediate_size

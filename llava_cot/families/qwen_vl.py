@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from llava_cot.families.family import Family, Inputs, Prompt
+from llava_cot.families.qwen_training import QwenTraining
 
 
 class QwenVL(Family):
@@ -44,3 +45,9 @@ class QwenVL(Family):
             ids, is_image, image_grid_thw=inputs.get("image_grid_thw"), attention_mask=is_token.int()
         )
         return positions, deltas.flatten().tolist()
+
+
+class Qwen2_5_VL(QwenVL):
+    """Qwen2.5-VL and Qwen3-VL, which can be trained too."""
+
+    training = QwenTraining

@@ -14,7 +14,7 @@ import datasets
 import datasets.exceptions
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
-from transformers import ProcessorMixin
+from transformers import AutoConfig, ProcessorMixin
 
 from llava_cot import literal
 from llava_cot.data import encode
@@ -22,6 +22,7 @@ from llava_cot.data.batches import BatchPlan
 from llava_cot.data.collate import Batch, Collator
 from llava_cot.data.example import Example
 from llava_cot.data.rows import parse_row, raw_rows
+from llava_cot.families import training_of
 from llava_cot.train.config import TrainConfig
 from llava_cot.train.distributed import rank_0_first
 from llava_cot.train.objectives.objective import Objective
@@ -58,14 +59,17 @@ def load_examples(
     path, images = config.with_images(evaluation)
     assert path is not None
     rows = _read(path)
-    template, tokenizer = processor.chat_template, processor.tokenizer.backend_tokenizer.to_str()
-    code = [inspect.getsource(part) for part in (type(objective), encode, literal)]
-    settings = [rows._fingerprint, tokenizer, template, config.bos, str(images), config.objective, code]
+    training = training_of(AutoConfig.from_pretrained(config.model))
+    parts = [processor.chat_template, processor.tokenizer.backend_tokenizer.to_str()]
+    parts.append(processor.image_processor.to_json_string())  # it decides how many tokens an image takes
+    code = [inspect.getsource(part) for part in (type(objective), type(training).image_tokens, encode, literal)]
+    settings = [rows._fingerprint, parts, config.bos, str(images), config.objective, code]
     fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
 
     def encode_row(row: dict[str, Any]) -> dict[str, Any]:
         try:
-            examples = objective.encode(parse_row(row["raw"]), processor, images, config.bos)
+            found = objective.encode(parse_row(row["raw"]), processor, images, config.bos)
+            examples = [encode.expand_images(example, processor, training) for example in found]
         except ValueError as error:
             message = f"row {row['number']} of {str(path)!r} must fit {config.objective}: {error}"
             raise ValueError(message) from None

@@ -96,11 +96,8 @@ def _run(root: "_LossOf", config: TrainConfig, rows: int, row_tokens: int, image
 def step_inputs(settings: PreTrainedConfig, *, rows: int, row_tokens: int, images_per_row: int) -> dict[str, Tensor]:
     """Return inputs of the model as the ``Collator`` makes them, with two sequences per row and the largest images."""
     positions = torch.arange(row_tokens).remainder(max(1, row_tokens // 2)).repeat(rows, 1)
-    return {
-        "input_ids": torch.zeros(rows, row_tokens, dtype=torch.int64),
-        "position_ids": positions,
-        **training_of(settings).full_images(rows=rows, row_tokens=row_tokens, images_per_row=images_per_row),
-    }
+    text = {"input_ids": torch.zeros(rows, row_tokens, dtype=torch.int64), "position_ids": positions}
+    return training_of(settings).full_images(text, images_per_row=images_per_row)
 
 
 def optimizer_bytes(parameters: list[nn.Parameter], settings: Optimizer) -> int:

@@ -19,13 +19,19 @@ def build_model(config: TrainConfig, *, empty: bool) -> PreTrainedModel:
     The model takes packed rows, its LM head returns log-probs, and its frozen parts need no gradient.
 
     Raises:
-        ValueError: ``config.model`` is of a family that can't be trained, or nothing is left to train.
+        ValueError: ``config.model`` is of a family that can't be trained, or not as a reward model, or nothing is left
+            to train.
     """
     settings = AutoConfig.from_pretrained(config.model)
     training = training_of(settings)
     settings.use_cache = settings.get_text_config().use_cache = False  # a recomputed layer would write it twice
     options = {"dtype": getattr(torch, config.precision.params), "attn_implementation": config.attention}
     is_reward = config.objective == "reward"
+    if is_reward and not isinstance(settings, RewardModel.config_class):
+        raise ValueError(
+            f"model must be a {RewardModel.config_class.model_type} to be trained as a reward model, "
+            f"got model_type {settings.model_type!r}"
+        )
     if empty:
         build = RewardModel._from_config if is_reward else AutoModelForImageTextToText.from_config
         with torch.device("meta"):

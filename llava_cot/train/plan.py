@@ -59,7 +59,7 @@ def make_plan(
         images_per_row: images of each row, with all tiles; by default one, or one per 1024 tokens of a packed row.
 
     Raises:
-        ValueError: an argument is out of range, or ``config.model`` cannot be found.
+        ValueError: an argument is out of range, ``config.model`` cannot be found, or its steps can't be simulated.
     """
     count, gpu_bytes = parse_gpus(gpus)
     row_tokens = row_tokens if row_tokens is not None else config.max_row_tokens or ROW_TOKENS
@@ -78,6 +78,8 @@ def make_plan(
             f"model must be a folder or a hub name that can be reached, got {config.model!r} ({reason}); "
             "to plan, a folder with a config.json will do"
         ) from None
+    if training_of(model.config).reads_values:
+        raise ValueError(f"model must be of a family whose steps read no values, got {type(model).__name__}")
     examples = -(-config.batch_size // count)  # per rank and step
     rows = min(config.rows_per_batch, examples)
     accumulates = examples > rows

@@ -1,5 +1,7 @@
 """Wrap a model in activation checkpoints and FSDP2: a unit for each layer, the embedding, the head and the root."""
 
+from collections import Counter
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -47,10 +49,13 @@ def shard(root: nn.Module, mesh: DeviceMesh, precision: Precision, sharding: Sha
     # With one rank a shard is the whole parameter, and freeing it would only cost copies.
     reshard = sharding.reshard_after_forward and dist.get_world_size() > sharding.replicas
     layers, heads = _layer_classes(root), ("lm_head", "head", "embed_tokens")
+    users = Counter(id(parameter) for _, parameter in root.named_parameters(remove_duplicate=False))
     units = [
         module
         for name, module in root.named_modules()
-        if type(module).__name__ in layers or (name.rsplit(".", 1)[-1] in heads and isinstance(module, nn.Module))
+        if type(module).__name__ in layers
+        # A weight that embedding and head share must be in one unit, which is the root.
+        or (name.rsplit(".", 1)[-1] in heads and all(users[id(parameter)] == 1 for parameter in module.parameters()))
     ]
     for module in units:
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)

@@ -44,10 +44,9 @@ class Throughput:
         inputs, config = batch.inputs, self._config
         return self._training.flops(
             num_tokens=batch.targets.numel() - batch.num_padding,
-            num_images=self._training.count_images(inputs),
+            **self._training.count_images(inputs),
             num_supervised=0 if config.objective == "reward" else batch.num_tokens,
-            # A sequence of n tokens has positions 0 to n - 1, and n * n is the sum of 2p + 1 over them.
-            num_pairs=int((2 * inputs["position_ids"] + 1).sum()) - batch.num_padding,
+            num_pairs=batch.num_pairs,
             freeze=config.freeze,
             adapters_only=config.lora is not None,
         )

@@ -2,15 +2,17 @@ import pytest
 from PIL import Image
 from rich.text import Text
 from tokenizers import processors
-from transformers import AutoProcessor, MllamaProcessor
+from transformers import AutoConfig, AutoProcessor, MllamaProcessor
 
 from llava_cot.data.conversations import Conversation, Turn, parse_conversation
-from llava_cot.data.encode import encode
+from llava_cot.data.encode import encode, expand_images
 from llava_cot.data.example import IGNORE_INDEX
 from llava_cot.data.inspect import show
+from llava_cot.families import training_of
 from llava_cot.prompt import build_inputs
 from llava_cot.stages import LLAVA_COT, Grammar, render
 from llava_cot.tiny import tiny_path
+from llava_cot.tiny_qwen import tiny_qwen_path
 from tools.small_world.processor import CHAT_TEMPLATE
 
 QUESTION = "How many objects remain?"
@@ -47,6 +49,24 @@ def test_the_prompt_is_what_the_engine_sees(processor, bos):
     assert example.input_ids.count(processor.tokenizer.bos_token_id) == (2 if bos == "released" else 1)
     assert example.labels[: len(prompt)] == [IGNORE_INDEX] * len(prompt)
     assert example.labels[len(prompt)] != IGNORE_INDEX
+
+
+@pytest.mark.parametrize(
+    "path, size", [(tiny_path(), (48, 48)), (tiny_qwen_path(), (48, 48)), (tiny_qwen_path(), (20, 90))]
+)
+def test_an_image_takes_the_tokens_that_the_engine_gives_it(path, size, tmp_path):
+    processor, image = AutoProcessor.from_pretrained(path), Image.new("RGB", size)
+    image.save(tmp_path / "a.png")
+    short = encode(TWO, processor, image_folder=tmp_path)
+    example = expand_images(short, processor, training_of(AutoConfig.from_pretrained(path)))
+    prompt = build_inputs(processor, image, QUESTION, "one")["input_ids"][0].tolist()
+    assert example.input_ids[: len(prompt)] == prompt and example.images == [str(tmp_path / "a.png")]
+    assert learnt(example, processor) == learnt(short, processor)
+    kept = [at for at, token in enumerate(example.input_ids) if token != processor.image_token_id]
+    bare = [at for at, token in enumerate(short.input_ids) if token != processor.image_token_id]
+    for name in ("input_ids", "labels", "stages"):
+        assert [getattr(example, name)[at] for at in kept] == [getattr(short, name)[at] for at in bare]
+        assert len(getattr(example, name)) == len(example.input_ids)
 
 
 def test_a_template_without_a_bos_gets_one():

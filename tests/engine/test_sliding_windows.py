@@ -70,6 +70,20 @@ def test_an_image_that_is_wider_than_the_window(bare_generator, window):
         split_rows({"input_ids": ids[:, 2:], "pixel_values": pixels}, untouched.config)
 
 
+def test_what_the_kernels_lack_is_refused(bare_generator):
+    model = build_random_gemma3()
+    model.config.text_config.use_bidirectional_attention = True
+    with pytest.raises(ValueError, match="model must attend to earlier tokens alone, got gemma3_text with"):
+        bare_generator(model)
+    model = build_random_llava(model_type="gemma2", head_dim=8, query_pre_attn_scalar=8, attn_logit_softcapping=5.0)
+    generator = bare_generator(model)
+    with pytest.raises(
+        ValueError, match="model must have attention without softcap, which the kernels lack, got Gemma2"
+    ):
+        generator.generate(**make_inputs(model, length=20, seed=1), search="greedy")
+    assert generator.engine.pages_in_use == 0
+
+
 WINDOWED = {
     "mistral": dict(model_type="mistral", sliding_window=9, head_dim=8),
     "mistral without a window": dict(model_type="mistral", sliding_window=None, head_dim=8),

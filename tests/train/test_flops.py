@@ -3,11 +3,14 @@ from typing import get_args
 import pytest
 import torch
 from helpers.random_mllama import build_random_mllama, random_inputs
+from helpers.random_qwen import MODELS, build_random_qwen
+from PIL import Image
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import MllamaConfig
+from transformers import AutoProcessor, MllamaConfig, Qwen2_5_VLConfig
 
 from llava_cot.families import training_of
+from llava_cot.tiny_qwen import tiny_qwen_path
 from llava_cot.train.config import Part
 from llava_cot.train.flops import _peak_of, peak_flops
 from llava_cot.train.model import freeze
@@ -21,17 +24,21 @@ SHAPES = {
 }
 
 
-def counted(model, *, length, supervised, image):
+def counted_of(model, inputs, supervised):
     """What torch counts of forward and backward, the head at the supervised tokens alone."""
     model.set_attn_implementation("eager")  # torch has no count for the CPU's fused attention
-    inputs = random_inputs(model, length=length, ratio_id=6, seed=0)
-    if not image:
-        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        inputs["input_ids"] = inputs["input_ids"].clamp(max=model.config.text_config.vocab_size - 1)
     with FlopCounterMode(display=False) as counter:
         hidden = model.model(**inputs, use_cache=False).last_hidden_state[0, -supervised:]
         cross_entropy(model.lm_head(hidden), inputs["input_ids"][0, -supervised:].clamp(max=96)).backward()
     return counter.get_total_flops()
+
+
+def counted(model, *, length, supervised, image):
+    inputs = random_inputs(model, length=length, ratio_id=6, seed=0)
+    if not image:
+        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        inputs["input_ids"] = inputs["input_ids"].clamp(max=model.config.text_config.vocab_size - 1)
+    return counted_of(model, inputs, supervised)
 
 
 @pytest.mark.parametrize("image", [True, False], ids=["image", "text"])
@@ -54,6 +61,38 @@ def test_as_torch_counts_them_with_frozen_parts(parts):
     # What is below the first trained layer needs no gradient of inputs; the formula does not know where that is.
     assert found == pytest.approx(counted(model, length=60, supervised=23, image=True), rel=0.12)
     assert found < training_of(model.config).flops(num_tokens=60, num_images=1, num_supervised=23)
+
+
+@pytest.mark.parametrize(
+    "sizes, parts",
+    [
+        ([], ()),
+        ([(48, 48)], ()),
+        ([(90, 20), (16, 16)], ()),
+        ([(48, 48)], ("vision",)),
+        ([(48, 48)], ("language",)),
+        ([(48, 48)], ("vision", "projector")),
+    ],
+)
+@pytest.mark.parametrize("model_type", MODELS)
+def test_as_torch_counts_images_of_any_size(model_type, sizes, parts):
+    processor = AutoProcessor.from_pretrained(tiny_qwen_path())
+    model = build_random_qwen(model_type, processor, hidden=96, layers=4, vision_hidden=64).train()
+    freeze(model, parts)
+    text = "<|vision_start|><|image_pad|><|vision_end|>" * len(sizes) + "How many objects are not blue circles?" * 4
+    images = {"images": [[Image.new("RGB", size) for size in sizes]]} if sizes else {}
+    inputs = dict(processor(text=[text], **images, return_tensors="pt"))
+    length, grids = inputs["input_ids"].shape[1], inputs.get("image_grid_thw")
+    shown = {"num_images": len(sizes), "grids": grids, "num_pairs": length**2, "freeze": parts}
+    found = training_of(model.config).flops(num_tokens=length, num_supervised=11, **shown)
+    # As above, the formula does not know where the first trained layer is.
+    assert found == pytest.approx(counted_of(model, inputs, 11), rel=0.12 if parts else 0.01)
+
+
+def test_the_sizes_of_images_must_be_given():
+    training = training_of(Qwen2_5_VLConfig())
+    with pytest.raises(ValueError, match="grids must be those of num_images=2 images, got None"):
+        training.flops(num_tokens=9, num_images=2)
 
 
 def test_as_torch_counts_them_with_adapters():

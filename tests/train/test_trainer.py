@@ -3,15 +3,18 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
 import time
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from helpers.random_qwen import build_random_qwen
 from helpers.ranks import CONTEXT, Ranks, start_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -21,8 +24,11 @@ from llava_cot.data.jsonl import write_jsonl
 from llava_cot.data.world import write_world
 from llava_cot.prompt import build_inputs
 from llava_cot.stages import render
+from llava_cot.tiny_qwen import tiny_qwen_path
 from llava_cot.train.config import load_config
 from llava_cot.train.metrics import read_metrics
+from llava_cot.train.model import build_model as build_trained
+from llava_cot.train.plan import make_plan
 from tools.small_world.processor import build_processor
 from tools.small_world.untrained import build_config, build_model
 
@@ -39,12 +45,38 @@ def small_config(processor):
     return config
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with an untrained model, data with and without images, and a configuration."""
-    place = tmp_path_factory.mktemp("run")
+def mllama():
     processor = build_processor()
-    build_model(processor, seed=0, config=small_config(processor)).save_pretrained(place / "untrained")
+    return build_model(processor, seed=0, config=small_config(processor)), processor
+
+
+def qwen(model_type):
+    processor = AutoProcessor.from_pretrained(tiny_qwen_path())
+    return build_random_qwen(model_type, processor, std=0.05), processor
+
+
+UNTRAINED = {
+    "mllama": mllama,
+    "qwen2_5_vl": partial(qwen, "qwen2_5_vl"),
+    "qwen3_vl": partial(qwen, "qwen3_vl"),  # whose embedding and head are tied
+}
+every_family = pytest.mark.parametrize("place", UNTRAINED, indirect=True)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """The folder of each family, made when it is first asked for, so that tests may change families."""
+    return cache(lambda family: make_place(tmp_path_factory.mktemp(family), *UNTRAINED[family]()))
+
+
+@pytest.fixture
+def place(request, places):
+    return places(getattr(request, "param", "mllama"))
+
+
+def make_place(place: Path, model, processor) -> Path:
+    """Fill a folder with an untrained model, data with and without images, and a configuration."""
+    model.save_pretrained(place / "untrained")
     processor.save_pretrained(place / "untrained")
     write_world(place, range(9))
     rows = [json.loads(line) for line in (place / "train.jsonl").read_text().splitlines()]
@@ -123,8 +155,9 @@ def wait_for_step(folder: Path, step: int, processes) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(place):
+def whole(places):
     """Uninterrupted runs of one and of two ranks."""
+    place = places("mllama")
     return {ranks: run(place, f"whole-{ranks}", ranks=ranks) for ranks in (1, 2)}
 
 
@@ -144,7 +177,9 @@ def test_two_ranks_learn_what_one_does(place, whole):
     assert_same_learning(place, "whole-1", "whole-2", whole[1], whole[2])
 
 
+@every_family
 def test_two_ranks_learn_what_one_does_from_packed_rows(place):
+    """Of two ranks, one has a batch without images."""
     packing = ("max_row_tokens=300", "rows_per_batch=1")
     one, two = (run(place, f"packed-{ranks}", *packing, ranks=ranks) for ranks in (1, 2))
     assert_same_learning(place, "packed-1", "packed-2", one, two)
@@ -209,7 +244,7 @@ def greedy_of_trainer(place: Path, output: str, inputs: dict[str, torch.Tensor])
     """What the model of a finished run answers, taken from the trainer and not from its export."""
     import datasets
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    from transformers import AutoConfig, MllamaForConditionalGeneration
+    from transformers import AutoConfig
 
     from llava_cot.train.trainer import Trainer
 
@@ -217,12 +252,15 @@ def greedy_of_trainer(place: Path, output: str, inputs: dict[str, torch.Tensor])
     trainer = Trainer(load_config(place / "config.yaml", [f"output={place / output}"]), torch.device("cpu"))
     trainer.checkpoints.load(STEPS, trainer.root, trainer.optimizer, trainer.scheduler)
     state = get_model_state_dict(trainer.root, options=StateDictOptions(full_state_dict=True))
-    model = MllamaForConditionalGeneration(AutoConfig.from_pretrained(place / "untrained"))
+    model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(place / "untrained"))
     model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in state.items()})
     return model.eval().generate(**inputs, max_new_tokens=24, do_sample=False)[0].tolist()
 
 
-def test_the_export_answers_as_the_trainer(place, whole):
+@every_family
+def test_the_export_answers_as_the_trainer(place):
+    if not (place / "whole-2").exists():
+        run(place, "whole-2", ranks=2)
     folder = place / "whole-2" / "model"
     processor, model = AutoProcessor.from_pretrained(folder), AutoModelForImageTextToText.from_pretrained(folder)
     sample = shapes.sample(804_000)
@@ -233,25 +271,38 @@ def test_the_export_answers_as_the_trainer(place, whole):
     assert provenance["config"]["batch_size"] == 6 and provenance["world_size"] == 2
 
 
-def test_held_out_losses_and_frozen_parts(place):
-    values = run(place, "frozen", "max_steps=2", "eval_fraction=0.25", "eval_every=1", "freeze=[vision, language]")
+def changed_weights(place: Path, output: str) -> dict[str, torch.Tensor]:
+    """What a run added to each weight that it changed. Its export has the weights that the model had before it."""
+    before, after = load_file(place / "untrained" / "model.safetensors"), weights(place / output)
+    assert before.keys() == after.keys()
+    return {name: after[name] - before[name] for name in before if not torch.equal(before[name], after[name])}
+
+
+FROZEN = {  # the family, the parts, and the names of the weights that are left to train
+    "mllama": ("mllama", "[vision, language]", r".*(layers\.1\.|projector)"),  # layer 1 is the cross-attention layer
+    "projector": ("qwen2_5_vl", "[vision, language]", r".*visual\.merger"),
+    "language": ("qwen2_5_vl", "[vision, projector]", r"(?!.*visual)"),
+    "vision": ("qwen3_vl", "[projector, language]", r".*visual\.(?!merger|deepstack)"),
+}
+
+
+@pytest.mark.parametrize("place, parts, trained", FROZEN.values(), ids=FROZEN, indirect=["place"])
+def test_held_out_losses_and_frozen_parts(place, parts, trained):
+    output = f"frozen-{parts}"
+    values = run(place, output, "max_steps=2", "eval_fraction=0.25", "eval_every=1", f"freeze={parts}")
     assert {"eval/loss", "eval/loss/SUMMARY", "eval/loss/CONCLUSION"} <= set(values[0])
     assert values[0]["eval/loss"] > values[1]["eval/loss"]
-    before, after = load_file(place / "untrained" / "model.safetensors"), weights(place / "frozen")
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    # model.language_model.layers.1 is the cross-attention layer
-    assert changed and all(".layers.1." in name or "projector" in name for name in changed)
+    changed = changed_weights(place, output)
+    assert changed and all(re.match(trained, name) for name in changed), changed.keys()
 
 
+@every_family
 def test_adapters_are_merged_into_the_export(place):
     values = run(place, "lora", "lora={r: 4, alpha: 8}", "optimizer.lr=1e-2")
     assert values[-1]["loss"] < values[0]["loss"]
-    before, after = load_file(place / "untrained" / "model.safetensors"), weights(place / "lora")
-    assert before.keys() == after.keys()
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    changed = changed_weights(place, "lora")
     assert changed and all(name.split(".")[-2].endswith("_proj") for name in changed)
-    update = after["language_model.model.layers.0.self_attn.q_proj.weight"]
-    update = update - before["language_model.model.layers.0.self_attn.q_proj.weight"]
+    (update,) = (change for name, change in changed.items() if name.endswith("layers.0.self_attn.q_proj.weight"))
     assert torch.linalg.matrix_rank(update, atol=1e-4) <= 4
 
 
@@ -271,3 +322,16 @@ def test_a_run_goes_on_with_its_own_data_and_settings_only(place, whole):
 def test_bad_rows_are_named(place):
     write_jsonl([{"id": "1", "image": "nowhere.png", "conversations": []}], place / "bad.jsonl")
     assert "row 1 of" in refused(place, "bad", f"data={place / 'bad.jsonl'}")
+
+
+@pytest.mark.parametrize("place", ["qwen2_5_vl"], indirect=True)
+def test_a_reward_model_must_be_of_its_family(place):
+    message = "model must be a mllama to be trained as a reward model, got model_type 'qwen2_5_vl'"
+    with pytest.raises(ValueError, match=message):
+        build_trained(load_config(place / "config.yaml", ["objective=reward"]), empty=True)
+
+
+@pytest.mark.parametrize("place", ["qwen2_5_vl"], indirect=True)
+def test_what_reads_values_cannot_be_planned(place):
+    with pytest.raises(ValueError, match="must be of a family whose steps read no values, got Qwen2_5_VLFor"):
+        make_plan(load_config(place / "config.yaml"), "1x80GB")

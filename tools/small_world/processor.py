@@ -33,8 +33,11 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(corpus_seeds: range = range(4000)) -> PreTrainedTokenizerFast:
-    """Train the BPE on the world's own text; merges end when every word is one token, the rest is reserved."""
+def byte_pairs(special_tokens: int, corpus_seeds: range = range(4000)) -> Tokenizer:
+    """Train the BPE on the world's own text, in a vocabulary that leaves room for so many special tokens.
+
+    Merges end when every word is one token.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -44,13 +47,19 @@ def build_tokenizer(corpus_seeds: range = range(4000)) -> PreTrainedTokenizerFas
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(SPECIAL_TOKENS),
+        vocab_size=VOCAB_SIZE - special_tokens,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     samples = (shapes.sample(seed) for seed in corpus_seeds)
     turns = (f"user\n\n{s.question}\nassistant\n\n{render(s.stages)}" for s in samples)
     tokenizer.train_from_iterator(turns, trainer)
+    return tokenizer
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Add Llama 3's special tokens to the BPE. What is left of the vocabulary is reserved."""
+    tokenizer = byte_pairs(len(SPECIAL_TOKENS))
     reserved = VOCAB_SIZE - len(SPECIAL_TOKENS) - tokenizer.get_vocab_size()
     tokenizer.add_special_tokens(
         [*SPECIAL_TOKENS, *(f"<|reserved_special_token_{i}|>" for i in range(reserved)), IMAGE_TOKEN]
