@@ -14,6 +14,7 @@ import torch
 import transformers
 from PIL.Image import Image
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     GenerationConfig,
@@ -36,6 +37,7 @@ from llava_cot.families import Prompt, family_of
 from llava_cot.image import Images, check_image, images_of, opener
 from llava_cot.loading import check_device, check_dtype, check_name, source_of
 from llava_cot.prompt import build_inputs, check_question, split_rows
+from llava_cot.quantize import check_quantize, loading_settings
 from llava_cot.scoring import Calibration
 from llava_cot.scoring.scorer import name_of
 from llava_cot.search import Plan, Search, SearchLike, SwiresConfig, make_plan, settings_of
@@ -113,6 +115,7 @@ class SwiresGenerator:
         *,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
+        quantize: str | None = None,
         bos: Bos = "one",
         grammar: Grammar = LLAVA_COT,
         engine: EngineConfig = EngineConfig(),  # noqa: B008, it is frozen
@@ -121,7 +124,9 @@ class SwiresGenerator:
         """Load a model folder or hub name; ``"tiny"`` is the bundled scale model. ``kwargs`` go to transformers.
 
         Those that say where files come from, such as ``revision``, ``subfolder`` and ``token``, are the processor's
-        too. A ``swires_calibration.json`` in a local folder is loaded with it.
+        too. A ``swires_calibration.json`` in a local folder is loaded with it. ``quantize`` is ``"int8"``, ``"int4"``,
+        ``"float8"`` or ``"nf4"``, and quantises the decoder's weights as they are loaded. transformers' own
+        ``quantization_config`` may be given instead.
 
         Raises:
             ValueError, TypeError: naming the argument that is wrong, before the weights are loaded.
@@ -131,8 +136,18 @@ class SwiresGenerator:
         if device is not None:
             check_device(device)
         path = tiny_path() if str(name) == "tiny" else name
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **kwargs)
-        if device is not None:
+        settings = {"dtype": dtype, **kwargs}
+        if quantize is not None:
+            check_quantize(quantize, dtype, device)
+            for other in ("quantization_config", "device_map"):
+                if kwargs.get(other) is not None:
+                    raise ValueError(f"{other} must not be given with quantize, got quantize={quantize!r}")
+            config = kwargs.get("config") or AutoConfig.from_pretrained(path, **source_of(kwargs))
+            settings |= loading_settings(quantize, config, dtype, device)
+        elif kwargs.get("quantization_config") is not None and device is not None:
+            settings.setdefault("device_map", {"": device})  # some can't be moved from where they were quantised
+        model = AutoModelForImageTextToText.from_pretrained(path, **settings)
+        if device is not None and "quantization_config" not in settings:
             model = model.to(device)
         processor = AutoProcessor.from_pretrained(path, **source_of(kwargs))
         folder = Path(path) / kwargs.get("subfolder", "")
