@@ -4,6 +4,7 @@ The matrices of the decoder layers are quantised, those of cross-attention layer
 projector, the embedding, the head and the norms stay in the model's dtype.
 """
 
+import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -178,7 +179,7 @@ def dtype_of(config: Any, name: str | None) -> torch.dtype:
 def empty_model(config: Any, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """Build the model of a transformers config on the meta device, without memory for its weights."""
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
+        return AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=dtype).eval()  # it writes the dtype
 
 
 def decoder_matrices(model: PreTrainedModel) -> dict[str, nn.Linear]:
