@@ -1,6 +1,5 @@
 """Names of ``quantize``: what can be told before weights are loaded, and the plan of the memory that they take."""
 
-import sys
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from helpers.random_mllama import TINY_SHAPE, build_random_mllama
 from rich.console import Console
 from transformers import AutoConfig
 
-from llava_cot import SwiresGenerator, cli, quantize
+from llava_cot import SwiresGenerator, quantize
 from llava_cot import generator as module
 from llava_cot.engine.plan import GB, memory_plan, parse_memory, print_plan
 from llava_cot.quantize import QUANTIZATIONS, check_quantize, loading_settings
@@ -170,28 +169,3 @@ def test_pages_that_must_be_asked_for():
     console = Console(width=300, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     print_plan(plan, CARD, console)
     assert f"Set EngineConfig(num_pages={plan.num_pages})" in console.export_text()
-
-
-def test_the_command(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["llava-cot", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return ended.value.code, " ".join("".join(capsys.readouterr()).split())
-
-    status, out = run("plan", str(LLAMA_11B), "--quantize", "int4")
-    assert status == 0 and "16 candidates of 2,048 tokens after a prompt of 512 take 2,080 pages." in out
-    assert "fits: 14.9 GB of 24 GB" in out
-    status, out = run("plan", str(LLAMA_11B), "--dtype", "bfloat16")
-    assert status == 1 and "does not fit: 27.5 GB of 24 GB" in out
-    assert run("plan", str(LLAMA_11B), "--gpu", "40GB")[0] == 0
-    assert run("plan", "tiny", "--gpu", "1GB")[0] == 0
-    for arguments, message in (
-        (("plan", "/no/such/folder"), "name must be a folder or a hub name"),
-        (("plan", "tiny", "--quantize", "int5"), "quantize must be one of"),
-        (("plan", "tiny", "--dtype", "int8"), "dtype must be 'auto' or one of"),
-        (("plan", "tiny", "--gpu", "24"), "gpu must be its memory in GB"),
-        (("answer", "What?", "--quantize", "float8"), "device must be a GPU"),
-    ):
-        status, out = run(*arguments)
-        assert status == 2 and message in out, arguments
