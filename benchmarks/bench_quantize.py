@@ -22,7 +22,7 @@ from typing import Any
 
 import timing
 import torch
-from bench_decode import grow
+from bench_decode import SAMPLING
 from bench_search import build_model
 from timing import NEEDS_GPU, Results, check_device, environment
 
@@ -30,9 +30,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers.random_mllama import random_inputs
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from llava_cot.core import Expand
 from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.engine import Engine
 from llava_cot.quantize import check_quantize, loading_settings
+from llava_cot.search.drive import Drive
 from llava_cot_kernels.stage_tags import StageTags
 
 PLAIN = "none"
@@ -41,7 +43,7 @@ CASES = (  # how to quantise, and the dtype of the rest
     ("nf4", "float32"), ("nf4", "bfloat16"),
 )  # fmt: skip
 PROMPT_TOKENS = 40
-TWO_BY_TWO_TILES = 6
+ONE_TILE = 1
 PAGE_SIZE = 16
 WARM_STEPS = 2
 
@@ -56,27 +58,34 @@ def measure(folder: str, name: str, dtype: str, device: str, candidates: list[in
     model.generation_config.eos_token_id = None
     if device == "cpu":
         Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the memory that is resident now
-    pages = -(-PROMPT_TOKENS // PAGE_SIZE) + max(candidates) * (-(-steps // PAGE_SIZE) + 1)
+    pages = -(-PROMPT_TOKENS // PAGE_SIZE) + 2 * sum(candidates) * (-(-steps // PAGE_SIZE) + 1)
     engine = Engine(model, StageTags([b"a", b"</x>"], ["</x>"]), config=EngineConfig(PAGE_SIZE, pages))
-    inputs = random_inputs(model, length=PROMPT_TOKENS, ratio_id=TWO_BY_TWO_TILES, seed=0)
-    found = {str(n): step_ms(engine, inputs, n, steps) for n in candidates}
+    inputs = random_inputs(model, length=PROMPT_TOKENS, ratio_id=ONE_TILE, seed=0)
+    found = step_ms(engine, inputs, candidates, steps)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM") - before
     return {"weight_bytes": weight_bytes(model), "peak_bytes": peak, "ms": found}
 
 
-def step_ms(engine: Engine, inputs: dict[str, torch.Tensor], n: int, steps: int) -> float:
-    """Return the median milliseconds of a step, of the second of two runs; the first captures graphs on CUDA."""
-    times = []
-    for _ in range(2 if engine.view.device.type == "cuda" else 1):
-        drive, times = grow(engine, inputs, n, steps), []
-        while not drive.done:
-            start, before = time.perf_counter(), drive.session.usage.steps
-            engine.step()
-            if count := drive.session.usage.steps - before:
-                times.append((time.perf_counter() - start) / count * 1e3)
-        if drive.error:
-            raise drive.error
-    return median(times[WARM_STEPS:])
+def step_ms(engine: Engine, inputs: dict[str, torch.Tensor], candidates: list[int], steps: int) -> dict[str, float]:
+    """Return the median milliseconds of a step with each number of candidates, which one session draws in turn."""
+    session, times = engine.open(inputs), dict[str, list[float]]()
+    usage, own = session.usage, list[float]()
+
+    def program():
+        nonlocal own
+        for n in candidates * (2 if engine.view.device.type == "cuda" else 1):  # the first turn captures graphs
+            own = times[str(n)] = []
+            yield [Expand(session.root, tuple(range(n)), SAMPLING, steps, frozenset())]
+
+    drive = Drive(session, program())
+    while not drive.done:
+        start, before, measured = time.perf_counter(), usage.steps, own
+        engine.step()
+        if count := usage.steps - before:
+            measured.append((time.perf_counter() - start) / count * 1e3)
+    if drive.error:
+        raise drive.error
+    return {n: median(of_n[WARM_STEPS:]) for n, of_n in times.items()}
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
