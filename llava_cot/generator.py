@@ -147,7 +147,7 @@ class SwiresGenerator:
         elif kwargs.get("quantization_config") is not None and device is not None:
             settings.setdefault("device_map", {"": device})  # some can't be moved from where they were quantised
         model = AutoModelForImageTextToText.from_pretrained(path, **settings)
-        if device is not None and "quantization_config" not in settings:
+        if device is not None and settings.get("quantization_config") is None:
             model = model.to(device)
         processor = AutoProcessor.from_pretrained(path, **source_of(kwargs))
         folder = Path(path) / kwargs.get("subfolder", "")

@@ -23,6 +23,7 @@ from llava_cot.search.drive import Drive
 
 pytest.importorskip("torchao")
 pytest.importorskip("bitsandbytes")
+pytest.importorskip("accelerate")
 
 SHAPE = dict(hidden=128, layers=4, heads=4, kv_heads=2, cross=[1, 3], vocab=97)
 # bfloat16 rounds logits of up to 10 to 1/32. Attention and SDPA differ by a few such steps.
