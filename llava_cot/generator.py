@@ -15,6 +15,7 @@ import torch
 import transformers
 from PIL.Image import Image
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     GenerationConfig,
@@ -39,6 +40,7 @@ from llava_cot.grammars import GRAMMARS, WHOLE, grammar_of, named_grammar
 from llava_cot.image import Images, check_image, images_of, opener
 from llava_cot.loading import check_device, check_dtype, check_name, source_of
 from llava_cot.prompt import Question, build_inputs, check_fits, check_question, question_text, split_rows
+from llava_cot.quantize import check_quantize, loading_settings
 from llava_cot.scoring import Calibration
 from llava_cot.scoring.scorer import name_of
 from llava_cot.search import Plan, Search, SearchLike, SwiresConfig, make_plan, settings_of
@@ -130,6 +132,7 @@ class SwiresGenerator:
         *,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
+        quantize: str | None = None,
         bos: Bos = "one",
         grammar: Grammar | str | None = None,
         system: str | None = None,
@@ -143,7 +146,9 @@ class SwiresGenerator:
 
         Those that say where files come from, such as ``revision``, ``subfolder`` and ``token``, are the processor's
         too. A ``swires_calibration.json`` in a local folder is loaded with it, and so is a ``swires_grammar.json``, the
-        JSON of ``Grammar.to_dict()``, unless a grammar is named.
+        JSON of ``Grammar.to_dict()``, unless a grammar is named. ``quantize`` is ``"int8"``, ``"int4"``, ``"float8"``
+        or ``"nf4"``, and quantises the decoder's weights as they are loaded. transformers' own ``quantization_config``
+        may be given instead.
 
         Raises:
             ValueError, TypeError: naming the argument that is wrong, before the weights are loaded.
@@ -155,8 +160,18 @@ class SwiresGenerator:
         if device is not None:
             check_device(device)
         path = model_path(name)
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **kwargs)
-        if device is not None:
+        settings = {"dtype": dtype, **kwargs}
+        if quantize is not None:
+            check_quantize(quantize, dtype, device)
+            for other in ("quantization_config", "device_map"):
+                if kwargs.get(other) is not None:
+                    raise ValueError(f"{other} must not be given with quantize, got quantize={quantize!r}")
+            config = kwargs.get("config") or AutoConfig.from_pretrained(path, **source_of(kwargs))
+            settings |= loading_settings(quantize, config, dtype, device)
+        elif kwargs.get("quantization_config") is not None and device is not None:
+            settings.setdefault("device_map", {"": device})  # some can't be moved from where they were quantised
+        model = AutoModelForImageTextToText.from_pretrained(path, **settings)
+        if device is not None and settings.get("quantization_config") is None:
             model = model.to(device)
         processor = AutoProcessor.from_pretrained(path, **source_of(kwargs))
         folder = Path(path) / kwargs.get("subfolder", "")

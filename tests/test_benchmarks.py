@@ -15,11 +15,15 @@ from helpers.recording import Noting
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig
+
+from llava_cot.engine.plan import memory_plan
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 import bench_batch  # noqa: E402
 import bench_logprob_memory  # noqa: E402
+import bench_quantize  # noqa: E402
 import bench_search  # noqa: E402
 import bench_step_reward  # noqa: E402
 import bench_throughput  # noqa: E402
@@ -294,6 +298,36 @@ def test_logprob_memory_goes_on_after_a_provider_that_fails(run, monkeypatch):
     assert code == 1 and len(rows) == 4
     assert set(rows[0]["extra_bytes"]) >= {"plain", "native"}
     assert set(rows[0]["errors"]) == {"reference"}
+
+
+@pytest.mark.parametrize("name", ["none", "int8", "int4", "nf4"])
+def test_figures_of_quantised_weights(name, tmp_path):
+    if name != "none":
+        pytest.importorskip("bitsandbytes" if name == "nf4" else "torchao")
+    build_random_mllama(**{**TINY_SHAPE, "hidden": 128}, seed=0).save_pretrained(tmp_path)
+    figures = bench_quantize.measure(str(tmp_path), name, "bfloat16", "cpu", [1, 3], 5)
+    config = AutoConfig.from_pretrained(tmp_path)
+    if name == "int4":  # matrices are padded on a GPU alone
+        assert figures["weight_bytes"] < memory_plan(config, dtype=torch.bfloat16).weights / 2
+    else:
+        plan = memory_plan(config, quantize=None if name == "none" else name, dtype=torch.bfloat16)
+        assert figures["weight_bytes"] == plan.weights
+    assert figures["peak_bytes"] > 0 and all(figures["ms"][n] > 0 for n in ("1", "3"))
+
+
+def test_quantised_weights_go_on_after_a_process_that_fails(run, monkeypatch, endless):
+    def fake(folder, name, dtype, *rest):
+        if name == "int4":
+            raise RuntimeError("torch.OutOfMemoryError: out of memory")
+        times = 3.0 if name == "nf4" else 1.0
+        return {"weight_bytes": 4, "peak_bytes": 8, "ms": {"1": times, "4": 2.0}}
+
+    monkeypatch.setattr(bench_quantize, "in_process", fake)
+    monkeypatch.setattr(bench_quantize, "build_model", lambda device: endless)
+    monkeypatch.setattr(bench_quantize, "check_quantize", lambda *arguments: None)
+    code, rows = run(bench_quantize, "--device", "cpu", "--candidates", "1", "4")
+    assert code == 1 and [(row["quantize"], row["dtype"]) for row in rows] == [*bench_quantize.CASES]
+    assert [row["ms"]["1"] if "ms" in row else row["error"][:5] for row in rows] == [1, 1, 1, 1, "torch", 3, 3]
 
 
 @pytest.mark.parametrize(("free", "layers"), [(138, 40), (80, 30), (40, 5), (10, 5)])

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers.traces import two_retraces
@@ -259,3 +260,23 @@ def test_what_a_model_writes_is_never_markup(run, image, monkeypatch):
         assert status == 0 and "answer: [A] or [/b]" in out
     status, out, _ = run("demo", "--seed", "800001", "--search", "greedy")
     assert status == 0 and "the answer '[A] or [/b]' is wrong." in out
+
+
+def test_a_plan_and_quantised_weights(run):
+    llama = str(Path(__file__).parents[1] / "configs" / "llama_3_2_11b_vision")
+    status, out, _ = run("plan", llama, "--quantize", "int4")
+    assert status == 0 and "16 candidates of 2,048 tokens after a prompt of 512 take 2,080 pages." in out
+    assert "fits: 14.9 GB of 24 GB" in out
+    status, out, _ = run("plan", llama, "--dtype", "bfloat16")
+    assert status == 1 and "does not fit: 27.5 GB of 24 GB" in out
+    assert run("plan", llama, "--gpu", "40GB")[0] == run("plan", "tiny", "--gpu", "1GB")[0] == 0
+    for arguments, message in (
+        (("plan", "/no/such/folder"), "name must be a folder or a hub name"),
+        (("plan", "tiny", "--quantize", "int5"), "quantize must be one of"),
+        (("plan", "tiny", "--dtype", "int8"), "dtype must be 'auto' or one of"),
+        (("plan", "tiny", "--gpu", "24"), "gpu must be its memory in GB"),
+        (("answer", "What?", "--quantize", "float8"), "device must be a GPU"),
+        (("demo", "--json", "--quantize", "int5"), "quantize must be one of"),
+    ):
+        status, _, error = run(*arguments)
+        assert status == 2 and message in error, arguments

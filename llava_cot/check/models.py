@@ -14,7 +14,7 @@ from llava_cot.check.random_models import CONFIGS, build_model, make_inputs, ran
 from llava_cot.generator import SwiresGenerator
 from llava_cot.loading import check_device, check_dtype, check_name
 from llava_cot.prompt import build_inputs
-from llava_cot.stages import LLAVA_COT, Grammar
+from llava_cot.stages import Grammar
 from llava_cot.tiny import tiny_path
 
 # (size of each image, question); prompts that differ in everything
@@ -42,32 +42,40 @@ def load_kit(
     random: bool = False,
     dtype: str = "auto",
     device: str | None = None,
-    grammar: Grammar = LLAVA_COT,
-    **settings: Any,
+    quantize: str | None = None,
+    grammar: Grammar | str | None = None,
 ) -> Kit:
     """Return the kit of a model folder or a hub name. ``random`` draws new weights for its configuration.
 
-    With ``random`` the name may also be one of ``CONFIGS``: the smallest model of that family.
+    With ``random`` the name may also be one of ``CONFIGS``: the smallest model of that family. The other arguments are
+    those of ``SwiresGenerator.from_pretrained``.
 
     Raises:
         ValueError, TypeError: naming the argument that is wrong, before weights are loaded.
     """
+    if not random:
+        generator = SwiresGenerator.from_pretrained(
+            name, dtype=dtype, device=device, quantize=quantize, grammar=grammar
+        )
+        return _kit(generator)
     check_dtype(dtype)
     if device is not None:
         check_device(device)
-    if random and str(name) in CONFIGS:
+    if quantize is not None:
+        raise ValueError(f"quantize must be None with random weights, got {quantize!r}")
+    if str(name) in CONFIGS:
         return random_kit(str(name), dtype="float32" if dtype == "auto" else dtype.removeprefix("torch."))
     check_name(name)
     path = model_path(name)
-    if random:
-        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
-        randomize(model)
-    else:
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **settings)
+    model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path), dtype=dtype)
+    randomize(model)
     model = model.to(device or "cpu").eval()
-    processor = AutoProcessor.from_pretrained(path)
-    SwiresGenerator(model, processor, grammar=grammar)  # refuses what the engine can't run
-    return Kit(model, processor, questions(model, processor), grammar=grammar)
+    return _kit(SwiresGenerator(model, AutoProcessor.from_pretrained(path), grammar=grammar))
+
+
+def _kit(generator: SwiresGenerator) -> Kit:
+    model, processor = generator.model, generator.processor
+    return Kit(model, processor, questions(model, processor), grammar=generator.grammar)
 
 
 def questions(model: Any, processor: Any) -> list[Inputs]:

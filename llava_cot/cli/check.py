@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from llava_cot.cli.search import Quantize
+
 app = typer.Typer()
 
 
@@ -18,13 +20,14 @@ def check(
     random: Annotated[bool, typer.Option("--random", help="Draw new weights for the model's configuration.")] = False,
     device: Annotated[str | None, typer.Option(help="The device of the model, e.g. cuda; by default the CPU.")] = None,
     dtype: Annotated[str, typer.Option(help="The dtype of the weights; auto is that of the checkpoint.")] = "auto",
+    quantize: Quantize = None,
 ) -> None:
     """Check that the engine gives what transformers gives for a model. Exit with 1 if it does not."""
     from llava_cot.check.kit import CHECKS
     from llava_cot.check.models import load_kit
     from llava_cot.check.text import TEXT_CHECKS
 
-    kit = load_kit(model, random=random, device=device, dtype=dtype)
+    kit = load_kit(model, random=random, device=device, dtype=dtype, quantize=quantize)
     results = kit.run([*CHECKS, *TEXT_CHECKS])
     table = Table("check", "result", "what was compared", "seconds")
     for result in results:

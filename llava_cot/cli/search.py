@@ -36,6 +36,10 @@ Search = Annotated[
     ),
 ]
 Model = Annotated[str, typer.Option(help=f"A model folder or a hub name; {' and '.join(BUNDLED)} are bundled.")]
+Quantize = Annotated[
+    str | None,
+    typer.Option(help="Quantise the decoder's weights: int8, int4, float8 (GPUs alone) or nf4.", show_default=False),
+]
 Seed = Annotated[int, typer.Option(min=0, help="The seed of everything random.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="The most tokens of the whole answer.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of the live view.")]
@@ -60,6 +64,7 @@ def answer(
     search: Search = "swires",
     model: Model = "tiny",
     device: Annotated[str | None, typer.Option(help="The device of the model, e.g. cuda; by default the CPU.")] = None,
+    quantize: Quantize = None,
     seed: Seed = 0,
     max_new_tokens: MaxNewTokens = 2048,
     scorer: Annotated[
@@ -86,7 +91,8 @@ def answer(
         settings["scorer"] = scorer
     if max_tokens is not None or max_seconds is not None:
         settings["budget"] = Budget(generated_tokens=max_tokens, seconds=max_seconds)
-    _run(images or [], question, search, model, device, settings, json, trace, grammar=grammar, system=system)
+    asked = images or []
+    _run(asked, question, search, model, device, quantize, settings, json, trace, grammar=grammar, system=system)
 
 
 @app.command()
@@ -98,6 +104,7 @@ def demo(
     verifier: Annotated[
         bool, typer.Option(help="Score by the bundled verifier, which sees the image better, or else by confidence.")
     ] = True,
+    quantize: Quantize = None,
     json: Json = False,
     trace: TraceFile = None,
 ) -> None:
@@ -118,7 +125,9 @@ def demo(
             settings["scorer"] = load_verifier(lambda _: shapes.clean_view(number))
         if "cutoff" in known:
             settings["cutoff"] = 0.0  # a logit: more likely right than wrong
-        conclusion = _run([str(image)], sample.question, search, "tiny", None, settings, json, trace, sample.answer)
+        conclusion = _run(
+            [str(image)], sample.question, search, "tiny", None, quantize, settings, json, trace, sample.answer
+        )
     if not json:
         verdict = "right" if shapes.is_correct(sample, conclusion) else "wrong"
         console = Console()
@@ -190,6 +199,7 @@ def _run(
     search: str,
     model: str,
     device: str | None,
+    quantize: str | None,
     settings: dict[str, Any],
     json: bool,
     trace: Path | None,
@@ -223,7 +233,7 @@ def _run(
 
     check_question(question)
     logging.disable_progress_bar()
-    generator = SwiresGenerator.from_pretrained(model, device=device, grammar=known, system=system)
+    generator = SwiresGenerator.from_pretrained(model, device=device, quantize=quantize, grammar=known, system=system)
 
     def write(found: "Trace") -> None:
         if trace is not None:

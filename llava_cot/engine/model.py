@@ -52,9 +52,10 @@ class Prefilled(NamedTuple):
 
 
 def copy_around_tensors(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the module tree that shares every tensor with ``model``."""
+    """A copy of the module tree that shares with ``model`` every tensor and what a tensor holds, such as its scales."""
     tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})
+    held = [each for tensor in tensors for each in vars(tensor).values() if not isinstance(each, torch.nn.Module)]
+    return copy.deepcopy(model, memo={id(each): each for each in (*tensors, *held)})
 
 
 def cache_parameter(model: PreTrainedModel) -> str:
@@ -68,7 +69,7 @@ class ModelView:
     The families differ in where a prompt's image goes, and so in parts of ``prefill``: decoding is the same for all.
 
     Raises:
-        ValueError: the model's family, its dtype or the kind of a layer is not supported.
+        ValueError: the model's family, its dtype or quantisation, or the kind of a layer is not supported.
     """
 
     def __init__(self, model: PreTrainedModel, config: EngineConfig) -> None:
@@ -77,6 +78,9 @@ class ModelView:
         self._has_windows = _has_windows(model.config.text_config)
         if model.dtype not in FLOATS:
             raise ValueError(f"model must be in float32, bfloat16 or float16, got {model.dtype}")
+        if getattr(model, "is_loaded_in_8bit", False):
+            # Its forward pass takes weights out of their parameters, which the copy shares with the caller's model.
+            raise ValueError("model must not be in bitsandbytes' 8 bits: use quantize='int8', or its 4 bits")
         self._model = copy_around_tensors(model).eval()
         self._model.set_attn_implementation({"text_config": NAME})
         self._cache_parameter = cache_parameter(self._model)

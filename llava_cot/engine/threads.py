@@ -13,5 +13,10 @@ def threads_for(model: nn.Module, device: torch.device) -> int | None:
     """One for a model whose largest operator in a decode step is small, else None: as many as torch has been given."""
     if device.type != "cpu":
         return None
-    work = ROWS * max((weight.numel() for weight in model.parameters()), default=0)
+    work = ROWS * max(map(_elements, model.parameters()), default=0)
     return 1 if work < MIN_WORK_PER_OPERATOR else None
+
+
+def _elements(weight: nn.Parameter) -> int:
+    packed = getattr(weight, "quant_state", None)  # bitsandbytes' 4 bits: a byte of the parameter is two elements
+    return weight.numel() if packed is None else packed.shape.numel()

@@ -58,6 +58,14 @@ class Family:
         """The indices of the decoder layers that attend to the image store instead of the text."""
         return ()
 
+    def largest_image(self, prompt_tokens: int) -> tuple[int, int]:
+        """Return the tokens of the largest image in a prompt: those in the vision encoder and those in the image store.
+
+        By default every image has ``image_size`` x ``image_size`` pixels, and none is in the image store.
+        """
+        vision = self.config.vision_config
+        return (vision.image_size // vision.patch_size) ** 2 + 1, 0
+
     def split_images(self, inputs: Prompt, keep: torch.Tensor) -> list[Prompt]:
         """Split the image inputs of a padded batch into those of its prompts. A prompt without an image has none.
 

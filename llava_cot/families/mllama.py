@@ -37,6 +37,15 @@ class Mllama(Family):
     def cross_layers(self) -> tuple[int, ...]:
         return tuple(sorted(set(self.config.text_config.cross_attention_layers)))
 
+    def largest_image(self, prompt_tokens: int) -> tuple[int, int]:
+        tokens = self.config.vision_config.max_num_tiles * self._tile_tokens
+        return tokens, tokens
+
+    @property
+    def _tile_tokens(self) -> int:
+        vision = self.config.vision_config
+        return (vision.image_size // vision.patch_size) ** 2 + 1
+
     def split_images(self, inputs: Prompt, keep: torch.Tensor) -> list[Prompt]:
         names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
         ids, most = inputs["aspect_ratio_ids"], len(self.config.vision_config.supported_aspect_ratios)
@@ -68,9 +77,8 @@ class Mllama(Family):
         """
         if "cross_attention_mask" not in prompt:
             return torch.zeros(0, dtype=torch.bool)
-        vision = self.config.vision_config
         tiles = prompt["cross_attention_mask"][0, -1].flatten().bool()
-        return tiles.repeat_interleave((vision.image_size // vision.patch_size) ** 2 + 1)
+        return tiles.repeat_interleave(self._tile_tokens)
 
     def blind_inputs(self, image_group: torch.Tensor) -> Prompt:
         """Return a mask in which a token sees one tile or none.

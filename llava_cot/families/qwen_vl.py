@@ -29,6 +29,9 @@ class QwenVL(Family):
     }
     optional = frozenset({"attention_mask", "mm_token_type_ids"})
 
+    def largest_image(self, prompt_tokens: int) -> tuple[int, int]:
+        return prompt_tokens * self.config.vision_config.spatial_merge_size**2, 0  # an image may fill the prompt
+
     def image_sizes(self, inputs: Prompt, image_tokens: int) -> list[tuple[int, int]]:
         patches = inputs["image_grid_thw"].prod(-1).tolist()
         if sum(patches) != (got := len(inputs["pixel_values"])):
