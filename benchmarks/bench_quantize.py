@@ -1,7 +1,7 @@
 """Measure memory and decode steps of quantised weights: ``python benchmarks/bench_quantize.py``.
 
-The model is the random Mllama of bench_search.py, of 109M parameters, of which 56M are in decoder layers. Each row is
-from a fresh process that loads it from disk, in one dtype and with one way to quantise:
+The model is the random Mllama of bench_search.py, of 109M parameters, of which 56M are in decoder layers. A row is
+from two fresh processes that load it from disk, in one dtype and with one way to quantise:
 
 - the bytes of the weights, with their scales;
 - the peak of resident memory (on CUDA, of allocated memory) while the engine answers, above that before the model was
