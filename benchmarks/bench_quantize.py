@@ -1,7 +1,7 @@
 """Measure memory and decode steps of quantised weights: ``python benchmarks/bench_quantize.py``.
 
-The model is the random Mllama of bench_search.py, of 109M parameters, of which 56M are in decoder layers. Each row is
-from a fresh process that loads it from disk, in one dtype and with one way to quantise:
+The model is the random Mllama of bench_search.py, of 109M parameters, of which 56M are in decoder layers. A row is
+from two fresh processes that load it from disk, in one dtype and with one way to quantise:
 
 - the bytes of the weights, with their scales;
 - the peak of resident memory (on CUDA, of allocated memory) while the engine answers, above that before the model was
@@ -13,6 +13,7 @@ The rows are measured in turn, ``--rounds`` times, and a figure is the median of
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -50,10 +51,10 @@ WARM_STEPS = 2
 
 def measure(folder: str, name: str, dtype: str, device: str, candidates: list[int], steps: int) -> dict[str, Any]:
     """Return the figures of one way, from this process."""
-    before = resident("VmRSS")
     settings: dict[str, Any] = {"dtype": getattr(torch, dtype), "device_map": {"": device}}
     if name != PLAIN:
         settings = loading_settings(name, AutoConfig.from_pretrained(folder), dtype, device)
+    before = resident("VmRSS")  # after the packages have been imported
     model = AutoModelForImageTextToText.from_pretrained(folder, **settings)
     model.generation_config.eos_token_id = None
     if device == "cpu":
@@ -105,8 +106,17 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def in_process(*arguments: object) -> dict[str, Any]:
-    return json.loads(timing.in_process(__file__, "--one", *map(str, arguments)))
+def in_process(folder: str, name: str, dtype: str, device: str, candidates: list[int], steps: int) -> dict[str, Any]:
+    """Measure the times and then the peak, each in a fresh process."""
+
+    def run(steps: int, environ: dict[str, str] | None = None) -> dict[str, Any]:
+        arguments = (folder, name, dtype, steps, *candidates, "--device", device)
+        return json.loads(timing.in_process(__file__, "--one", *map(str, arguments), environ=environ))
+
+    # Every large tensor gets pages of its own, which are returned when it is freed. So resident memory is live memory.
+    # That takes time, where a step undoes the quantisation of matrices.
+    alive = run(WARM_STEPS + 1, {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})
+    return {**run(steps), "peak_bytes": alive["peak_bytes"]}
 
 
 def summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
@@ -137,7 +147,8 @@ def main() -> None:
             except ValueError as error:
                 print(f"{Path(sys.argv[0]).name}: {error}")
                 sys.exit(NEEDS_GPU)
-    results = Results(args.json, machine=environment(args.device), settings=vars(args))
+    settings = {name: getattr(args, name) for name in ("candidates", "steps", "rounds")}
+    results = Results(args.json, machine=environment(args.device), settings=settings)
     found: dict[tuple[str, str], list[dict[str, Any]]] = {case: [] for case in cases}
     errors: dict[tuple[str, str], str] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -145,7 +156,7 @@ def main() -> None:
         for _ in range(args.rounds):
             for case in cases:
                 try:
-                    figures = in_process(folder, *case, args.steps, *args.candidates, "--device", args.device)
+                    figures = in_process(folder, *case, args.device, args.candidates, args.steps)
                     found[case].append(figures)
                 except RuntimeError as error:
                     errors[case] = str(error)
