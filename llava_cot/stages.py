@@ -166,8 +166,8 @@ class Grammar:
             if not is_pair or not all(isinstance(tag, str) for tag in pair):
                 raise ValueError(f"tags[{name!r}] must be an opening and a closing tag, got {pair!r}")
         self._check_turns()
-        if len(set(self.all_tags)) < len(self.all_tags):
-            raise ValueError(f"tags must be distinct, got {self.all_tags}")
+        if len(set(self._marks)) < len(self._marks):
+            raise ValueError(f"tags must be distinct, got {self._marks}")
         if self.opened is not None and self.opened not in (self.start or self.names[:1]):
             raise ValueError(f"opened must be a stage that may come first, got {self.opened!r}")
         for name, after in self.follows.items():
@@ -225,8 +225,13 @@ class Grammar:
 
     @property
     def all_tags(self) -> list[str]:
-        """The opening and the closing tag of every stage, where it has one."""
-        return [tag for name in self.names for tag in self.tag_pair(name) if tag]
+        """The opening and the closing tag of every stage, where the model writes one."""
+        return [tag for name in self.names if name not in self.turns for tag in self.tag_pair(name) if tag]
+
+    @property
+    def _marks(self) -> list[str]:
+        """All tags, and the user's turns as they stand in a text."""
+        return [mark for name in self.names for mark in self.tag_pair(name) if mark]
 
     def tag_pair(self, name: str) -> tuple[str, str]:
         """Return the opening and the closing tag of a stage. The opening tag of a user's turn is ``asked``."""
@@ -399,7 +404,7 @@ class Grammar:
     @cached_property
     def _tag_pattern(self) -> re.Pattern[str]:
         """The tags, of which the longest is found."""
-        tags = sorted(map(re.escape, self.all_tags), key=len, reverse=True)
+        tags = sorted(map(re.escape, self._marks), key=len, reverse=True)
         return re.compile("|".join(tags) or "(?!)")
 
     def _begin(self, text: str) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Generator
 from statistics import fmean
 from typing import Any
 
-from llava_cot.core import Continuation, Expand, Finish, Program, SamplingParams
+from llava_cot.core import Continuation, Expand, Finish, Limit, Program, SamplingParams
 from llava_cot.search.drive import Drive
 from llava_cot.search.plan import Plan, Policy
 from llava_cot.search.search import BudgetSpent, Search
@@ -100,7 +100,7 @@ def _continue(search: Search, prefix: Node) -> Program[Node]:
             left = min(left, budget.generated_tokens - search.usage.generated_tokens)
         turn = search.next_turn(node)
         is_over = node is not prefix and turn is None
-        is_spent = limit.reached(search.usage) or search.spent() == "prompt_tokens"
+        is_spent = limit.reached(search.usage) or Limit(prompt_tokens=budget.prompt_tokens).reached(search.usage)
         if is_over or left < 1 or (turn is not None and is_spent):
             break
         source = yield from search.ask(node)
