@@ -11,8 +11,8 @@ from llava_cot.trace import Trace
 class Answer:
     """The answer of a search. ``stages`` has every stage of ``grammar`` by name, with its ``text`` and ``outcome``."""
 
-    text: str  # everything that was generated, tags included
-    tokens: list[int]
+    text: str  # everything that was generated, tags included; between replies stand the user's turns, see ``asked``
+    tokens: list[int]  # those that were generated
     stages: dict[str, StageText]
     trace: Trace
     usage: Usage

@@ -28,6 +28,7 @@ from transformers import (
 from llava_cot.aio import AsyncGenerator
 from llava_cot.answer import Answer, Finished
 from llava_cot.bundled import model_path
+from llava_cot.chat import turn_tokens
 from llava_cot.checkpoint import checkpoint_sha256
 from llava_cot.core import Bos, Finish, check_kind, whole_number
 from llava_cot.custom_generate import SearchOutput, arguments, refuse_own
@@ -50,7 +51,7 @@ from llava_cot.search.sample import Staged
 from llava_cot.search.search import stop_tags
 from llava_cot.search.stream import EventStream
 from llava_cot.search.tree import Node
-from llava_cot.stages import Grammar
+from llava_cot.stages import Grammar, asked
 from llava_cot.trace import Trace, trace_data
 from llava_cot.vocabulary import Vocabulary
 
@@ -289,9 +290,11 @@ class SwiresGenerator:
         """Resolve ``search`` and check ``settings``, before anything runs.
 
         Raises:
-            ValueError: naming the argument that is wrong.
+            ValueError: naming the argument that is wrong, or the chat template if it can't ask the grammar's turns.
         """
         plan = make_plan(search, settings, self.grammar)
+        for turn in self.grammar.turns.values():
+            self._turn_tokens(turn, ())  # raises if the chat template can't ask it
         if isinstance(plan.config, Staged) and not self._knows_grammar:
             raise ValueError(
                 f"grammar must be named for search={plan.name!r}, since neither the chat template nor the tokenizer of "
@@ -337,7 +340,7 @@ class SwiresGenerator:
                 prompt = build_inputs(
                     self.processor,
                     opened,
-                    question,
+                    _with_first_turn(question, self.grammar),
                     self.bos,
                     system=self.system,
                     chat_template_kwargs=self.chat_template_kwargs,
@@ -395,11 +398,12 @@ class SwiresGenerator:
         if error := self.error_of(run):
             raise error
         node = node or run.result[0]
-        tokens = list(node.path_tokens())
-        text = self.decode(tokens)
+        text = "".join(asked(turn) + self.decode(tokens) for turn, tokens in node.replies())
         ended = node.finish is Finish.EOS
         stages, violation = self.grammar.parse(text, ended=ended), self.grammar.violation(text, ended=ended)
-        return Answer(text, tokens, stages, self.trace_of(run, node), run.search.usage, self.grammar, violation)
+        return Answer(
+            text, list(node.path_tokens()), stages, self.trace_of(run, node), run.search.usage, self.grammar, violation
+        )
 
     def answers_of(self, runs: Sequence[SearchRun]) -> list[Answer | Exception]:
         """The answer of each search, or in its place what the search raised."""
@@ -452,7 +456,8 @@ class SwiresGenerator:
         ``top_k``, ``top_p``, ``min_p``, ``num_return_sequences``); other fields of the search's configuration may be
         given too. What is not supported raises by name. Without ``seed`` one is drawn from torch's global generator, so
         that ``torch.manual_seed`` makes a run repeatable. A search that returns several sequences has the best first,
-        and fewer than ``num_return_sequences`` where it found fewer that differ.
+        and fewer than ``num_return_sequences`` where it found fewer that differ. Where the grammar has turns of the
+        user, the continuations have their tokens too; that of the first stage must be in the prompt.
         """
         names = family_of(self.model.config).inputs
         inputs = {name: kwargs.pop(name) for name in names if name in kwargs}
@@ -486,7 +491,7 @@ class SwiresGenerator:
         # Without a pad token EOS pads, as in transformers; rows of one length need neither.
         pads = (pad_token_id, self.model.generation_config.pad_token_id, *self.engine.eos_token_ids)
         pad = next((token for token in pads if token is not None), None)
-        paths = [list(node.path_tokens()) for _, _, node in found]
+        paths = [list(node.read_tokens()) for _, _, node in found]
         longest = max(map(len, paths))
         padded = torch.tensor([path + [pad] * (longest - len(path)) for path in paths], device=input_ids.device)
         sequences = torch.cat([input_ids[[index for index, _, _ in found]], padded], dim=1)
@@ -594,8 +599,13 @@ class SwiresGenerator:
             plan.config.budget,
             question,
             load_images,
+            self._turn_tokens,
         )
         return SearchRun(search, plan)
+
+    def _turn_tokens(self, turn: str, written: Sequence[int]) -> tuple[int, ...]:
+        with self._processing:
+            return turn_tokens(self.processor, turn, written, **self.chat_template_kwargs)
 
     def detokeniser(self) -> Detokeniser:
         """What turns the tokens of one continuation into text as they arrive."""
@@ -609,6 +619,21 @@ class SwiresGenerator:
 def _require_kind(name: str, value: object, kind: type, what: str) -> None:
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be {what}, got {type(value).__name__}")
+
+
+def _with_first_turn(question: Question, grammar: Grammar) -> Question:
+    """Return the question as the user asks it: with the turn of the first stage, if that has one."""
+    text = question if isinstance(question, str) else question_text(question) if _is_chat(question) else ""
+    behind = grammar.question(text)[len(text) :]
+    if not behind or not text:
+        return question
+    if isinstance(question, str):
+        return question + behind
+    last, content = question[-1], question[-1]["content"]
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else [dict(part) for part in content]
+    [*_, text_part] = (part for part in parts if part["type"] == "text")
+    text_part["text"] += behind
+    return [*question[:-1], {**last, "content": parts}]
 
 
 def _is_chat(question: object) -> bool:

@@ -52,6 +52,24 @@ GRAMMARS: dict[str, Grammar] = {
         max_visits={"step": 64},
         tags={"introduction": _BY_EOS, "step": ("\nStep ", ""), "answer": ("\nAnswer:", "")},
     ),
+    # LlamaV-o1 (arXiv 2501.06186): replies in one chat, each of which a turn of the user asks for, in the words of the
+    # authors' evaluation code
+    "llamav-o1": Grammar.sequence(
+        "summary",
+        "caption",
+        "reasoning",
+        "conclusion",
+        turns={
+            "summary": "Summarize how you will approach the problem and explain the steps you will take to reach the "
+            "answer.",
+            "caption": "Provide a detailed description of the image, particularly emphasizing the aspects related to "
+            "the question.",
+            "reasoning": "Provide a chain-of-thought, logical explanation of the problem. This should outline "
+            "step-by-step reasoning.",
+            "conclusion": "State the final answer in a clear and direct format. It must match the correct answer "
+            "exactly.",
+        },
+    ),
 }
 
 # What is used where nobody knows: the whole answer is one stage.

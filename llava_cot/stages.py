@@ -53,6 +53,7 @@ class _Settings(TypedDict, total=False):
     max_visits: Mapping[str, int]
     tags: Mapping[str, Sequence[str]]
     opened: str | None
+    turns: Mapping[str, str]
 
 
 class Stop(NamedTuple):
@@ -84,6 +85,11 @@ class Grammar:
     closing tag ends where a follower opens, whose tag is then a heading, or with the end of the answer (EOS) if it has
     no followers. Text between two tagged stages belongs to neither.
 
+    A stage of ``turns`` is a reply of its own in one chat: the user's turn asks for it, and it has no tags. The stage
+    before it ends with EOS and has no closing tag and no other follower. In the text of an answer the user's turn
+    stands before the reply as its heading, between blank lines (``asked``). If the first stage has a turn, that is
+    written behind the question, on a line of its own (``question``).
+
     Args:
         follows: for each stage the stages that may come next, in the order of preference.
         start: the stages that may come first; by default the first one in ``follows``.
@@ -91,11 +97,12 @@ class Grammar:
         tags: the opening and the closing tag of a stage; by default ``<NAME>`` and ``</NAME>``.
         opened: the stage whose opening tag the prompt has written already, as some chat templates do with ``<think>``.
             A model that writes it once more does not leave the grammar.
+        turns: for a stage the text of the user's turn that asks for it.
 
     Raises:
         ValueError: no stage, a name that is no stage, ``max_visits`` below 1, no pair of tags, two equal tags, a stage
             from which no end can be reached, or one whose end can't be told: it has neither a closing tag nor followers
-            that all have an opening tag.
+            that all have an opening tag. A turn that is empty, or that can't be asked where its stage stands.
         TypeError: an argument of another type.
     """
 
@@ -104,9 +111,10 @@ class Grammar:
     max_visits: Mapping[str, int] = field(default_factory=dict)
     tags: Mapping[str, Sequence[str]] = field(default_factory=dict)
     opened: str | None = None
+    turns: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for argument in ("follows", "max_visits", "tags"):
+        for argument in ("follows", "max_visits", "tags", "turns"):
             check_kind(argument, getattr(self, argument), Mapping, "a mapping whose keys are stages")
         names = self.names
         for name in names:
@@ -114,6 +122,7 @@ class Grammar:
         if not names:
             raise ValueError("follows must have at least one stage, got none")
         mentioned = {"start": self.start, "max_visits": self.max_visits, "tags": self.tags}
+        mentioned["turns"] = self.turns
         mentioned |= {f"follows[{str(name)!r}]": after for name, after in self.follows.items()}
         mentioned["opened"] = [] if self.opened is None else [self.opened]
         for argument, stages in mentioned.items():
@@ -130,13 +139,35 @@ class Grammar:
             if not self._reaches_an_end(name):
                 raise ValueError(f"follows must lead from every stage to one without followers, got none from {name!r}")
 
+    def _check_turns(self) -> None:
+        first = self.start or self.names[:1]
+        for name, turn in self.turns.items():
+            if not isinstance(turn, str) or not turn.strip():
+                raise ValueError(f"turns[{name!r}] must be what the user says, got {turn!r}")
+            if tuple(self.tags.get(name, ("", ""))) != ("", ""):
+                raise ValueError(f"tags[{name!r}] must be absent for a stage with a turn, got {self.tags[name]!r}")
+            if name in first and (len(first) > 1 or self.opened is not None):
+                raise ValueError(f"turns[{name!r}] must ask for the only stage that may come first, got {first}")
+            before = [other for other, after in self.follows.items() if name in after]
+            if name in first and before:
+                raise ValueError(f"turns[{name!r}] must ask for a stage that comes first or later, got both")
+            for other in before:
+                if len(self.follows[other]) > 1:
+                    got = list(self.follows[other])
+                    raise ValueError(f"follows[{other!r}] must be one stage, since a turn asks for it, got {got}")
+                if self.tag_pair(other)[1]:
+                    raise ValueError(
+                        f"tags[{other!r}] must have no closing tag, since EOS ends it, got {self.tag_pair(other)[1]!r}"
+                    )
+
     def _check_tags(self) -> None:
         for name, pair in self.tags.items():
             is_pair = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
             if not is_pair or not all(isinstance(tag, str) for tag in pair):
                 raise ValueError(f"tags[{name!r}] must be an opening and a closing tag, got {pair!r}")
-        if len(set(self.all_tags)) < len(self.all_tags):
-            raise ValueError(f"tags must be distinct, got {self.all_tags}")
+        self._check_turns()
+        if len(set(self._marks)) < len(self._marks):
+            raise ValueError(f"tags must be distinct, got {self._marks}")
         if self.opened is not None and self.opened not in (self.start or self.names[:1]):
             raise ValueError(f"opened must be a stage that may come first, got {self.opened!r}")
         for name, after in self.follows.items():
@@ -170,8 +201,9 @@ class Grammar:
             "follows": {str(name): [str(after) for after in self.follows[name]] for name in self.names},
             "start": [str(name) for name in self.allowed([])],
             "max_visits": {str(name): int(visits) for name, visits in self.max_visits.items()},
-            "tags": {str(name): list(self.tag_pair(name)) for name in self.names},
+            "tags": {str(n): ["", ""] if n in self.turns else list(self.tag_pair(n)) for n in self.names},
             "opened": self.opened and str(self.opened),
+            "turns": {str(name): turn for name, turn in self.turns.items()},
         }
 
     @property
@@ -188,15 +220,23 @@ class Grammar:
         """The strings that end a stage: all closing tags in the order of the stages, then all headings."""
         closing = [Stop(self.tag_pair(name)[1], name, None) for name in self.names if self.tag_pair(name)[1]]
         headed = {other for name, after in self.follows.items() if not self.tag_pair(name)[1] for other in after}
+        headed -= {*self.turns}  # the user writes those
         return (*closing, *(Stop(self.tag_pair(name)[0], None, name) for name in self.names if name in headed))
 
     @property
     def all_tags(self) -> list[str]:
-        """The opening and the closing tag of every stage, where it has one."""
-        return [tag for name in self.names for tag in self.tag_pair(name) if tag]
+        """The opening and the closing tag of every stage, where the model writes one."""
+        return [tag for name in self.names if name not in self.turns for tag in self.tag_pair(name) if tag]
+
+    @property
+    def _marks(self) -> list[str]:
+        """All tags, and the user's turns as they stand in a text."""
+        return [mark for name in self.names for mark in self.tag_pair(name) if mark]
 
     def tag_pair(self, name: str) -> tuple[str, str]:
-        """Return the opening and the closing tag of a stage."""
+        """Return the opening and the closing tag of a stage. The opening tag of a user's turn is ``asked``."""
+        if name in self.turns:
+            return "" if name in (self.start or self.names[:1]) else asked(self.turns[name]), ""
         open_tag, close_tag = self.tags.get(name, (f"<{name}>", f"</{name}>"))
         return open_tag, close_tag
 
@@ -217,8 +257,18 @@ class Grammar:
         return next((name for name in open_ended if stop.opens in self.allowed([*path, name])), None)
 
     def ended_by_eos(self, among: Sequence[str]) -> str | None:
-        """Return which of the stages ``among`` ends with the answer, if any."""
-        return next((name for name in among if not self.tag_pair(name)[1] and not self.follows[name]), None)
+        """Return which of the stages ``among`` ends with EOS, if any: a last one, or one before a user's turn."""
+        ends = (name for name in among if not self.tag_pair(name)[1])
+        return next((name for name in ends if not self.follows[name] or self.follows[name][0] in self.turns), None)
+
+    def next_turn(self, path: Sequence[str]) -> str | None:
+        """Return the stage that the user's turn asks for after the stages of ``path``, if one does."""
+        return next((name for name in self.allowed(path) if name in self.turns), None) if path else None
+
+    def question(self, question: str) -> str:
+        """Return a question as the user asks it, with the turn of the first stage if it has one."""
+        (first, *_) = self.allowed([])
+        return f"{question}\n{self.turns[first]}" if first in self.turns else question
 
     def parse(self, text: str, *, ended: bool = True) -> dict[str, StageText]:
         """Return every stage of ``text`` by name, in the order of the grammar. Never raises.
@@ -354,7 +404,7 @@ class Grammar:
     @cached_property
     def _tag_pattern(self) -> re.Pattern[str]:
         """The tags, of which the longest is found."""
-        tags = sorted(map(re.escape, self.all_tags), key=len, reverse=True)
+        tags = sorted(map(re.escape, self._marks), key=len, reverse=True)
         return re.compile("|".join(tags) or "(?!)")
 
     def _begin(self, text: str) -> int:
@@ -377,6 +427,11 @@ class Grammar:
     def _tag_before(self, text: str, part: Part) -> str:
         open_tag = self.tag_pair(part.name)[0]
         return open_tag if open_tag and text[: part.start].endswith(open_tag) else ""
+
+
+def asked(turn: str) -> str:
+    """Return how a user's turn stands in the text of an answer: between blank lines. Without a turn it is empty."""
+    return f"\n\n{turn}\n\n" if turn else ""
 
 
 LLAVA_COT = Grammar.sequence(*STAGES)  # SUMMARY, CAPTION, REASONING, CONCLUSION

@@ -55,7 +55,7 @@ BELOW: dict[str, set[str]] = {
     "tiny": set(),
     "tiny_qwen": set(),
     "image": set(),
-    "chat": set(),
+    "chat": {"literal"},
     "literal": set(),
     "loading": {"llava_cot_kernels"},
     "quantize": {"torch"},

@@ -15,19 +15,24 @@ into each special token that a question spells. ``objective: dpo`` takes the mar
 search read. To TRL a mark is a character of the text, U+FDD0, and the special token is text all the same.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from llava_cot.chat import turn_text
 from llava_cot.literal import SPECIAL_TOKEN, marked, special_tokens
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 Messages = list[dict[str, Any]]
+# What the model has read and written behind a question: pairs of a turn of the user and the model's reply. The first
+# turn is empty, since the question stands in its place. The last reply may be unfinished, or empty.
+Chat = Sequence[tuple[str, str]]
 
 
 class Form(Protocol):
-    def prompt(self, question: str, prefix: str, bos: str) -> Messages | str:
-        """Return the image and the question, followed by what the model has written. ``bos`` is the generator's."""
+    def prompt(self, question: str, prefix: Chat, bos: str) -> Messages | str:
+        """Return the image and the question, followed by ``prefix``. ``bos`` is the generator's."""
         ...
 
     def completion(self, text: str, is_end: bool) -> Messages | str:
@@ -36,11 +41,16 @@ class Form(Protocol):
 
 
 class MessageForm:
-    """Writes conversational rows. A prefix is an unfinished assistant's turn, the last one of the prompt."""
+    """Writes conversational rows. An unfinished reply is an assistant's turn, the last one of the prompt."""
 
-    def prompt(self, question: str, prefix: str, bos: str) -> Messages:
-        user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
-        return [user, *self.completion(prefix, False)] if prefix else [user]
+    def prompt(self, question: str, prefix: Chat, bos: str) -> Messages:
+        messages: Messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        for left, (turn, reply) in zip(reversed(range(len(prefix))), prefix):
+            if turn:
+                messages.append({"role": "user", "content": [{"type": "text", "text": turn}]})
+            if reply or left:
+                messages += self.completion(reply, False)
+        return messages
 
     def completion(self, text: str, is_end: bool) -> Messages:
         return [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
@@ -59,20 +69,23 @@ class TextForm:
     def __init__(self, processor: "ProcessorMixin") -> None:
         self._processor = processor
         marker = "the answer stands here"
-        messages = [*MessageForm().prompt("?", "", "one"), *MessageForm().completion(marker, True)]
+        messages = [*MessageForm().prompt("?", [], "one"), *MessageForm().completion(marker, True)]
         written = processor.apply_chat_template(messages)
         self._control = set(special_tokens(processor.tokenizer).pattern.findall(written))
         _, found, self.end = written.partition(marker)
         if not found or not self.end.strip():
             raise ValueError(f"processor must have a chat template that ends an assistant's turn, got {self.end!r}")
 
-    def prompt(self, question: str, prefix: str, bos: str) -> str:
+    def prompt(self, question: str, prefix: Chat, bos: str) -> str:
         tokenizer = self._processor.tokenizer
-        user = MessageForm().prompt(marked(question, tokenizer), "", bos)
+        user = MessageForm().prompt(marked(question, tokenizer), [], bos)
         text = self._processor.apply_chat_template(user, add_generation_prompt=True)
         token = tokenizer.bos_token or ""
         # The text has the BOS, as in build_inputs, so tokenizing the row must not add one.
-        return (token if bos == "released" or not text.startswith(token) else "") + text + self._drawn(prefix)
+        text = (token if bos == "released" or not text.startswith(token) else "") + text
+        for turn, reply in prefix:
+            text += (turn_text(self._processor, marked(turn, tokenizer)) if turn else "") + self._drawn(reply)
+        return text
 
     def completion(self, text: str, is_end: bool) -> str:
         return self._drawn(text) + (self.end if is_end else "")

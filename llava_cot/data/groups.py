@@ -5,7 +5,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from llava_cot.data.forms import MESSAGES
-from llava_cot.data.traces import By, Item, TraceTree, row_of, text_of
+from llava_cot.data.traces import By, Item, TraceTree, chat_of, row_of
 
 
 def to_groups(
@@ -18,10 +18,10 @@ def to_groups(
     reward in it is unknown and ``missing_reward`` is None, or if a budget stopped any of it. Tokens that were drawn
     greedily after a spent budget are in no group.
 
-    ``completion_ids[i]`` were drawn after the prompt and ``prefix_ids``, with the settings in ``sampling``. Their
+    ``completion_ids[i]`` were drawn after the prompt and ``prefix_ids`` with the settings in ``sampling``. Their
     ``sampling_logprobs`` belong to the filtered distribution that they were drawn from; an importance weight needs
     them. Their ``logprobs`` belong to the model at temperature 1. Both are in nats. ``prompt_tokens`` is the length of
-    the prompt.
+    the prompt. The ids of turns of the user are in ``prefix_ids``.
 
     Raises:
         ValueError: a trace is of a search that does not sample, or of a policy function, whose settings it lacks.
@@ -41,7 +41,7 @@ def to_groups(
             yield row_of(
                 tree,
                 drawn,
-                prompt=MESSAGES.prompt(tree.question, text_of(prefix), tree.bos),
+                prompt=MESSAGES.prompt(tree.question, chat_of(prefix, drawn[0].turn), tree.bos),
                 completions=[node.text for node in drawn],
                 rewards=values,
                 advantages=_advantages(values, scale),
@@ -50,7 +50,7 @@ def to_groups(
                 kept=[node.kept for node in drawn],
                 parent=drawn[0].parent,
                 prompt_tokens=tree.trace.data["prompt_tokens"],
-                prefix_ids=[token for node in prefix for token in node.tokens],
+                prefix_ids=[token for node in prefix for token in (*node.given, *node.tokens)] + drawn[0].given,
                 completion_ids=[node.tokens for node in drawn],
                 sampling_logprobs=[node.sampling_logprobs for node in drawn],
                 logprobs=[node.logprobs for node in drawn],

@@ -5,8 +5,9 @@ from statistics import fmean
 from typing import Any
 
 from llava_cot.data.forms import MESSAGES
-from llava_cot.data.traces import Item, TraceNode, TraceTree, row_of, text_of
+from llava_cot.data.traces import Item, TraceNode, TraceTree, row_of
 from llava_cot.scoring import Calibration
+from llava_cot.stages import asked
 
 
 def to_steps(
@@ -19,7 +20,8 @@ def to_steps(
     (``sources``: "answers"). Otherwise it is the rank of its score: among the scores of ``calibration``
     ("calibration"), or among those of its own stage in this trace ("rank"; 0.5 if it is alone). An answer with a step
     that has neither makes no row. A whole answer that was drawn in one piece is cut after its closing tags, and its
-    stages share one value.
+    stages share one value. A step that the user's turn asks for begins with that turn, as ``llava_cot.stages.asked``
+    shows it, since a reward model reads the steps as one text.
 
     Raises:
         ValueError: ``threshold`` is not in [0, 1], or ``calibration`` is of another scorer than that of a trace.
@@ -41,12 +43,12 @@ def to_steps(
             steps = [(node, stage, text) for node in path for stage, text in _cut(tree, node)]
             found = [_value(tree, node, calibration) for node, _, _ in steps]
             values = [value for value in found if value is not None]
-            if len(values) == len(steps) and (text := text_of(path)) not in seen:
+            if len(values) == len(steps) and (text := "".join(text for _, _, text in steps)) not in seen:
                 seen.add(text)
                 yield row_of(
                     tree,
                     [node for node, _, _ in steps],
-                    prompt=MESSAGES.prompt(tree.question, "", tree.bos),
+                    prompt=MESSAGES.prompt(tree.question, [], tree.bos),
                     completions=[text for _, _, text in steps],
                     stages=[stage for _, stage, _ in steps],
                     values=[value for value, _ in values],
@@ -58,7 +60,7 @@ def to_steps(
 def _cut(tree: TraceTree, node: TraceNode) -> list[tuple[str, str]]:
     """Split the text of ``node`` into stages: pairs of name ("" if no tag closes) and text."""
     if node.stage is not None:
-        return [(node.stage, node.text)]
+        return [(node.stage, asked(node.turn) + node.text)]
     closed = [part for part in tree.grammar.parts(node.text, ended=node.closed) if part.closed]
     bounds = [0, *(part.end + len(tree.grammar.tag_pair(part.name)[1]) for part in closed)]
     cut = [(part.name, node.text[start:end]) for part, start, end in zip(closed, bounds, bounds[1:])]

@@ -1,11 +1,12 @@
 """Read a trace for training: its candidates as a tree, and how good each is known to be."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Literal
 
+from llava_cot.data.forms import Chat
 from llava_cot.stages import Outcome
 from llava_cot.text import normalise
 from llava_cot.trace import Trace, to_json
@@ -41,6 +42,8 @@ class TraceNode:
     id: int
     parent: int
     stage: str | None
+    turn: str  # the user's turn that asked for it; empty if none did
+    given: list[int]  # the tokens of that turn
     text: str
     tokens: list[int]
     logprobs: list[float]
@@ -74,7 +77,7 @@ class TraceTree:
             )
         if not isinstance(item.image, str) or not item.image:
             raise ValueError(f"image of trace {self.trace_id!r} must be a path or another string, got {item.image!r}")
-        self.question: str = question
+        self.question: str = self.grammar.question(question)  # as the model was asked
         self.bos = trace.data["bos"]
         self.nodes = {id: _node(node) for id, node in trace.nodes.items()}
         answer = trace.data["answer"]
@@ -91,16 +94,32 @@ class TraceTree:
 
     def siblings(self) -> Iterator[list[TraceNode]]:
         """Return the candidates after each prefix, of all rounds. Stages and whole answers are separate sets."""
-        sets: dict[tuple[int, bool], list[TraceNode]] = {}
+        sets: dict[tuple[int, bool, str], list[TraceNode]] = {}
         for node in self.nodes.values():
-            sets.setdefault((node.parent, node.stage is None), []).append(node)
+            sets.setdefault((node.parent, node.stage is None, node.turn), []).append(node)
         return iter(sets.values())
 
     def is_finished(self, node: TraceNode) -> bool:
         """Return whether a whole answer ends with ``node``."""
-        return node.closed and (
-            node.finish == "eos" or (node.stage is not None and not self.grammar.follows[node.stage])
-        )
+        if node.stage is not None:
+            return node.closed and not self.grammar.follows[node.stage]
+        if not node.closed or node.finish != "eos" or not self.grammar.turns:
+            return node.closed and node.finish == "eos"
+        stages = [part.name for part in self.grammar.parts(self.trace.text(node.id))]
+        return self.grammar.next_turn(stages) is None
+
+    def ends_turn(self, node: TraceNode) -> bool:
+        """Return whether the model's turn ends with ``node``, because it has written EOS or a whole answer."""
+        return node.closed and (node.finish == "eos" or self.is_finished(node))
+
+    def replies(self, path: Sequence[TraceNode]) -> list[tuple[Chat, list[TraceNode]]]:
+        """Cut a path where a turn of the user stands. Return what the model has read before each reply, and the reply.
+
+        The replies are what the model wrote. The user's turns are in what it has read.
+        """
+        starts = [0, *(at for at, node in enumerate(path) if node.turn and at)]
+        ends = [*starts[1:], len(path)]
+        return [(chat_of(path[:start], path[start].turn), [*path[start:end]]) for start, end in zip(starts, ends)]
 
     def is_right(self, node: TraceNode) -> bool | None:
         """Return whether the answer that ends with ``node`` is right, or None if unknown or if none ends there."""
@@ -164,8 +183,18 @@ def row_of(tree: TraceTree, nodes: Iterable[TraceNode], **columns: Any) -> dict[
     return {**columns, "images": [tree.item.image], "trace_id": tree.trace_id, "nodes": ids, "version": ROW_VERSION}
 
 
+def chat_of(nodes: Iterable[TraceNode], turn: str = "") -> Chat:
+    """Return what the model has read and written up to the last of ``nodes``, and the user's ``turn`` behind it."""
+    chat = [("", "")]
+    for node in nodes:
+        if node.turn:
+            chat.append((node.turn, ""))
+        chat[-1] = chat[-1][0], chat[-1][1] + node.text
+    return [*chat, (turn, "")] if turn else chat
+
+
 def text_of(nodes: Iterable[TraceNode]) -> str:
-    """Join the texts of the nodes."""
+    """Join the texts of the nodes, which are those of one reply."""
     return "".join(node.text for node in nodes)
 
 
@@ -176,6 +205,8 @@ def _node(data: NodeData) -> TraceNode:
         id=data["id"],
         parent=data["parent"],
         stage=data["stage"],
+        turn=data["turn"],
+        given=data["given"],
         text=data["text"],
         tokens=data["tokens"],
         logprobs=data["logprobs"],

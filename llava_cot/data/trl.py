@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from llava_cot.data.forms import MESSAGES, Form
-from llava_cot.data.traces import By, Item, TraceNode, TraceTree, row_of, text_of
+from llava_cot.data.traces import By, Item, TraceNode, TraceTree, chat_of, row_of, text_of
 
 Row = dict[str, Any]
 ROUNDING = 1e-9  # the mean of equal scores may differ from them by this
@@ -16,7 +16,8 @@ def to_sft(items: Iterable[Item], form: Form = MESSAGES, *, keep_wrong: bool = F
 
     A row has ``prompt``, ``completion`` (all stages) and ``images``. A search that failed makes no row, and an answer
     that did not end as it should makes none. An answer that is known to be wrong makes none either, unless
-    ``keep_wrong``: this is rejection sampling.
+    ``keep_wrong``: this is rejection sampling. An answer of several replies, which turns of the user asked for, makes a
+    row for each of them, after the chat up to it.
     """
     for item in items:
         tree = TraceTree(item)
@@ -26,12 +27,13 @@ def to_sft(items: Iterable[Item], form: Form = MESSAGES, *, keep_wrong: bool = F
         is_wrong = tree.is_right(tree.answer) is False and not keep_wrong
         if is_wrong or not tree.is_finished(tree.answer) or any(node.failed or not node.closed for node in path):
             continue
-        yield row_of(
-            tree,
-            path,
-            prompt=form.prompt(tree.question, "", tree.bos),
-            completion=form.completion(text_of(path), True),
-        )
+        for chat, reply in tree.replies(path):
+            yield row_of(
+                tree,
+                reply,
+                prompt=form.prompt(tree.question, chat, tree.bos),
+                completion=form.completion(text_of(reply), True),
+            )
 
 
 def to_preferences(
@@ -86,9 +88,9 @@ def to_preferences(
                 yield row_of(
                     tree,
                     [best, worst],
-                    prompt=form.prompt(tree.question, text_of(tree.prefix(best)), tree.bos),
-                    chosen=form.completion(best.text, tree.is_finished(best)),
-                    rejected=form.completion(worst.text, tree.is_finished(worst)),
+                    prompt=form.prompt(tree.question, chat_of(tree.prefix(best), best.turn), tree.bos),
+                    chosen=form.completion(best.text, tree.ends_turn(best)),
+                    rejected=form.completion(worst.text, tree.ends_turn(worst)),
                     values=[high, low],
                     stage=best.stage or "",
                     parent=best.parent,
@@ -105,8 +107,8 @@ def to_unpaired(
     prompt on, and whether it is right. With ``by="score"`` it is a candidate after its prefix. Its label is true if its
     score is above the mean of its siblings and false if it is below, by at least ``min_margin``. ``value`` is the
     number that the label comes from: 1 or 0, or the distance from the mean. A completion that was drawn twice after a
-        prefix is
-    one row, and counts twice in the mean.
+    prefix is one row, and counts twice in the mean. An answer of several replies, which turns of the user asked for,
+    makes a row for each of them. A reply that a right and a wrong answer share makes none.
     """
     for item in items:
         tree = TraceTree(item)
@@ -115,18 +117,20 @@ def to_unpaired(
             labelled = _labelled_answers(tree)
         else:
             labelled = _labelled_candidates(tree, max(min_margin, ROUNDING), allow_unclosed)
-        seen = set()
+        found: dict[tuple[Any, ...], list[tuple[list[TraceNode], float, bool]]] = {}
         for path, value, label in labelled:
-            prefix = [] if by == "answers" else tree.prefix(path[-1])
-            texts = text_of(prefix), text_of(path)
-            if texts in seen:
+            prefix = chat_of(tree.prefix(path[0]), path[0].turn)
+            for chat, reply in tree.replies(path) if by == "answers" else [(prefix, path)]:
+                found.setdefault((*chat, text_of(reply)), []).append((reply, value, label))
+        for (*chat, text), drawn in found.items():
+            reply, value, label = drawn[0]
+            if by == "answers" and any(other != label for _, _, other in drawn):
                 continue
-            seen.add(texts)
             yield row_of(
                 tree,
-                path,
-                prompt=form.prompt(tree.question, texts[0], tree.bos),
-                completion=form.completion(texts[1], tree.is_finished(path[-1])),
+                reply,
+                prompt=form.prompt(tree.question, chat, tree.bos),
+                completion=form.completion(text, tree.ends_turn(reply[-1])),
                 label=label,
                 value=value,
             )

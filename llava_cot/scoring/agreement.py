@@ -4,11 +4,13 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from llava_cot.core import Expand, Program, SamplingParams
+from llava_cot.core import Continuation, Expand, Extend, Finish, Program, SamplingParams
 from llava_cot.scoring.confidence import confidence
 from llava_cot.scoring.scorer import Span, groupwise
 from llava_cot.stages import Outcome
+from llava_cot.stages import asked as asked_text
 from llava_cot.text import normalise
 
 SAME = 0.75  # the least overlap of clauses (intersection over union) between a text and the others of its cluster
@@ -47,20 +49,50 @@ def vote(spans: Sequence[Span]) -> list[float]:
 def look_ahead(spans: Sequence[Span]) -> Program[list[float]]:
     """Return the share of votes for the conclusion that greedy decoding reaches from each candidate.
 
-    It decodes the rest of an answer for each candidate, all as one batch. For conclusions it equals ``vote``.
+    It decodes the rest of an answer for each candidate, all as one batch. For conclusions it equals ``vote``. Where the
+    grammar has turns of the user, it asks those that are left.
     """
-    open_ends = [span for span in spans if span.closed and span.tokens_left > 0 and not _has_conclusion(span)]
+    ends = [_End(span, span.path_text, span.id, tuple(span.tokens[-1:]), span.tokens_left) for span in spans]
+    growing = [end for end in ends if end.span.closed and end.left > 0 and not _has_conclusion(end.span)]
     greedy = SamplingParams(temperature=0.0)
-    requests = [Expand(span.id, (0,), greedy, span.tokens_left, frozenset()) for span in open_ends]
-    replies = (yield requests) if requests else []
-    rest = {id(span): drawn.text for span, (drawn,) in zip(open_ends, replies)}
+    while growing:
+        asking = [(end, turn) for end in growing if (turn := end.turn())]
+        if asking:
+            asked = yield [Extend(end.id, end.span.turn_tokens(turn, end.tokens)) for end, turn in asking]  # type: ignore
+            for (end, turn), (given,) in zip(asking, asked):
+                end.add(given, asked_text(turn))
+        replies = yield [Expand(end.id, (0,), greedy, end.left, frozenset()) for end in growing]
+        for end, (drawn,) in zip(growing, replies):
+            end.add(drawn, drawn.text)
+            end.left -= len(drawn.tokens)
+        growing = [end for end in growing if end.left > 0 and end.finish is Finish.EOS and end.turn()]
     answers = []
-    for span in spans:
-        text = span.path_text + rest.get(id(span), "")
+    for span, text in ((end.span, end.text) for end in ends):
         stage = span.grammar.parse(text)[span.grammar.conclusion]
         is_whole = span.closed and stage.outcome is Outcome.COMPLETE
         answers.append(normalise(stage.text) if is_whole else None)
     return _shares(answers, confidence(spans))
+
+
+@dataclass
+class _End:
+    """How far the rest of an answer has come behind a candidate. ``tokens`` are those of continuation ``id``."""
+
+    span: Span
+    text: str
+    id: int
+    tokens: tuple[int, ...]
+    left: int
+    finish: Finish | None = None
+
+    def turn(self) -> str | None:
+        """The user's turn that comes next, if one does."""
+        grammar = self.span.grammar
+        stage = grammar.next_turn([part.name for part in grammar.parts(self.text)]) if grammar.turns else None
+        return stage and grammar.turns[stage]
+
+    def add(self, longer: Continuation, text: str) -> None:
+        self.text, self.id, self.tokens, self.finish = self.text + text, longer.id, longer.tokens, longer.finish
 
 
 def _has_conclusion(span: Span) -> bool:

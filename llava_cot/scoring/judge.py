@@ -7,8 +7,8 @@ from itertools import permutations
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from llava_cot.chat import turn_tokens
 from llava_cot.core import Continuation, Expand, Extend, Program, SamplingParams
-from llava_cot.literal import marked, token_ids
 from llava_cot.scoring.scorer import Span
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ PAIRWISE = (
     "Answer 1 or 2."
 )
 VERDICT_TOKENS = 16
-_SENTINEL = "\u2060judged\u2060"
 
 
 class _Verdict(NamedTuple):
@@ -134,20 +133,8 @@ class JudgeScorer:
 
     def _ask(self, parent: int, written: Sequence[int], **facts: str) -> Extend:
         """Return the question to the judge as a new turn after ``parent``, whose own tokens are ``written``."""
-        tokenizer = self.processor.tokenizer
-        turns = [
-            {"role": "user", "content": [{"type": "text", "text": "?"}]},
-            {"role": "assistant", "content": [{"type": "text", "text": _SENTINEL}]},
-            {"role": "user", "content": [{"type": "text", "text": marked(self.prompt.format(**facts), tokenizer)}]},
-        ]
-        text = self.processor.apply_chat_template(turns, add_generation_prompt=True)
-        # It begins with the special token that ends a turn, so no word is split at the seam.
-        behind = text.partition(_SENTINEL)[2]
-        tokens = token_ids(behind, tokenizer)
-        has_ended = list(written[-1:]) == tokens[:1]  # a whole answer has ended its turn itself
-        return Extend(
-            parent, tuple(tokens[has_ended:]), want=() if self.generate else tuple(self._ids[0] + self._ids[1])
-        )
+        tokens = turn_tokens(self.processor, self.prompt.format(**facts), written)
+        return Extend(parent, tokens, want=() if self.generate else tuple(self._ids[0] + self._ids[1]))
 
     def _first_tokens(self, word: str) -> set[int]:
         """Return the tokens that a verdict may begin with: capitalised or not, with or without a space before it."""

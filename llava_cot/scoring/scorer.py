@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound=Callable)
 
 
+# The token ids of a user's turn, of which the text is given, behind a reply that ends with the given token ids, up to
+# where the next reply begins.
+TurnTokens = Callable[[str, Sequence[int]], Sequence[int]]
+
+
 @dataclass(frozen=True)
 class Span:
     """A candidate as a scorer sees it: one stage, or the whole path.
@@ -36,6 +41,7 @@ class Span:
     id: int = -1  # the id of the continuation that it ends with, for scorers that extend or expand it
     root: int = 0  # the id of the prompt
     tokens_left: int = 0  # the most tokens that its path may still get
+    turn_tokens: TurnTokens | None = field(default=None, repr=False)  # for scorers that ask the turns of the grammar
     notes: dict[str, float] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 

@@ -21,8 +21,9 @@ class BestOfNConfig(Scored):
 
 def best_of_n(search: Search, config: BestOfNConfig) -> Program[list[Node]]:
     nodes = yield from search.expand([search.root], config.n, None, params=config.params())
-    yield from search.score(nodes, resolve_scorer(config.scorer))
+    yield from search.score(nodes, resolve_scorer(config.scorer), "path")
     best = search.best(nodes, config.num_return_sequences)
     search.keep(nodes, best)
-    search.final(best[0])
+    for node in best[0].path():
+        search.final(node)
     return best

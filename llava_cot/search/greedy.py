@@ -20,5 +20,6 @@ class GreedyConfig(Limits):
 def greedy(search: Search, config: GreedyConfig) -> Program[Node]:
     (node,) = yield from search.expand([search.root], 1, None, params=SamplingParams(temperature=0.0))
     node.kept = True
-    search.final(node)
+    for each in node.path():
+        search.final(each)
     return node

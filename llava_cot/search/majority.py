@@ -39,9 +39,9 @@ class MajorityConfig(Scored):
 
 def majority(search: Search, config: MajorityConfig) -> Program[list[Node]]:
     nodes = yield from search.expand([search.root], config.n, None, params=config.params())
-    yield from search.score(nodes, resolve_scorer(config.scorer))
+    yield from search.score(nodes, resolve_scorer(config.scorer), "path")
     grammar = search.grammar
-    conclusions = {node: grammar.parse(node.text, ended=node.closed)[grammar.conclusion] for node in nodes}
+    conclusions = {node: grammar.parse(node.path_text(), ended=node.closed)[grammar.conclusion] for node in nodes}
     complete = [node for node, stage in conclusions.items() if stage.outcome is Outcome.COMPLETE and stage.text]
     voters = sorted(complete or nodes, key=Node.rank)
     votes: dict[str, list[Node]] = {}
@@ -51,11 +51,12 @@ def majority(search: Search, config: MajorityConfig) -> Program[list[Node]]:
     groups = sorted(votes.values(), key=lambda group: -_weight(group, config))
     best = [group[0] for group in groups][: config.num_return_sequences]
     search.keep(nodes, best)
-    search.final(best[0])
+    for node in best[0].path():
+        search.final(node)
     return best
 
 
 def _weight(group: list[Node], config: MajorityConfig) -> float:
     if config.weight == "count":
         return len(group)
-    return math.fsum(math.exp(fmean(node.logprobs)) for node in group)
+    return math.fsum(math.exp(fmean(logprob for each in node.path() for logprob in each.logprobs)) for node in group)

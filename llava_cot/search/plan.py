@@ -84,6 +84,8 @@ def make_plan(search: SearchLike, settings: Mapping[str, Any], grammar: Grammar)
     config = replace(config, **settings)
     if isinstance(config, Staged) and config.grammar != grammar:
         raise ValueError(f"grammar must be the generator's, {grammar}, got {config.grammar}")
+    if grammar.turns and not config.draws:
+        raise ValueError(f"search={name!r} can't ask the user's turns of the grammar, {list(grammar.turns)}")
     return Plan(name, config, lambda search: policy(search, config))
 
 

@@ -5,7 +5,7 @@ from collections.abc import Generator
 from statistics import fmean
 from typing import Any
 
-from llava_cot.core import Continuation, Expand, Finish, Program, SamplingParams
+from llava_cot.core import Continuation, Expand, Finish, Limit, Program, SamplingParams
 from llava_cot.search.drive import Drive
 from llava_cot.search.plan import Plan, Policy
 from llava_cot.search.search import BudgetSpent, Search
@@ -60,7 +60,8 @@ def finish(search: Search) -> Program[Node]:
     """Return the whole answer with the best score. Without one, finish the best prefix with what the reserve allows.
 
     The best prefix has the most closed stages (a candidate that was stopped in the middle of one counts half), then the
-    best score, or the best mean log-prob where there is no score.
+    best score, or the best mean log-prob where there is no score. The user's turns that are left are asked, unless the
+    spent limit is that of prompt tokens, to which they count.
     """
     drawn = search.nodes[1:]
     answers = [node for node in drawn if node.closed and _is_answer(search, node)]
@@ -77,7 +78,7 @@ def finish(search: Search) -> Program[Node]:
 
 
 def _is_answer(search: Search, node: Node) -> bool:
-    return node.finish is Finish.EOS or not search.allowed(node)
+    return not search.allowed(node) or (node.finish is Finish.EOS and search.next_turn(node) is None)
 
 
 def _progress(node: Node) -> float:
@@ -90,16 +91,21 @@ def _promise(node: Node) -> tuple[float, int]:
 
 
 def _continue(search: Search, prefix: Node) -> Program[Node]:
-    budget, left = search.budget, search.tokens_left(prefix)
+    budget = search.budget
     assert budget is not None
-    if budget.generated_tokens is not None:
-        left = min(left, budget.generated_tokens - search.usage.generated_tokens)
-    parent = prefix.continuation.id
-    if left < 1:
-        return prefix if prefix.parent else search.node(prefix, None, 1, 0, Continuation(-1, parent), False)
-    greedy, seed = SamplingParams(temperature=0.0), candidate_seed(search.seed, "finish", 1, prefix.id, 0)
-    limit = budget.limit(finishing=True)
-    ((drawn,),) = yield [Expand(parent, (seed,), greedy, left, frozenset(), limit=limit)]
-    node = search.node(prefix, None, prefix.round or 1, 0, drawn, drawn.finish is Finish.EOS)
-    search.note("generated", stage=None, round=node.round, nodes=[node.id])
-    return node
+    node, limit = prefix, budget.limit(finishing=True)
+    while True:
+        left = search.tokens_left(node)
+        if budget.generated_tokens is not None:
+            left = min(left, budget.generated_tokens - search.usage.generated_tokens)
+        turn = search.next_turn(node)
+        is_over = node is not prefix and turn is None
+        is_spent = limit.reached(search.usage) or Limit(prompt_tokens=budget.prompt_tokens).reached(search.usage)
+        if is_over or left < 1 or (turn is not None and is_spent):
+            break
+        source = yield from search.ask(node)
+        greedy, seed = SamplingParams(temperature=0.0), candidate_seed(search.seed, "finish", 1, node.id, 0)
+        ((drawn,),) = yield [Expand(source, (seed,), greedy, left, frozenset(), limit=limit)]
+        node = search.node(node, turn, prefix.round or 1, 0, drawn, drawn.finish is Finish.EOS)
+        search.note("generated", stage=turn, round=node.round, nodes=[node.id])
+    return node if node.parent else search.node(node, None, 1, 0, Continuation(-1, node.continuation.id), False)

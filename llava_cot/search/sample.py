@@ -105,5 +105,6 @@ def sample(search: Search, config: SampleConfig) -> Program[list[Node]]:
     nodes = yield from search.expand([search.root], config.num_return_sequences, None, params=config.params())
     for node in nodes:
         node.kept = True
-        search.final(node)
+        for each in node.path():
+            search.final(each)
     return nodes

@@ -21,7 +21,7 @@ from llava_cot.core import (
     whole_number,
 )
 from llava_cot.scoring import Calibration, Scorer, Span, resolve_scorer
-from llava_cot.scoring.scorer import WrongNumber, ask, is_groupwise, name_of
+from llava_cot.scoring.scorer import TurnTokens, WrongNumber, ask, is_groupwise, name_of
 from llava_cot.search.budget import Budget
 from llava_cot.search.events import Candidate, Candidates, Event, Retrace, StageFinal
 from llava_cot.search.tree import Node, candidate_seed, stages_of
@@ -60,6 +60,7 @@ class Search:
     budget: Budget | None = None
     question: str | None = None
     load_images: "Callable[[], Sequence[Image]]" = tuple
+    turn_tokens: TurnTokens | None = None  # needed where the grammar has turns
     nodes: list[Node] = field(default_factory=list)
     log: list[dict[str, Any]] = field(default_factory=list)
     retraces: list[Retrace] = field(default_factory=list)
@@ -68,8 +69,12 @@ class Search:
     _scorers: dict[int, Scorer] = field(default_factory=dict)
     _images: "Sequence[Image] | None" = None
     _memo: dict[Any, Any] = field(default_factory=dict)
+    _asked: dict[tuple[int, str], Continuation] = field(default_factory=dict)  # the turns after a node, by stage
+    _turns: dict[int, tuple[str, tuple[int, ...]]] = field(default_factory=dict)  # their text and tokens, by id
 
     def __post_init__(self) -> None:
+        if self.grammar.turns and self.turn_tokens is None:
+            raise ValueError("turn_tokens must be given for a grammar with turns, got None")
         self.root = Node(0, None, None, 0, 0, Continuation(self.session.root, -1))
         self.nodes.append(self.root)
 
@@ -101,8 +106,17 @@ class Search:
         return self.grammar.allowed(stages_of(node)) if node.parent else self.grammar.first()
 
     def can_continue(self, node: Node) -> bool:
-        """Whether any token may come after ``node``."""
-        return node.finish is not Finish.EOS and self.tokens_left(node) > 0
+        """Whether any token may come after ``node``, in the same reply or in the next one."""
+        return self.tokens_left(node) > 0 and (node.finish is not Finish.EOS or self.next_turn(node) is not None)
+
+    def next_turn(self, node: Node) -> str | None:
+        """The stage that the user's turn asks for after ``node``, if its reply has ended and there is such a stage."""
+        if not self.grammar.turns or not _has_ended(node):
+            return None
+        stages = stages_of(node)
+        if len(stages) < len(node.path()):  # a node without a stage may hold several
+            stages = [part.name for part in self.grammar.parts(node.path_text())]
+        return self.grammar.next_turn(stages)
 
     def expand(
         self,
@@ -120,6 +134,10 @@ class Search:
         ``stage`` None draws whole answers, which tags do not end; ``NEXT`` is whichever stage the grammar allows after
         the parent. Returns the new nodes in (parent, index) order.
 
+        If the user's turn asks for the stage, the model is given that first, once for each parent. A whole answer of a
+        grammar with turns is a node for each stage, of which the last one is returned. A reply that is cut by
+        ``max_stage_tokens`` ends where the next turn begins.
+
         Raises:
             BudgetSpent: the budget is spent. What was drawn until then is in the tree.
             ValueError, TypeError: naming the argument that is wrong.
@@ -130,6 +148,8 @@ class Search:
         if max_stage_tokens is not None:
             whole_number("max_stage_tokens", max_stage_tokens, 1)
         _check_nodes("parents", parents)
+        if stage is None and self.grammar.turns:
+            return (yield from self._whole(parents, n, params, round, first_index))
         allowed = [self._allowed(parent, stage) for parent in parents]
         limits = [min(self.tokens_left(parent), max_stage_tokens or self.max_new_tokens) for parent in parents]
         places = [
@@ -138,9 +158,10 @@ class Search:
             for index in range(n)
         ]
         seeds = [candidate_seed(self.seed, *place) for place in places]
+        sources = yield from self._ask(parents, [self._turn_among(*asked) for asked in zip(parents, allowed)])
         requests = [
-            Expand(parent.continuation.id, tuple(seeds[at * n : at * n + n]), params, limit, self._stops(parent, names))
-            for at, (parent, limit, names) in enumerate(zip(parents, limits, allowed))
+            Expand(source, tuple(seeds[at * n : at * n + n]), params, limit, self._stops(parent, names))
+            for at, (parent, source, limit, names) in enumerate(zip(parents, sources, limits, allowed))
         ]
         replies = yield from self._draw(requests)
         nodes = [
@@ -166,16 +187,17 @@ class Search:
         _check_nodes("parents", parents)
         stages = len(self.grammar.stops)
         trims = frozenset(range(stages, len(stop_tags(self.grammar))))
+        sources = yield from self._ask(parents, [*map(self.next_turn, parents)])
         requests = [
             Expand(
-                parent.continuation.id,
+                source,
                 tuple(candidate_seed(self.seed, "", round, parent.id, index) for index in range(n)),
                 params,
                 self.tokens_left(parent),
                 frozenset(range(stages)),
                 trims,
             )
-            for parent in parents
+            for parent, source in zip(parents, sources)
         ]
         replies = yield from self._draw(requests)
         nodes = [
@@ -190,10 +212,19 @@ class Search:
         self, parent: Node, stage: str | None, round: int, index: int, continuation: Continuation, closed: bool
     ) -> Node:
         """Put a finished continuation into the tree."""
-        seconds = self.usage.seconds
-        node = Node(len(self.nodes), parent, stage, round, index, continuation, seconds=seconds, closed=closed)
+        node = Node(len(self.nodes), parent, stage, round, index, continuation, closed=closed)
+        node.seconds = self.usage.seconds
+        node.turn, node.given = self._turns.get(continuation.parent, ("", ()))
         self.nodes.append(node)
         return node
+
+    def ask(self, node: Node) -> Program[int]:
+        """Ask the user's turn that comes after ``node``, if one does, even if the budget is spent.
+
+        Returns the id of the continuation that may be continued then.
+        """
+        (source,) = yield from self._ask([node], [self.next_turn(node)], is_bounded=False)
+        return source
 
     def forge(self, tokens: Sequence[int], logprobs: Sequence[float], finish: Finish) -> Continuation:
         """Make a whole answer that the policy put together itself. Nothing can grow from it."""
@@ -231,7 +262,7 @@ class Search:
             raise ValueError(f"scope must be 'stage' or 'path', got {scope!r}")
         _check_nodes("nodes", nodes)
         self._scorers[id(scorer)] = scorer  # while it lives, no other object has its id
-        keys = [(id(scorer), scope, node.path_tokens()) for node in nodes]
+        keys = [(id(scorer), scope, node.read_tokens()) for node in nodes]
         first: dict[tuple, Node] = {}
         for key, node in zip(keys, nodes):
             first.setdefault(key, node)  # equal candidates differ in the last bits of their log-probs, by batch row
@@ -263,7 +294,7 @@ class Search:
 
     def best(self, nodes: Sequence[Node], n: int = 1) -> list[Node]:
         """The best ``n`` nodes with different tokens, the best first. There may be fewer."""
-        distinct = {node.path_tokens(): node for node in reversed(sorted(nodes, key=Node.rank))}
+        distinct = {node.read_tokens(): node for node in reversed(sorted(nodes, key=Node.rank))}
         return sorted(distinct.values(), key=Node.rank)[:n]
 
     def keep(
@@ -327,6 +358,45 @@ class Search:
     def to_dict(self) -> dict[str, Any]:
         """The search as the trace stores it."""
         return {"nodes": [node.to_dict() for node in self.nodes[1:]], "events": self.log}
+
+    def _whole(
+        self, parents: Sequence[Node], n: int, params: SamplingParams, round: int, first_index: int
+    ) -> Program[list[Node]]:
+        """Draw whole answers of a grammar with turns, stage by stage, and return their last nodes."""
+        nodes = yield from self.expand(parents, n, NEXT, params=params, round=round, first_index=first_index)
+        while growing := [node for node in nodes if self.can_grow(node)]:
+            for node in growing:
+                node.kept = True
+            longer = dict(zip(growing, (yield from self.expand(growing, 1, NEXT, params=params, round=round))))
+            nodes = [longer.get(node, node) for node in nodes]
+        return nodes
+
+    def _turn_among(self, parent: Node, stages: Sequence[str]) -> str | None:
+        """Which of ``stages``, one of which is drawn after ``parent``, the user's turn asks for, if any."""
+        return next((name for name in stages if name in self.grammar.turns), None) if _has_ended(parent) else None
+
+    def _ask(
+        self, parents: Sequence[Node], stages: Sequence[str | None], *, is_bounded: bool = True
+    ) -> Program[list[int]]:
+        """Give the model the user's turns for ``stages``, one for each of ``parents``. Where the stage is None there is
+        no turn. Returns the ids of what candidates are drawn from. A turn that was asked before is not asked again."""
+        places = [(parent, stage) for parent, stage in zip(parents, stages) if stage is not None]
+        new = {(node.id, stage): node for node, stage in places if (node.id, stage) not in self._asked}
+        if new:
+            assert self.turn_tokens is not None
+            turns = self.grammar.turns
+            requests = [
+                Extend(node.continuation.id, tuple(self.turn_tokens(turns[stage], node.tokens)))
+                for (_, stage), node in new.items()
+            ]
+            replies = (yield from self._draw(requests)) if is_bounded else (yield requests)
+            for place, (given,) in zip(new, replies):
+                self._asked[place] = given
+                self._turns[given.id] = turns[place[1]], given.tokens
+        return [
+            parent.continuation.id if stage is None else self._asked[parent.id, stage].id
+            for parent, stage in zip(parents, stages)
+        ]
 
     def _draw(self, requests: Sequence[Request]) -> Program[list[list[Any]]]:
         if spent := self.spent():
@@ -413,13 +483,13 @@ class Search:
         nodes = node.path() if scope == "path" else [node]
         parts = [node.continuation for node in nodes]
         return Span(
-            text="".join(part.text for part in parts),
+            text=node.path_text() if scope == "path" else node.text,
             tokens=[token for part in parts for token in part.tokens],
             logprobs=[logprob for part in parts for logprob in part.logprobs],
             entropies=[entropy for part in parts for entropy in part.entropies],
             certainties=[certainty for part in parts for certainty in part.certainties],
             stage=node.stage if scope == "stage" else None,
-            path_text="".join(node.text for node in node.path()),
+            path_text=node.path_text(),
             closed=node.closed,
             question=self.question,
             load_images=lambda: self.images,
@@ -428,6 +498,7 @@ class Search:
             root=self.session.root,
             tokens_left=self.tokens_left(node),
             memo=self._memo,
+            turn_tokens=self.turn_tokens,
         )
 
 
@@ -435,6 +506,11 @@ def stop_tags(grammar: Grammar) -> list[str]:
     """Return the tags that an engine must find in sampled tokens: those that end a stage, then those of sentences."""
     stops = [stop.text for stop in grammar.stops]
     return [*stops, *(end for end in SENTENCE_ENDS if end not in stops)]
+
+
+def _has_ended(node: Node) -> bool:
+    """Whether the reply that ``node`` belongs to has ended: with EOS, or as a stage that its own limit has cut."""
+    return node.finish is Finish.EOS or (node.stage is not None and node.finish is not Finish.STOPPED)
 
 
 def _is_finite(score: Any) -> bool:

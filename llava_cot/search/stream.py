@@ -8,12 +8,13 @@ from llava_cot.search.run import SearchRun
 class EventStream:
     """Takes events from ``events``, to which ``run`` appends, and adds the new text where no token is ever taken back.
 
-    New text comes as ``TextDelta``, only from searches whose configuration says that they stream tokens.
+    New text comes as ``TextDelta``, only from searches whose configuration says that they stream tokens. Where the
+    grammar has turns of the user there is none, since whole replies come as ``StageFinal``.
     """
 
     def __init__(self, run: SearchRun, events: list[Event], detokeniser: Detokeniser) -> None:
         self._run, self._events = run, events
-        self._detokeniser = detokeniser if run.plan.config.streams_tokens else None
+        self._detokeniser = detokeniser if run.plan.config.streams_tokens and not run.search.grammar.turns else None
         self._num_shown = 0  # tokens
 
     def take(self) -> list[Event]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from llava_cot.core import Continuation, Finish
+from llava_cot.stages import asked
 from llava_cot.trace.schema import NodeData
 
 
@@ -21,7 +22,8 @@ class Node:
     ``closed``: it ended as it should, with its own closing tag, or with EOS for a whole answer. ``opens`` is the stage
     that its last tokens have opened, where that stage's heading ended it. ``violation`` says how
     a stage's candidate left the grammar, ``error`` why it has no score of its own (it ranks with -inf then), and
-    ``notes`` what its scorer has to tell, such as the scores that it combined.
+    ``notes`` what its scorer has to tell, such as the scores that it combined. ``turn`` is the user's turn that asked
+    for it, if one did, and ``given`` are its tokens, which the model read between those of the parent and its own.
     """
 
     id: int
@@ -38,10 +40,12 @@ class Node:
     violation: str | None = None
     error: str | None = None
     notes: dict[str, float] = field(default_factory=dict)
+    turn: str = ""
+    given: tuple[int, ...] = ()
 
     @property
     def text(self) -> str:
-        """The text that it added to its parent, tags included."""
+        """The text that was drawn for it, tags included."""
         return self.continuation.text
 
     @property
@@ -58,8 +62,28 @@ class Node:
         return self.continuation.finish
 
     def path_tokens(self) -> tuple[int, ...]:
-        """All token ids from the end of the prompt to here."""
+        """All token ids that were drawn from the end of the prompt to here."""
         return tuple(token for node in self.path() for token in node.tokens)
+
+    def read_tokens(self) -> tuple[int, ...]:
+        """All token ids from the end of the prompt to here, the user's turns included."""
+        return tuple(token for node in self.path() for token in (*node.given, *node.tokens))
+
+    def replies(self) -> list[tuple[str, list[int]]]:
+        """The tokens that were drawn from the end of the prompt to here, reply by reply, each behind its user's turn.
+
+        The turn of the first reply is empty: the prompt has asked for it.
+        """
+        found: list[tuple[str, list[int]]] = [("", [])]
+        for node in self.path():
+            if node.turn:
+                found.append((node.turn, []))
+            found[-1][1].extend(node.tokens)
+        return found
+
+    def path_text(self) -> str:
+        """The text from the end of the prompt to here, with the user's turns as ``stages.asked`` shows them."""
+        return "".join(asked(node.turn) + node.text for node in self.path())
 
     def path(self) -> list["Node"]:
         """The nodes from the first stage to this one, without the root."""
@@ -83,6 +107,8 @@ class Node:
             "round": self.round,
             "index": self.index,
             "seed": continuation.seed,
+            "turn": self.turn,
+            "given": [*self.given],
             "text": self.text,
             "tokens": [*continuation.tokens],
             "logprobs": [*continuation.logprobs],

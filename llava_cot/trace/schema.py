@@ -6,7 +6,7 @@ when you add a field that readers need, remove a field, or change the meaning of
 
 from typing import NotRequired, TypedDict
 
-TRACE_VERSION = 4
+TRACE_VERSION = 5
 
 
 class NodeData(TypedDict):
@@ -18,6 +18,8 @@ class NodeData(TypedDict):
     round: int  # counted from 1
     index: int  # its number among the candidates of its parent in its round, from 0
     seed: int  # the seed that it was drawn with
+    turn: str  # the user's turn that asked for it, as text; empty if none did
+    given: list[int]  # the token ids of that turn, from the end of its parent to the start of its own
     text: str  # its own text, tags included
     tokens: list[int]  # token ids; empty where the back end does not know them
     logprobs: list[float]  # log-prob of each token under the model, in nats; empty if not known
@@ -127,6 +129,7 @@ class GrammarData(TypedDict):
     max_visits: dict[str, int]
     tags: dict[str, list[str]]  # the opening and the closing tag of each stage; empty where it has none
     opened: str | None  # the stage whose opening tag the prompt has written
+    turns: dict[str, str]  # for a stage the user's turn that asks for it
 
 
 class ConfigData(TypedDict, total=False):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from llava_cot.stages import Grammar
+from llava_cot.stages import Grammar, asked
 from llava_cot.trace.schema import NodeData, TraceData
 from llava_cot.trace.writer import to_json
 
@@ -61,8 +61,11 @@ class Trace:
         return path[::-1]
 
     def text(self, id: int | None) -> str:
-        """Return what the model wrote from the start of its answer to the end of node ``id``, tags included."""
-        return "".join(node["text"] for node in self.path(id))
+        """Return what the model wrote from the start of its answer to the end of node ``id``, tags included.
+
+        Between its replies stand the user's turns, as ``llava_cot.stages.asked`` shows them.
+        """
+        return "".join(asked(node["turn"]) + node["text"] for node in self.path(id))
 
     def to_json(self, indent: int | None = None) -> str:
         """Return the trace as strict JSON, in which inf, -inf and NaN are the strings "inf", "-inf" and "nan"."""

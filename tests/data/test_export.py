@@ -143,7 +143,7 @@ def test_text_prompts_are_the_tokens_that_the_generator_saw(items, tiny, text_fo
         prompt = build_inputs(tiny.processor, sample.image, sample.question, "one")["input_ids"][0].tolist()
         drawn = [token for node in tree.prefix(chosen) for token in node.tokens]
         assert tiny.processor.tokenizer(row["prompt"], add_special_tokens=False).input_ids == prompt + drawn
-    two = TextForm(tiny.processor).prompt("?", "", "released")
+    two = TextForm(tiny.processor).prompt("?", [], "released")
     assert two.startswith(tiny.processor.tokenizer.bos_token * 2)
 
 
@@ -170,13 +170,13 @@ def test_pairs_differ_by_the_margin_and_fit_in_length(items, text_form, margin):
 def node(id, parent, stage, text, score, **changes):
     made = dict(id=id, parent=parent, stage=stage, text=text, tokens=[id] * len(text.split()), score=score)
     made |= dict(logprobs=[-1.0], sampling_logprobs=[-0.5], finish="tag", closed=True, kept=False, error=None)
-    made |= dict(round=1, index=0, seed=0, entropies=[], violation=None, notes={}, seconds=0.0)
+    made |= dict(round=1, index=0, seed=0, entropies=[], violation=None, notes={}, seconds=0.0, turn="", given=[])
     return made | changes
 
 
 def trace(nodes, answer, **changes):
     names = ("SUMMARY", "CONCLUSION")
-    made = dict(version=4, question="How many?", search="swires", seed=0, bos="one", model="m", prompt_tokens=9)
+    made = dict(version=5, question="How many?", search="swires", seed=0, bos="one", model="m", prompt_tokens=9)
     made |= dict(versions={}, calibration=None, answers=[] if answer is None else [answer], error=None)
     made |= dict(usage=asdict(Usage()))
     made |= dict(config=dict(temperature=0.6, top_k=0, top_p=0.9, min_p=0.0, scorer="confidence"), events=[])

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llava_cot.core import Continuation, Feature, Finish, Usage
+from llava_cot.core import Continuation, Expand, Feature, Finish, Usage
 from llava_cot.search.drive import Drive
 from llava_cot.search.search import Search, stop_tags
 from llava_cot.search.tree import Node
-from llava_cot.stages import LLAVA_COT, STAGES
+from llava_cot.stages import LLAVA_COT, STAGES, asked
 from llava_cot_kernels.stage_tags import StageTags
 
 PROMPT_LENGTH = 10
@@ -83,17 +83,42 @@ class ScriptedSession:
         return drawn
 
 
+def turn_bytes(turn, written):
+    """A user's turn as a ``WritingSession`` reads it."""
+    return tuple(asked(turn).encode())
+
+
 class WritingSession(ScriptedSession):
     """A session whose model writes texts, a byte a token. The stop tags are found as the engine finds them.
 
-    ``write(path_text, index)`` is what candidate ``index`` writes after a text, up to the end of its answer.
+    ``write(path_text, index)`` is what candidate ``index`` writes after a text, up to the end of its answer. Where a
+    turn of the user stands in it, the model writes EOS and is asked.
     """
 
     def __init__(self, write, grammar):
         super().__init__(self._written)
-        self._write = write
+        self._write, self._turns = write, [asked(turn) for turn in grammar.turns.values()]
         self._tags = StageTags([bytes([byte]) for byte in range(256)], stop_tags(grammar))
         self._states = {0: self._tags.start_state}
+
+    def ask(self, requests, done):
+        self.requests += requests
+        replies = []
+        for at, request in enumerate(requests):
+            if isinstance(request, Expand):
+                replies.append([self._add(request, at, index) for index in range(len(request.seeds))])
+                continue
+            given = Continuation(
+                len(self.by_id),
+                request.parent,
+                request.tokens,
+                bytes(request.tokens).decode(),
+                (-1.0,) * len(request.tokens),
+            )
+            self.by_id[given.id], self._states[given.id] = given, self._tags.start_state
+            self.usage.prompt_tokens += len(request.tokens)
+            replies.append([given])
+        done(replies)
 
     def path_text(self, id):
         text, at = "", self.by_id[id]
@@ -104,7 +129,10 @@ class WritingSession(ScriptedSession):
     def _written(self, session, request, parent, index):
         state, tag, tokens = self._states[request.parent], -1, []
         finish = Finish.EOS
-        for token in self._write(self.path_text(request.parent), index).encode():
+        text = self._write(self.path_text(request.parent), index)
+        for turn in self._turns:
+            text = text.partition(turn)[0]
+        for token in text.encode():
             if len(tokens) == request.max_new_tokens:
                 finish = Finish.LENGTH
                 break

@@ -55,8 +55,8 @@ def test_a_row_for_each_trace():
 
 
 def test_what_is_no_trace_is_a_row_that_says_so():
-    row = summarise(Entry(None, source="a.json", href="00001.html", error="trace.version must be 4, got 1"))
-    assert row.error == "trace.version must be 4, got 1" and row.source == "a.json" and row.href is None
+    row = summarise(Entry(None, source="a.json", href="00001.html", error="trace.version must be 5, got 1"))
+    assert row.error == "trace.version must be 5, got 1" and row.source == "a.json" and row.href is None
 
 
 def test_a_failed_search_is_a_row_with_a_page_and_is_never_right():

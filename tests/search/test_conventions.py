@@ -1,9 +1,10 @@
 """Every named grammar: a model that writes it, one that leaves it, and one that is cut."""
 
 import json
+import re
 
 import pytest
-from helpers.scripted import WritingSession
+from helpers.scripted import WritingSession, turn_bytes
 
 from llava_cot.answer import Answer
 from llava_cot.data.steps import to_steps
@@ -13,9 +14,10 @@ from llava_cot.scoring.agreement import self_consistency, vote
 from llava_cot.search import Budget, StageBeamConfig, SwiresConfig, make_plan
 from llava_cot.search.run import SearchRun
 from llava_cot.search.search import Search, stop_tags
-from llava_cot.stages import Grammar, Outcome
+from llava_cot.stages import Grammar, Outcome, asked
 from llava_cot.trace import Trace, parse_trace, trace_data
 
+TURNS = GRAMMARS["llamav-o1"].turns
 OK, CUT, MISSING, REPEATED = Outcome.COMPLETE, Outcome.UNCLOSED, Outcome.MISSING, Outcome.REPEATED
 
 # name -> (what a model writes, the text of each stage, the stages of the path)
@@ -48,6 +50,12 @@ WRITTEN = {
         {"introduction": "We count.", "step": "2: two.", "answer": "4"},
         ["introduction", "step", "step", "answer"],
     ),
+    "llamav-o1": (
+        f"I count.{asked(TURNS['caption'])}Here is one.{asked(TURNS['reasoning'])}\n1. One.\n\n2. Two.\n"
+        f"{asked(TURNS['conclusion'])}4",
+        {"summary": "I count.", "caption": "Here is one.", "reasoning": "1. One.\n\n2. Two.", "conclusion": "4"},
+        ["summary", "caption", "reasoning", "conclusion"],
+    ),
 }
 
 
@@ -59,13 +67,22 @@ def search(grammar, write, plan="stage_beam", budget=None, **settings):
     def decode(tokens):
         return bytes(tokens).decode()
 
-    searched = Search(session, decode, 0, resolved.config.max_new_tokens, grammar=grammar, budget=budget, question="?")
+    searched = Search(
+        session,
+        decode,
+        0,
+        resolved.config.max_new_tokens,
+        grammar=grammar,
+        budget=budget,
+        question="?",
+        turn_tokens=turn_bytes,
+    )
     run = SearchRun(searched, resolved)
     assert run.done and session.is_closed
     if run.error:
         raise run.error
     node = run.result[0]
-    text, ended = searched.decode(node.path_tokens()), node.finish == "eos"
+    text, ended = "".join(asked(turn) + decode(tokens) for turn, tokens in node.replies()), node.finish == "eos"
     data = trace_data(
         model="",
         versions={},
@@ -95,6 +112,13 @@ def following(text):
     return write
 
 
+def beginning(grammar, text, length):
+    """The shortest beginning of ``text`` in which ``length`` characters are the model's own."""
+    turns = "|".join(map(re.escape, map(asked, grammar.turns.values()))) or "(?!)"
+    own = [at for found in re.finditer(f"{turns}|(.)", text, re.DOTALL) if found[1] for at in [found.end()]]
+    return text[: own[length - 1]] if length <= len(own) else text
+
+
 def test_every_named_grammar_is_here():
     assert WRITTEN.keys() == GRAMMARS.keys()
 
@@ -105,7 +129,7 @@ def test_what_is_written_right(name, plan):
     grammar, (text, bodies, path) = GRAMMARS[name], WRITTEN[name]
     settings = {"cutoff": -5.0} if "swires" in plan else {}
     answer, run = search(grammar, following(text), plan, **settings)
-    assert answer.text == text and answer.violation is None
+    assert answer.text == text == answer.trace.text(answer.trace.data["answer"]) and answer.violation is None
     assert {stage: found.text for stage, found in answer.stages.items()} == bodies
     assert {found.outcome for found in answer.stages.values()} == {OK}
     assert answer.conclusion == list(bodies.values())[-1]
@@ -127,7 +151,7 @@ def test_what_is_cut(name):
     grammar, (text, bodies, _) = GRAMMARS[name], WRITTEN[name]
     for length in range(1, len(text)):
         answer, run = search(grammar, following(text), max_new_tokens=length)
-        assert answer.text == text[:length] or run.result[0].closed
+        assert answer.text == beginning(grammar, text, length) or run.result[0].closed
         assert run.result[0].closed or answer.violation is not None
         conclusion = answer.stages[grammar.conclusion]
         if conclusion.outcome is OK:  # only white space may be missing, or the model ended by itself
@@ -217,7 +241,7 @@ def test_budgets_and_exports(name):
     assert "".join(rows[0]["completions"]) == text
 
 
-@pytest.mark.parametrize("name", ["think", "prompt-think", "blank-lines"])
+@pytest.mark.parametrize("name", ["think", "prompt-think", "blank-lines", "llamav-o1"])
 @pytest.mark.parametrize("scorer", [vote, self_consistency, "look_ahead"])
 def test_scorers_of_agreement(name, scorer):
     """Two of three candidates agree, by the text between the tags or behind them."""
@@ -248,6 +272,19 @@ def test_the_texts_of_all_stages_tell_where_they_start():
         ),
         ({"follows": {"A": []}, "start": ["A"], "opened": "B"}, r"opened must name stages of \['A'\], got 'B'"),
         ({"follows": {"A": ["B"], "B": []}, "opened": "B"}, "opened must be a stage that may come first, got 'B'"),
+        ({"follows": {"A": []}, "turns": {"A": " "}}, r"turns\['A'\] must be what the user says, got ' '"),
+        ({"follows": {"A": []}, "turns": {"B": "?"}}, r"turns must name stages of \['A'\], got 'B'"),
+        ({"follows": {"A": []}, "turns": {"A": "?"}, "tags": {"A": ("<a>", "")}}, r"tags\['A'\] must be absent"),
+        ({"follows": {"A": ["B"], "B": []}, "turns": {"B": "?"}}, r"tags\['A'\] must have no closing tag, since EOS"),
+        ({"follows": {"A": []}, "turns": {"A": "?"}, "opened": "A"}, "must ask for the only stage that may come first"),
+        (
+            {"follows": {"A": ["B", "C"], "B": [], "C": []}, "turns": {"B": "?"}, "tags": {"A": ("<a>", "")}},
+            r"follows\['A'\] must be one stage, since a turn asks for it, got \['B', 'C'\]",
+        ),
+        (
+            {"follows": {"A": ["B"], "B": ["A", "C"], "C": []}, "turns": {"A": "?"}, "tags": {"B": ("<b>", "")}},
+            r"turns\['A'\] must ask for a stage that comes first or later, got both",
+        ),
         (
             {"follows": {"A": ["B", "C"], "B": [], "C": []}, "tags": {"B": ("", ""), "C": ("", "")}},
             "tags must tell 'B' and 'C' apart",

@@ -125,7 +125,10 @@ def test_of_what_the_model_wrote_only_tags_may_be_special_tokens(tiny, folder, r
     if tags:
         processor.tokenizer.add_special_tokens({"extra_special_tokens": tags})
     form, text = TextForm(processor), f"{''.join(tags[:1])} I see {spelled} {''.join(tags[1:])}"
-    row = rows[0] | {"prompt": form.prompt("How many?", text, "one"), "rejected": form.completion("four", False)}
+    row = rows[0] | {
+        "prompt": form.prompt("How many?", [("", text)], "one"),
+        "rejected": form.completion("four", False),
+    }
     (pair,) = encode([row | {"chosen": form.completion(text, True)}], processor, folder)
     tokenizer = processor.tokenizer
     end = tokenizer(form.end, add_special_tokens=False)["input_ids"]
