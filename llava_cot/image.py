@@ -70,6 +70,8 @@ def image_size(path: str) -> tuple[int, int]:
         ValueError: there is no such file, or it is not an image. The message names it.
     """
     with naming(_name_of(path)), Image.open(_file_of(path)) as opened:
+        if opened.format == "TIFF":
+            opened.load()  # new releases of Pillow turn its size, but not its pixels, when it is opened
         width, height = opened.size
         return (height, width) if _orientation(opened) in (5, 6, 7, 8) else (width, height)
 

@@ -160,7 +160,7 @@ def test_a_folder_with_a_processor(tiny, tmp_path):
     image_token = tokenizer.convert_tokens_to_ids("<|image|>")
     build_random_llava(vocab=len(tokenizer), image_token=image_token).save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    generator = SwiresGenerator.from_pretrained(tmp_path, engine=EngineConfig(page_size=4))
+    generator = SwiresGenerator.from_pretrained(tmp_path, grammar="llava-cot", engine=EngineConfig(page_size=4))
     assert type(generator.model) is LlavaForConditionalGeneration
     samples = [shapes.sample(seed) for seed in (1, 2)]
     answers = generator.answer_batch([s.image for s in samples], [s.question for s in samples], SEARCH, seed=3)
