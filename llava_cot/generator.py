@@ -96,6 +96,9 @@ class SwiresGenerator:
         check_kind("grammar", grammar, (Grammar, str, NoneType), "a Grammar, the name of one or None")
         check_kind("system", system, (str, NoneType), "a string or None")
         check_kind("chat_template_kwargs", chat_template_kwargs, Mapping, "a mapping")
+        for name in ("tokenize", "add_generation_prompt"):
+            if name in chat_template_kwargs:
+                raise ValueError(f"chat_template_kwargs must not set {name}, got {chat_template_kwargs[name]!r}")
         check_kind("engine", engine, EngineConfig, "an EngineConfig")
         check_kind("calibrations", calibrations, (list, tuple), "a list of Calibrations")
         for calibration in calibrations:

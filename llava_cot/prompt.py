@@ -96,6 +96,9 @@ def check_question(question: Any) -> None:
         if not isinstance(message, Mapping) or message.get("role") not in ROLES or "content" not in message:
             got = reprlib.repr(message)
             raise ValueError(f"{name} must be a message with a role of {list(ROLES)} and a content, got {got}")
+        if not isinstance(message["content"], (str, list, tuple)):
+            got = reprlib.repr(message["content"])
+            raise ValueError(f"the content of {name} must be a string or a list of parts, got {got}")
         if message["role"] == "system" and at:
             raise ValueError(f"{name} must not be a system prompt, which only comes first")
         for part in _parts(message):

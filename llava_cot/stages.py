@@ -176,6 +176,15 @@ class Grammar:
                 raise ValueError(
                     f"tags[{name!r}] must have a closing tag, since its follower {missing[0]!r} has no opening tag"
                 )
+        first = () if self.opened is not None else self.start or self.names[:1]
+        for names in (first, *(after for name, after in self.follows.items() if self.tag_pair(name)[1])):
+            headed = next((name for name in names if self.tag_pair(name)[0] and not self.tag_pair(name)[1]), None)
+            if headed is not None and (len(names) > 1 or headed in self.follows[headed]):
+                # What the model writes first may be this heading, or another stage, or a second one of the same stage.
+                raise ValueError(
+                    f"tags[{headed!r}] must have a closing tag, or {headed!r} must be the only stage that may stand "
+                    f"there and not follow itself, got {list(names)}"
+                )
         for names in (self.start or self.names[:1], *self.follows.values()):
             ends = [name for name in names if self.tag_pair(name) == ("", "")]
             if len(ends) > 1:
@@ -287,11 +296,12 @@ class Grammar:
     def body(self, text: str, name: str) -> str:
         """Return the stripped text of one candidate of a stage, without its tags and what stands before or behind."""
         open_tag, close_tag = self.tag_pair(name)
-        _, opened, rest = text.partition(open_tag) if open_tag else ("", "", text)
-        if not opened:
-            if open_tag and close_tag and name != self.opened:
-                return ""
-            rest = text
+        at = text.find(open_tag)
+        if at < 0 and close_tag and name != self.opened:
+            return ""
+        # Another heading of the same stage, which is what ends this candidate, has text before it.
+        has_opened = at >= 0 and (bool(close_tag) or not text[:at].strip())
+        rest = text[at + len(open_tag) :] if has_opened else text
         ends = [close_tag] if close_tag else [stop.text for stop in self.stops if stop.opens in self.follows[name]]
         found = [at for tag in ends if (at := rest.find(tag)) >= 0]
         return rest[: min(found, default=len(rest))].strip()
@@ -328,7 +338,8 @@ class Grammar:
                 if (other := self.ended_by(Stop(tag, None, name), path, begun)) is not None:
                     at[other] = free
             for other in [other for other in at if not self.tag_pair(other)[1]]:
-                close(other, start)  # a heading ends what has no closing tag
+                # A heading ends what has no closing tag.
+                close(other, start, closed=self.ended_by(Stop(tag, None, name), path, [other]) is not None)
             if name in at:
                 close(name, start, closed=False)
             at[name], free = found.end(), None

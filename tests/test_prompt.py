@@ -78,6 +78,10 @@ def test_a_conversation_is_answered(tiny):
             [{"role": "user", "content": [{"type": "video"}]}],
             r"question\[0\] must have parts of the type 'text' or 'im",
         ),
+        (
+            [{"role": "user", "content": None}],
+            r"the content of question\[0\] must be a string or a list",
+        ),
         ([{"role": "user", "content": " "}], r"the text of question\[0\] must be a non-empty string, got ' '"),
         ([{"role": "user", "content": "\ud800"}], r"the text of question\[0\] must be Unicode text"),
     ],

@@ -78,12 +78,19 @@ class LlavaOnevision(LlavaNext):
     def split_images(self, inputs: Prompt, keep: torch.Tensor) -> list[Prompt]:
         prompts = super().split_images(inputs, keep)
         given = inputs.get("batch_num_images")
-        for prompt in filter(None, prompts):
-            images = len(prompt["image_sizes"])
-            if given is not None:
-                prompt["batch_num_images"] = given.new_tensor([images])
-                if images > 1:
-                    prompt["pixel_values"] = prompt["pixel_values"][:, :1]
+        if given is None:
+            return prompts
+        numbers = iter(number for number in given.tolist() if number)
+        for index, prompt in enumerate(prompts):
+            images, own = len(prompt.get("image_sizes", ())), list[int]()
+            while sum(own) < images:  # a processor that is given a flat list of images takes each for a single one
+                own.append(next(numbers))
+            if sum(own) != images:
+                raise ValueError(f"batch_num_images must have the images of input_ids[{index}]={images}, got {own}")
+            if images:
+                prompt["batch_num_images"] = given.new_tensor(own)
+            if images and min(own) > 1:
+                prompt["pixel_values"] = prompt["pixel_values"][:, :1]
         return prompts
 
     def image_sizes(self, inputs: Prompt, image_tokens: int) -> list[tuple[int, int]]:

@@ -84,14 +84,18 @@ def read(trace: Trace) -> View:
         cells[card.round, card.column].append(card)
     decided = pools(trace, cards)
     texts = [trace.text(id) for id in ids]
+    ended = [id is not None and nodes[id]["finish"] == "eos" for id in ids]
     return View(
         search=trace.data["search"],
         seed=trace.data["seed"],
         question=trace.data["question"] or "",
-        answer=_conclusion(grammar, texts[0]),
+        answer=_conclusion(grammar, texts[0], ended[0]),
         failure=trace.failure,
-        others=[(cards[path[-1]], _conclusion(grammar, text)) for path, text in zip(paths[1:], texts[1:])],
-        malformed=None if trace.failure else _malformed(grammar, texts[0], [cards[id] for id in paths[0]]),
+        others=[
+            (cards[path[-1]], _conclusion(grammar, text, whole))
+            for path, text, whole in zip(paths[1:], texts[1:], ended[1:])
+        ],
+        malformed=None if trace.failure else _malformed(grammar, texts[0], [cards[id] for id in paths[0]], ended[0]),
         tags=grammar.all_tags,
         headings=headings,
         rounds=sorted({card.round for card in cards.values()}),
@@ -134,11 +138,11 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _conclusion(grammar: Grammar, text: str) -> str:
-    return grammar.parse(text)[grammar.conclusion].text or text.strip()
+def _conclusion(grammar: Grammar, text: str, ended: bool) -> str:
+    return grammar.parse(text, ended=ended)[grammar.conclusion].text or text.strip()
 
 
-def _malformed(grammar: Grammar, text: str, path: Sequence[Card]) -> str | None:
+def _malformed(grammar: Grammar, text: str, path: Sequence[Card], ended: bool) -> str | None:
     """Say how an answer is malformed: a candidate left the grammar, no conclusion, or tags that do not pair.
 
     A missing stage is not malformed.
@@ -146,7 +150,7 @@ def _malformed(grammar: Grammar, text: str, path: Sequence[Card]) -> str | None:
     for card in path:
         if card.violation:  # an unclosed one may have been finished by the next
             return f"#{card.id}: {card.violation}"
-    outcome = grammar.parse(text)[grammar.conclusion].outcome
+    outcome = grammar.parse(text, ended=ended)[grammar.conclusion].outcome
     if outcome is not Outcome.COMPLETE:
         return f"{grammar.conclusion} is {outcome}"
     names = grammar.names

@@ -78,6 +78,9 @@ def steps_of(text: str, grammar: Grammar, split: Split | None = None) -> list[st
     Raises:
         TypeError: ``split`` does not return a list of texts.
     """
+    if grammar.turns:
+        bodies = [text[part.start : part.end].strip() for part in grammar.parts(text)]
+        return bodies if split is None else [piece.strip() for body in bodies for piece in split(body)]
     closing = "|".join(sorted(map(re.escape, (stop.text for stop in grammar.stops)), key=len, reverse=True))
     any_tag = "|".join(sorted(map(re.escape, grammar.all_tags), key=len, reverse=True))
     ends = [found.end() for found in re.finditer(closing, text)] if closing else []

@@ -82,7 +82,7 @@ def make_plan(search: SearchLike, settings: Mapping[str, Any], grammar: Grammar)
             raise ValueError(f"{key} is not supported by search={name!r}; its settings are {known}")
     config = search if isinstance(search, Limits) else _default(search, config_type, grammar)
     config = replace(config, **settings)
-    if isinstance(config, Staged) and config.grammar != grammar:
+    if isinstance(config, Staged) and config.grammar.to_dict() != grammar.to_dict():
         raise ValueError(f"grammar must be the generator's, {grammar}, got {config.grammar}")
     if grammar.turns and not config.draws:
         raise ValueError(f"search={name!r} can't ask the user's turns of the grammar, {list(grammar.turns)}")

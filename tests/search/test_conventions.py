@@ -176,7 +176,7 @@ OUTCOMES = [
         "mulberry",
         "### Image Description: a\n### The final answer is: 4",
         "### The final answer is: opens inside description",
-        {"description": OK, "rationales": MISSING, "answer": OK},
+        {"description": CUT, "rationales": MISSING, "answer": OK},
     ),
     ("blank-lines", "4", None, {"step": MISSING, "answer": OK}),
     ("blank-lines", "one\n\n", "after step comes step or answer, got the end", {"step": OK, "answer": MISSING}),
@@ -203,6 +203,27 @@ def test_a_candidate_that_leaves_ranks_last():
     answer, run = search(GRAMMARS["prompt-think"], write)
     assert answer.conclusion == "4" and [node.closed for node in run.search.nodes[1:5]] == [False, False, True, False]
     assert run.search.nodes[1].violation == "first comes think, got the end (eos)"
+
+
+def test_bodies_of_a_loop_with_headings():
+    grammar = GRAMMARS["mulberry"]
+    assert grammar.body(" 1: red cubes\n### Step", "step") == "1: red cubes"
+    assert grammar.body("### Image Description: a cat\n### Rationales:", "description") == "a cat"
+    assert GRAMMARS["numbered-steps"].body("\nStep 1: one\nStep ", "step") == "1: one"
+
+
+@pytest.mark.parametrize("name, text", [("think", "<think>x</think>"), ("numbered-steps", "\nStep 1: x\nAnswer: 4")])
+def test_a_stage_without_tags_and_text_is_none(name, text):
+    """The search and the grammar say the same."""
+    answer, run = search(GRAMMARS[name], following(text))
+    assert answer.violation is not None
+    assert any(node.violation for node in run.result[0].path()) or not run.result[0].closed
+
+
+def test_a_grammar_from_json_is_the_generators_own():
+    grammar = GRAMMARS["think-answer"]
+    again = Grammar(**json.loads(json.dumps(grammar.to_dict())))
+    make_plan(StageBeamConfig(grammar=again), {}, grammar)
 
 
 THREE = Grammar.sequence("look", "think", "answer", tags={"answer": ("", "")})
@@ -284,6 +305,14 @@ def test_the_texts_of_all_stages_tell_where_they_start():
         (
             {"follows": {"A": ["B"], "B": ["A", "C"], "C": []}, "turns": {"A": "?"}, "tags": {"B": ("<b>", "")}},
             r"turns\['A'\] must ask for a stage that comes first or later, got both",
+        ),
+        (
+            {"follows": {"A": ["A", "B"], "B": []}, "tags": {"A": ("# A", ""), "B": ("# B", "")}},
+            r"tags\['A'\] must have a closing tag, or 'A' must be the only stage .* and not follow itself, got \['A'\]",
+        ),
+        (
+            {"follows": {"A": ["B", "C"], "B": [], "C": []}, "tags": {"B": ("# B", ""), "C": ("# C", "")}},
+            r"tags\['B'\] must have a closing tag, or 'B' must be the only stage .*, got \['B', 'C'\]",
         ),
         (
             {"follows": {"A": ["B", "C"], "B": [], "C": []}, "tags": {"B": ("", ""), "C": ("", "")}},
