@@ -343,8 +343,9 @@ class SwiresGenerator:
                 prompt = build_inputs(
                     self.processor,
                     opened,
-                    _with_first_turn(question, self.grammar),
+                    question,
                     self.bos,
+                    ask=self.grammar.question,
                     system=self.system,
                     chat_template_kwargs=self.chat_template_kwargs,
                 )
@@ -622,21 +623,6 @@ class SwiresGenerator:
 def _require_kind(name: str, value: object, kind: type, what: str) -> None:
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be {what}, got {type(value).__name__}")
-
-
-def _with_first_turn(question: Question, grammar: Grammar) -> Question:
-    """Return the question as the user asks it: with the turn of the first stage, if that has one."""
-    text = question if isinstance(question, str) else question_text(question) if _is_chat(question) else ""
-    behind = grammar.question(text)[len(text) :]
-    if not behind or not text:
-        return question
-    if isinstance(question, str):
-        return question + behind
-    last, content = question[-1], question[-1]["content"]
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else [dict(part) for part in content]
-    [*_, text_part] = (part for part in parts if part["type"] == "text")
-    text_part["text"] += behind
-    return [*question[:-1], {**last, "content": parts}]
 
 
 def _is_chat(question: object) -> bool:

@@ -1,7 +1,7 @@
 """Turn a question and its images into the inputs of a model, one sample at a time."""
 
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ def build_inputs(
     *,
     system: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    ask: Callable[[str], str] = lambda text: text,
 ) -> Prompt:
     """Return the processor's inputs for one question: chat template, generation prompt and one BOS.
 
@@ -40,6 +41,7 @@ def build_inputs(
     Args:
         system: the system prompt. A conversation may begin with its own instead.
         chat_template_kwargs: variables of the chat template, such as ``enable_thinking``.
+        ask: turns the last text of the user into what is asked, such as ``Grammar.question``.
 
     Raises:
         ValueError: an empty question, a conversation that is none, or an image that cannot be read.
@@ -48,6 +50,8 @@ def build_inputs(
     check_question(question)
     images = [*map(open_image, images_of(image))]
     messages = _messages(question, len(images), system)
+    [*_, last] = (part for part in messages[-1]["content"] if part["type"] == "text")
+    last["text"] = ask(last["text"])
     for message in messages:
         for part in message["content"]:
             if "text" in part:

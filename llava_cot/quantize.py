@@ -18,9 +18,8 @@ from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTra
 
 # How the names of all that is in a decoder layer begin
 LAYERS = ("model.language_model.layers.", "model.text_model.layers.")
-SKIPPED = [
-    rf"(?!{'|'.join(map(re.escape, LAYERS))}).*"
-]  # transformers takes regular expressions of the modules to leave alone
+# Regular expressions of the modules that transformers leaves alone
+SKIPPED = [rf"(?!{'|'.join(map(re.escape, LAYERS))}).*"]
 GROUP = 64  # columns of a matrix that share a scale, for the two ways with 4 bits
 TINYGEMM_COLUMNS = 1024  # on a GPU, int4 pads a matrix to a multiple of so many columns
 TORCHAO = {"torchao": "0.18", "accelerate": "1.1"}

@@ -140,7 +140,7 @@ class Grammar:
                 raise ValueError(f"follows must lead from every stage to one without followers, got none from {name!r}")
 
     def _check_turns(self) -> None:
-        first = self.start or self.names[:1]
+        first = self._first
         for name, turn in self.turns.items():
             if not isinstance(turn, str) or not turn.strip():
                 raise ValueError(f"turns[{name!r}] must be what the user says, got {turn!r}")
@@ -168,7 +168,7 @@ class Grammar:
         self._check_turns()
         if len(set(self._marks)) < len(self._marks):
             raise ValueError(f"tags must be distinct, got {self._marks}")
-        if self.opened is not None and self.opened not in (self.start or self.names[:1]):
+        if self.opened is not None and self.opened not in self._first:
             raise ValueError(f"opened must be a stage that may come first, got {self.opened!r}")
         for name, after in self.follows.items():
             missing = [other for other in after if not self.tag_pair(other)[0]]
@@ -176,7 +176,7 @@ class Grammar:
                 raise ValueError(
                     f"tags[{name!r}] must have a closing tag, since its follower {missing[0]!r} has no opening tag"
                 )
-        first = () if self.opened is not None else self.start or self.names[:1]
+        first = () if self.opened is not None else self._first
         for names in (first, *(after for name, after in self.follows.items() if self.tag_pair(name)[1])):
             headed = next((name for name in names if self.tag_pair(name)[0] and not self.tag_pair(name)[1]), None)
             if headed is not None and (len(names) > 1 or headed in self.follows[headed]):
@@ -185,7 +185,7 @@ class Grammar:
                     f"tags[{headed!r}] must have a closing tag, or {headed!r} must be the only stage that may stand "
                     f"there and not follow itself, got {list(names)}"
                 )
-        for names in (self.start or self.names[:1], *self.follows.values()):
+        for names in (self._first, *self.follows.values()):
             ends = [name for name in names if self.tag_pair(name) == ("", "")]
             if len(ends) > 1:
                 raise ValueError(f"tags must tell {ends[0]!r} and {ends[1]!r} apart, got none for either")
@@ -220,6 +220,11 @@ class Grammar:
         return tuple(self.follows)
 
     @property
+    def _first(self) -> Sequence[str]:
+        """The stages of ``start``."""
+        return self.start or self.names[:1]
+
+    @property
     def conclusion(self) -> str:
         """The stage whose text is the answer."""
         return [name for name, after in self.follows.items() if not after][-1]
@@ -245,13 +250,13 @@ class Grammar:
     def tag_pair(self, name: str) -> tuple[str, str]:
         """Return the opening and the closing tag of a stage. The opening tag of a user's turn is ``asked``."""
         if name in self.turns:
-            return "" if name in (self.start or self.names[:1]) else asked(self.turns[name]), ""
+            return "" if name in self._first else asked(self.turns[name]), ""
         open_tag, close_tag = self.tags.get(name, (f"<{name}>", f"</{name}>"))
         return open_tag, close_tag
 
     def allowed(self, path: Sequence[str]) -> tuple[str, ...]:
         """Return the stages that may come after those of ``path``. If there are none, the answer ends here."""
-        after = self.follows[path[-1]] if path else self.start or self.names[:1]
+        after = self.follows[path[-1]] if path else self._first
         return tuple(name for name in after if path.count(name) < self.max_visits.get(name, 1))
 
     def first(self) -> tuple[str, ...]:
@@ -326,24 +331,24 @@ class Grammar:
         for found in self._tag_pattern.finditer(text, begin):
             tag, start = found[0], found.start()
             if (name := closes.get(tag)) is not None:
-                if name not in at and free is not None and not self.tag_pair(name)[0] and name in self.allowed(path):
+                if name not in at and free is not None and name in self._begun(path):
                     at[name] = free
                 if name in at:
                     close(name, start)
                     free = found.end()
                 continue
             name = opens[tag]
-            if free is not None and text[free:start].strip():
-                begun = [other for other in self.allowed(path) if not self.tag_pair(other)[0]]
-                if (other := self.ended_by(Stop(tag, None, name), path, begun)) is not None:
-                    at[other] = free
+            begun = self._begun(path) if free is not None and text[free:start].strip() else []
+            if (other := self.ended_by(Stop(tag, None, name), path, begun)) is not None:
+                assert free is not None
+                at[other] = free
             for other in [other for other in at if not self.tag_pair(other)[1]]:
                 # A heading ends what has no closing tag.
                 close(other, start, closed=self.ended_by(Stop(tag, None, name), path, [other]) is not None)
             if name in at:
                 close(name, start, closed=False)
             at[name], free = found.end(), None
-        last = None if free is None else self.ended_by_eos([n for n in self.allowed(path) if not self.tag_pair(n)[0]])
+        last = None if free is None else self.ended_by_eos(self._begun(path))
         if last is not None and free is not None and text[free:].strip():
             at[last] = free
         for name in [*at]:
@@ -363,7 +368,7 @@ class Grammar:
         opens, closes = self._by_tag
         for found in self._tag_pattern.finditer(text, since):
             tag = found[0]
-            begun = [name for name in self.allowed(path) if not self.tag_pair(name)[0]] if inside is None else []
+            begun = self._begun(path) if inside is None else []
             if tag in closes:
                 name = closes[tag]
                 if inside != name and name not in begun:
@@ -384,7 +389,7 @@ class Grammar:
                 inside = name
             since = found.end()
         if inside is None and text[since:].strip():
-            inside = self.ended_by_eos([name for name in self.allowed(path) if not self.tag_pair(name)[0]])
+            inside = self.ended_by_eos(self._begun(path))
         if inside is not None:
             if not ended or self.ended_by_eos([inside]) is None:
                 return f"{inside} is not closed"
@@ -417,6 +422,10 @@ class Grammar:
         """The tags, of which the longest is found."""
         tags = sorted(map(re.escape, self._marks), key=len, reverse=True)
         return re.compile("|".join(tags) or "(?!)")
+
+    def _begun(self, path: Sequence[str]) -> list[str]:
+        """Return the stages without an opening tag that may come after ``path``: one of them has begun there."""
+        return [name for name in self.allowed(path) if not self.tag_pair(name)[0]]
 
     def _begin(self, text: str) -> int:
         """Return where the body of the stage begins that the prompt has opened: behind its tag if that is there too."""

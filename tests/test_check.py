@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.padding import left_padded
 from typer.testing import CliRunner
 
 from llava_cot import cli
@@ -40,28 +41,10 @@ def test_every_family_has_a_random_model():
 def test_a_padded_batch_is_split_into_its_prompts(name):
     """Images of unlike sizes and numbers, and a prompt without one, as a processor pads them."""
     model = build_model(name)
-    family = family_of(model.config)
     rows = [
         make_inputs(model, length=length, images=count, seed=length) for length, count in ((70, 2), (35, 1), (9, 0))
     ]
-    batch = {}
-    for input_name, dimensions in family.inputs.items():
-        if input_name == "batch_num_images":
-            batch[input_name] = torch.tensor([2, 1])  # of the prompts that have images
-            continue
-        values = [row[input_name] for row in rows if input_name in row]
-        shape = [max(value.shape[at] for value in values) for at in range(values[0].dim())]
-        batch_rows = []
-        for value in values:
-            empty = value.new_zeros([value.shape[0], *shape[1:]])
-            left = "tokens" in dimensions
-            at = tuple(slice(-size, None) if left and axis else slice(size) for axis, size in enumerate(value.shape))
-            empty[at] = value
-            batch_rows.append(empty)
-        if dimensions[0] == "batch" and len(values) < len(rows):
-            batch_rows.append(torch.zeros_like(batch_rows[0]))
-        batch[input_name] = torch.cat(batch_rows)
-    together = split_rows(batch, model.config)
+    together = split_rows(left_padded(family_of(model.config), rows), model.config)
     for prompt, row in zip(together, rows, strict=True):
         (alone,) = split_rows(row, model.config)
         assert prompt.keys() == alone.keys()

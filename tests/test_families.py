@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import random_llava, random_qwen
+from helpers.padding import left_padded
 from helpers.random_mllama import TINY_SHAPE, build_random_mllama, random_inputs
 from transformers import AutoProcessor
 
@@ -55,19 +56,6 @@ def case(request):
     model = build()
     inputs = [make_inputs(model, length=length, seed=seed) for seed, length in enumerate(LENGTHS)]
     return model, family_of(model.config), inputs
-
-
-def left_padded(family, rows):
-    """One batch of several prompts' inputs, as a processor pads them."""
-    longest = max(row["input_ids"].shape[1] for row in rows)
-    batch = {}
-    for name in rows[0]:
-        values = [row[name] for row in rows]
-        if "tokens" in family.inputs[name]:
-            behind = (0, 0) * (values[0].dim() - 2)  # pad takes the last dimension first
-            values = [torch.nn.functional.pad(v, (*behind, longest - v.shape[1], 0)) for v in values]
-        batch[name] = torch.cat(values)
-    return batch
 
 
 def test_what_is_not_supported_is_named():

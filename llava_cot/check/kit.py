@@ -230,12 +230,12 @@ def greedy(kit: Kit) -> str:
 
 def images(kit: Kit) -> str:
     """The answer depends on the pixels."""
-    seen = 0
+    seen, generator = 0, kit.generator()
     for index, prompt in enumerate(kit.prompts):
         if "pixel_values" not in prompt:
             continue
         other = Kit(kit.model, kit.processor, [{**prompt, "pixel_values": -prompt["pixel_values"]}])
-        (answer,) = kit.answers(kit.generator(), "greedy", [index], max_new_tokens=1)
+        (answer,) = kit.answers(generator, "greedy", [index], max_new_tokens=1)
         (changed,) = other.answers(other.generator(), "greedy", [0], max_new_tokens=1)
         first, second = (next(iter(found.trace.nodes.values())) for found in (answer, changed))
         if (first["tokens"], first["logprobs"]) == (second["tokens"], second["logprobs"]):

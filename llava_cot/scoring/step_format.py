@@ -78,16 +78,7 @@ def steps_of(text: str, grammar: Grammar, split: Split | None = None) -> list[st
     Raises:
         TypeError: ``split`` does not return a list of texts.
     """
-    if grammar.turns:
-        bodies = [text[part.start : part.end].strip() for part in grammar.parts(text)]
-        return bodies if split is None else [piece.strip() for body in bodies for piece in split(body)]
-    closing = "|".join(sorted(map(re.escape, (stop.text for stop in grammar.stops)), key=len, reverse=True))
-    any_tag = "|".join(sorted(map(re.escape, grammar.all_tags), key=len, reverse=True))
-    ends = [found.end() for found in re.finditer(closing, text)] if closing else []
-    parts = [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)])]
-    if not parts[-1].strip():
-        del parts[-1]
-    bodies = [(re.sub(any_tag, "", part) if any_tag else part).strip() for part in parts]
+    bodies = _bodies(text, grammar)
     if split is None:
         return bodies
     steps = list[str]()
@@ -97,3 +88,15 @@ def steps_of(text: str, grammar: Grammar, split: Split | None = None) -> list[st
             raise TypeError(f"split must return a list of texts, got {pieces!r}")
         steps += [piece.strip() for piece in pieces]
     return steps
+
+
+def _bodies(text: str, grammar: Grammar) -> list[str]:
+    if grammar.turns:  # no tag of the model ends a reply
+        return [text[part.start : part.end].strip() for part in grammar.parts(text)]
+    closing = "|".join(sorted(map(re.escape, (stop.text for stop in grammar.stops)), key=len, reverse=True))
+    any_tag = "|".join(sorted(map(re.escape, grammar.all_tags), key=len, reverse=True))
+    ends = [found.end() for found in re.finditer(closing, text)] if closing else []
+    parts = [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)])]
+    if not parts[-1].strip():
+        del parts[-1]
+    return [(re.sub(any_tag, "", part) if any_tag else part).strip() for part in parts]

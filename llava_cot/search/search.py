@@ -438,9 +438,8 @@ class Search:
             written = self.grammar.ended_by(stop, stages_of(parent), allowed)
         elif finish is Finish.EOS:
             written = self.grammar.ended_by_eos(allowed)
-        if written is not None and not any(self.grammar.tag_pair(written)):
-            # Without tags and without a text there is no stage.
-            written = written if self.grammar.body(continuation.text, written) else None
+        if written and not (any(self.grammar.tag_pair(written)) or self.grammar.body(continuation.text, written)):
+            written = None  # without tags and without a text there is no stage
         node = self.node(parent, written or allowed[0], round, index, continuation, written is not None)
         if written is not None:
             node.opens = stop.opens if stop else None

@@ -5,8 +5,9 @@ from functools import partial
 import pytest
 import torch
 from helpers.jobs import Job, run
+from helpers.padding import left_padded
 from helpers.random_llava import FAMILIES, IMAGE_SIZE, PATCH_SIZE, build_random_llava
-from helpers.reference_loop import KINDS, PublishedWay, swires
+from helpers.reference_loop import PublishedWay, swires
 from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -15,6 +16,7 @@ from llava_cot.core import Expand, SamplingParams
 from llava_cot.data import shapes
 from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.engine import Engine
+from llava_cot.families import family_of
 from llava_cot.prompt import build_inputs, split_rows
 from llava_cot_kernels.stage_tags import StageTags
 
@@ -47,23 +49,6 @@ def assert_same_search(answer, plain):
     assert answer.tokens == plain.answer.tokens()
 
 
-def left_padded(rows):
-    """One batch of two prompts' inputs, as a processor pads them: images on the right and below."""
-    longest = max(row["input_ids"].shape[1] for row in rows)
-    largest = torch.tensor([row["pixel_values"].shape[-2:] for row in rows]).amax(0).tolist()
-    per_token = ("input_ids", "attention_mask", *KINDS)
-
-    def padded(name, value):
-        if name in per_token:
-            return torch.nn.functional.pad(value, (longest - value.shape[1], 0))
-        if name == "pixel_values" and value.dim() == 4:
-            behind = (0, largest[1] - value.shape[-1], 0, largest[0] - value.shape[-2])
-            return torch.nn.functional.pad(value, behind)
-        return value
-
-    return {name: torch.cat([padded(name, row[name]) for row in rows]) for name in rows[0]}
-
-
 def test_greedy(bare_generator, family):
     """With pages of every size, around their boundaries."""
     model, untouched, make_inputs = family
@@ -88,7 +73,7 @@ def test_two_questions_at_once(bare_generator, family, search):
     generator = bare_generator(model, page_size=4)
     rows = [make_inputs(length=20, images=1, seed=5), make_inputs(length=33, images=2, seed=6)]
     settings = dict(search=search, seed=1, max_new_tokens=40, return_dict_in_generate=True)
-    together = generator.generate(**left_padded(rows), **settings)
+    together = generator.generate(**left_padded(family_of(model.config), rows), **settings)
     for row, answer in zip(rows, together.answers):
         alone = generator.generate(**row, **settings).answers[0]
         assert answer.tokens == alone.tokens

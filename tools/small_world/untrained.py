@@ -1,10 +1,12 @@
 """The tiny Mllama with random weights: ``python -m tools.small_world.untrained OUT``."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import MllamaConfig, MllamaForConditionalGeneration, MllamaProcessor
+from transformers import MllamaConfig, MllamaForConditionalGeneration, MllamaProcessor, ProcessorMixin
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
 
 from llava_cot.data import shapes
@@ -62,12 +64,12 @@ def build_model(
     return model
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def write_untrained(description: str | None, build_model: Callable[..., Any], processor: ProcessorMixin) -> None:
+    """Write the model and its processor to the folder that the command line names."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("out", type=Path, help="folder for the model and its processor")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    processor = build_processor()
     model = build_model(processor, args.seed)
     model.save_pretrained(args.out)
     processor.save_pretrained(args.out)
@@ -75,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    write_untrained(__doc__, build_model, build_processor())

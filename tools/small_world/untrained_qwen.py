@@ -5,7 +5,7 @@ bundled Mllama, which has the same widths and the same BPE. Its vision encoder i
 two layers where the Mllama has cross-attention instead.
 """
 
-import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from llava_cot.data import shapes
 from llava_cot.families.qwen_processor import QwenImageTextProcessor
 from llava_cot.tiny import tiny_path
 from tools.small_world.processor import byte_pairs
+from tools.small_world.untrained import write_untrained
 
 PATCH, MERGE = shapes.CELL // 2, 2  # an image token is a cell of the world's grid
 SPECIAL_TOKENS = (
@@ -142,17 +143,5 @@ def _gate_of(name: str) -> str:
     return name.replace("mlp.down_proj.weight", "cross_attn_mlp_gate")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path, help="folder for the model and its processor")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    processor = build_processor()
-    model = build_model(processor, args.seed, language_model=tiny_path())
-    model.save_pretrained(args.out)
-    processor.save_pretrained(args.out)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters in {args.out}")
-
-
 if __name__ == "__main__":
-    main()
+    write_untrained(__doc__, partial(build_model, language_model=tiny_path()), build_processor())
