@@ -1,6 +1,7 @@
 """The host build of the CUDA kernels (tests/fibers), and what it counts."""
 
 import ctypes
+import fcntl
 import hashlib
 import subprocess
 import sysconfig
@@ -81,9 +82,11 @@ def _library() -> Path:
     folder = ROOT / "build" / "fibers"
     folder.mkdir(parents=True, exist_ok=True)
     library = folder / f"fibers-{key}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            _compile(sources, Path(scratch)).rename(library)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # or each of several test processes would compile it
+        if not library.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                _compile(sources, Path(scratch)).rename(library)
     return library
 
 
