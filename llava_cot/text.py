@@ -28,7 +28,7 @@ _LATEX = [
     (re.compile(r"\\pi(?![a-z])"), "π"),
     (re.compile(r"\\times(?![a-z])|\\cdot(?![a-z])"), "*"),
 ]
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|<\|begin_of_box\|>")
+_BOX_OR_BRACE = re.compile(r"(\\(?:boxed|fbox)\s*\{)|<\|begin_of_box\|>|\\?[{}]")
 _MATH = [re.compile(p, re.DOTALL) for p in (r"\$\$([^$]+)\$\$", r"\$([^$]+)\$", r"\\\((.+)\\\)", r"\\\[(.+)\\\]")]
 
 # An option's letter with its mark, as in "(B) a cat". If a second option follows, the first alone is not the answer.
@@ -36,6 +36,7 @@ _OPTION = re.compile(r"[(*]*([a-h])\**[).:]+\**(?=\s|$)(?!.*\b[a-h]\**[).:])")
 # A number that is not part of a word, of a longer number or of something like 192.168.0.1.
 _NUMBER = re.compile(r"(?<![\w.,])([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+|(?=\.[0-9]))(\.[0-9]+)?(?![.,]?[0-9])")
 _FRACTION = re.compile(r"(-?)(?:([0-9]{1,30}) )?([0-9]{1,30}) ?/ ?([0-9]{1,30})(%|°[cf]?| [a-z/]{1,4})?")
+MOST_MARKS = 30  # in a row
 _SURROUNDING = " .,;:!?'\"`*_()"  # signs, units and square brackets have a meaning and stay
 
 # What stands behind a number, however it is spelled.
@@ -108,24 +109,46 @@ def normalise(text: str) -> str:
     return "0" if text == "-0" else text
 
 
+def nfkc(text: str) -> str:
+    """Return ``text`` in NFKC, in linear time.
+
+    Marks that combine are sorted, which takes quadratic time. Of more than 30 in a row the rest is left out: Unicode's
+    stream-safe format (UAX #15, section 13) has no more.
+    """
+    if text.isascii():
+        return text
+    kept, marks = [], 0
+    for character in text:
+        marks = marks + 1 if unicodedata.combining(character) else 0
+        if marks <= MOST_MARKS:
+            kept.append(character)
+    return unicodedata.normalize("NFKC", "".join(kept))
+
+
 def _boxed(text: str) -> str:
     """Return what stands in the last answer box, or ``text`` if it has none. Braces in a box may be nested."""
-    for opened in reversed([*_BOX.finditer(text)]):
-        if opened[0] == "<|begin_of_box|>":
-            return text[opened.end() :].partition("<|end_of_box|>")[0]
-        depth = 1
-        for brace in re.finditer(r"\\?[{}]", text[opened.end() :]):
-            depth += {"{": 1, "}": -1}.get(brace[0], 0)
-            if not depth:
-                return text[opened.end() : opened.end() + brace.start()]
-    return text
+    opened: list[int | None] = []  # where the text of each open brace starts, if it opens a box
+    last: tuple[int, int | None] | None = None
+    for token in _BOX_OR_BRACE.finditer(text):
+        if token[0] == "<|begin_of_box|>":
+            last = token.end(), None
+        elif token[0] == "}":
+            start = opened.pop() if opened else None
+            if start is not None and (last is None or start > last[0]):
+                last = start, token.start()
+        elif token[0] == "{" or token[1]:
+            opened.append(token.end() if token[1] else None)
+    if last is None:
+        return text
+    inner = text[last[0] : last[1]]
+    return inner if last[1] is not None else inner.partition("<|end_of_box|>")[0]
 
 
 def _plain_characters(text: str) -> str:
     text = _THIN_THOUSANDS.sub("", text)
     text = _POWER.sub(lambda power: "^" + power[0].translate(_POWERS), _MIXED.sub(" ", text))
     text = text.translate(_CHARACTERS)
-    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).translate(_CHARACTERS)
+    text = nfkc(nfkc(text).casefold()).translate(_CHARACTERS)
     return "".join(c for c in text if unicodedata.category(c) != "Cf")
 
 

@@ -1,12 +1,13 @@
 """Which answers are one answer to a vote or a verdict, and which are not."""
 
 import itertools
+import unicodedata
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llava_cot.text import normalise
+from llava_cot.text import nfkc, normalise
 
 # What it becomes: ways to say it
 SPELLINGS: dict[str, list[str]] = {
@@ -153,5 +154,15 @@ def test_any_text_has_a_spelling(text):
 
 
 def test_long_answers_do_not_take_the_square_of_their_length():
-    for text in ("9" * 100_000, "1/" * 50_000, "$" * 100_000, r"\frac{" * 20_000, "(" * 100_000, "a " * 50_000):
+    for text in ("9" * 100_000, "1/" * 50_000, "$" * 100_000, r"\frac{" * 20_000, "(" * 100_000, "a " * 50_000,
+                 r"\boxed{" * 15_000, r"\boxed{" * 9_000 + "}" * 8_999, "a" + "\u0300\u0327" * 50_000):  # fmt: skip
         normalise(text)
+
+
+@given(st.text("ae\u0301\u0327\u0344①½가\u1100\ufdfa", max_size=25))
+def test_few_marks_are_composed_as_unicode_says(text):
+    assert nfkc(text) == unicodedata.normalize("NFKC", text)
+
+
+def test_of_many_marks_the_rest_is_left_out():
+    assert nfkc("a" + "\u0327" * 99) == "a" + "\u0327" * 30
