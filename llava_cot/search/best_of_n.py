@@ -18,6 +18,10 @@ class BestOfNConfig(Scored):
         if self.n < 1:
             raise ValueError(f"n must be >= 1, got {self.n}")
 
+    @property
+    def max_generations(self) -> int:
+        return self.n
+
 
 def best_of_n(search: Search, config: BestOfNConfig) -> Program[list[Node]]:
     nodes = yield from search.expand([search.root], config.n, None, params=config.params())

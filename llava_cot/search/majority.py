@@ -36,6 +36,10 @@ class MajorityConfig(Scored):
         if not 0 < self.keep_fraction <= 1:
             raise ValueError(f"keep_fraction must be in (0, 1], got {self.keep_fraction}")
 
+    @property
+    def max_generations(self) -> int:
+        return self.n
+
 
 def majority(search: Search, config: MajorityConfig) -> Program[list[Node]]:
     nodes = yield from search.expand([search.root], config.n, None, params=config.params())

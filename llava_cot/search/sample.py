@@ -39,6 +39,11 @@ class Limits:
         return 1
 
     @property
+    def max_generations(self) -> int | None:
+        """The most candidates that are drawn for one question; None if only their tokens are bounded."""
+        return 1
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether its thresholds come from a calibration of its scorer."""
         return False
@@ -66,6 +71,10 @@ class Decoding(Limits):
 
     @property
     def num_answers(self) -> int:
+        return self.num_return_sequences
+
+    @property
+    def max_generations(self) -> int | None:
         return self.num_return_sequences
 
     def params(self) -> SamplingParams:

@@ -30,6 +30,10 @@ class SentenceBeamConfig(Scored):
         if self.scope not in ("stage", "path"):
             raise ValueError(f"scope must be 'stage' or 'path', got {self.scope!r}")
 
+    @property
+    def max_generations(self) -> None:
+        return None  # a text may have any number of sentences
+
 
 def sentence_beam(search: Search, config: SentenceBeamConfig) -> Program[list[Node]]:
     scorer, growing, round = resolve_scorer(config.scorer), [search.root], 0

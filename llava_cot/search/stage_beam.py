@@ -33,6 +33,10 @@ class StageBeamConfig(Staged):
             )
             object.__setattr__(self, name, plain)
 
+    @property
+    def max_generations(self) -> int:
+        return self.to_swires().max_generations
+
     def to_swires(self) -> SwiresConfig:
         return SwiresConfig(**{**vars(self), "retrace": {}})
 

@@ -109,6 +109,31 @@ class SwiresConfig(Staged):
         is_absolute = self.cutoff is not None or self.cutoff_agreement is not None
         return bool(self.retrace) and self.max_rounds > 1 and not is_absolute
 
+    @property
+    def max_generations(self) -> int:
+        """The candidates of the costliest run: every round but the last fails at the stage where failing costs most."""
+        names, costs = self.grammar.names, [*map(self._width, self.grammar.names)]
+        goes_back = [(at, names.index(self.retrace[name])) for at, name in enumerate(names) if name in self.retrace]  # type: ignore
+        to_the_end = [sum(costs[start:]) for start in range(len(names))]
+        most = to_the_end  # from each stage on, in the rounds that are left
+        for _ in range(self.max_rounds - 1):
+            most = [
+                max([end] + [sum(costs[start : at + 1]) + most[to] for at, to in goes_back if at >= start])
+                for start, end in enumerate(to_the_end)
+            ]
+        return most[0]
+
+    def _width(self, stage: str) -> int:
+        """The most candidates that one round draws of a stage: each parent has one at least."""
+        follows = self.grammar.follows
+        sources = [(1, tuple(self.grammar.allowed([]))), *((self.keep[name], tuple(follows[name])) for name in follows)]  # type: ignore
+        widths = [
+            max(parents, *(self.candidates[name] for name in names))  # type: ignore[index]
+            for parents, names in sources
+            if stage in names
+        ]
+        return max(widths, default=1) * self.grammar.max_visits.get(stage, 1)
+
     @classmethod
     def published(cls, grammar: Grammar = LLAVA_COT, **changes: object) -> "SwiresConfig":
         """arXiv v6 (ICCV), appendix D, algorithm 1.

@@ -39,6 +39,10 @@ class TokenBeamConfig(Limits):
     def num_answers(self) -> int:
         return self.num_return_sequences
 
+    @property
+    def max_generations(self) -> int:
+        return self.num_beams
+
 
 class _Beam(NamedTuple):
     """A running beam. ``tokens`` are all that it has drawn, and ``score`` is the sum of their log-probs in nats."""
