@@ -18,6 +18,7 @@ class Answer:
     usage: Usage
     grammar: Grammar = LLAVA_COT
     violation: str | None = None  # where the text leaves the grammar, in words; None if it does not
+    ended: bool = True  # by itself; else it was cut, by a limit or a budget
 
     @property
     def conclusion(self) -> str:

@@ -38,21 +38,24 @@ def check_apart(path: Path | str, name: str, source: Path | str, source_name: st
 
 
 @contextmanager
-def replacing(path: Path | str) -> Iterator[TextIO]:
+def replacing(path: Path | str, errors: str = "strict") -> Iterator[TextIO]:
     """Yield a UTF-8 file to write, which replaces ``path`` when the block ends.
 
     A reader of ``path`` sees either the old content or all of the new one. If the block raises, ``path`` is unchanged.
     A link stays a link, and the file that it leads to is replaced. The new file has the mode and, where that is
     allowed, the owner of the old one. A device or a pipe cannot be replaced, and is written as the block goes.
+
+    Args:
+        errors: as ``open`` takes it. A page that names a path needs "backslashreplace", since a name may be no text.
     """
     target = Path(os.path.realpath(path))
     if not _is_replaced(target):
-        with target.open("w", encoding="utf-8") as file:
+        with target.open("w", encoding="utf-8", errors=errors) as file:
             yield file
         return
     part = target.with_name(f".{target.name}.{os.getpid()}.part")  # in the same folder, so that renaming is atomic
     try:
-        with part.open("w", encoding="utf-8") as file:
+        with part.open("w", encoding="utf-8", errors=errors) as file:
             yield file
         if target.exists():
             old = target.stat()

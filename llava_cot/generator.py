@@ -406,7 +406,14 @@ class SwiresGenerator:
         ended = node.finish is Finish.EOS
         stages, violation = self.grammar.parse(text, ended=ended), self.grammar.violation(text, ended=ended)
         return Answer(
-            text, list(node.path_tokens()), stages, self.trace_of(run, node), run.search.usage, self.grammar, violation
+            text,
+            list(node.path_tokens()),
+            stages,
+            self.trace_of(run, node),
+            run.search.usage,
+            self.grammar,
+            violation,
+            ended or node.closed,
         )
 
     def answers_of(self, runs: Sequence[SearchRun]) -> list[Answer | Exception]:

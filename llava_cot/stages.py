@@ -298,6 +298,16 @@ class Grammar:
             parts[part.name].append(part)
         return {name: self._stage_text(name, text, found) for name, found in parts.items()}
 
+    def conclusion_of(self, text: str, stages: Mapping[str, StageText]) -> StageText:
+        """Return the answer in ``text``, whose ``stages`` are those that ``parse`` found: that of the conclusion.
+
+        A text in which no stage was opened at all, as of a model that answers plainly, is the answer itself; the
+        outcome is missing all the same. A text with stages but without a conclusion has no answer.
+        """
+        if all(stage.outcome is Outcome.MISSING for stage in stages.values()):
+            return StageText(self.conclusion, text.strip(), Outcome.MISSING)
+        return stages[self.conclusion]
+
     def body(self, text: str, name: str) -> str:
         """Return the stripped text of one candidate of a stage, without its tags and what stands before or behind."""
         open_tag, close_tag = self.tag_pair(name)

@@ -96,9 +96,14 @@ def annotate(
     price_out: Annotated[float | None, typer.Option(help="USD per million completion tokens.")] = None,
     max_cost: Annotated[float | None, typer.Option(help="The most USD that all runs into OUT may spend.")] = None,
     image_tokens: Annotated[int, typer.Option(min=0, help="The tokens of an image in estimates.")] = 1000,
+    workers: Annotated[
+        str | None,
+        typer.Option(help="Run MODEL here instead of asking an endpoint: local, or ray:N for N actors."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="The device of workers, e.g. cuda; by default the CPU.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only estimate requests, tokens and cost.")] = False,
 ) -> None:
-    """Let a model behind an endpoint write four-stage answers to questions whose answers are known."""
+    """Let a model behind an endpoint, or on workers, write four-stage answers to questions whose answers are known."""
     from llava_cot.data.annotation.cost import Prices
     from llava_cot.data.annotation.progress import progress_bar, summary
     from llava_cot.data.annotation.run import Settings, annotate_file, estimate_file
@@ -128,8 +133,18 @@ def annotate(
     if dry_run:
         print(estimate_file(questions, out, rejects, settings))
         return
+    chat = None
+    if workers is not None:
+        from llava_cot.workers.chat import open_chat
+        from llava_cot.workers.task import ModelSettings
+
+        if base_url is not None:
+            raise ValueError(f"base_url must not be given with workers={workers!r}, got {base_url!r}")
+        sampling = {} if temperature is None else {"temperature": temperature}
+        decoding = {"max_new_tokens": max_tokens, **sampling}
+        chat = open_chat(workers, ModelSettings(model, "sample", decoding, device=device), concurrency)
     with progress_bar() as show:
-        outcome = annotate_file(questions, out, rejects, settings, show=show)
+        outcome = annotate_file(questions, out, rejects, settings, chat=chat, show=show)
     print(summary(outcome))
     if outcome.signal is not None:
         raise typer.Exit(128 + outcome.signal)

@@ -25,9 +25,10 @@ from llava_cot.data.annotation import annotate_file, estimate_file
 from llava_cot.data.annotation.check import tidy, violation
 from llava_cot.data.annotation.client import Reply
 from llava_cot.data.annotation.cost import Prices
-from llava_cot.data.annotation.journal import Journal, read_journal
 from llava_cot.data.annotation.judge import read_verdict
+from llava_cot.data.annotation.past import ANNOTATION
 from llava_cot.data.conversations import parse_conversation
+from llava_cot.journal import Journal, read_journal
 from llava_cot.stages import LLAVA_COT, STAGES, render
 
 
@@ -338,23 +339,23 @@ def test_bad_settings(make, monkeypatch):
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=4), st.data())
 def test_a_journal_cut_anywhere_holds_the_whole_records(tmp_path_factory, texts, data):
     path = tmp_path_factory.mktemp("journal") / "out.jsonl"
-    journal, ends = Journal(path), [0]
+    journal, ends = Journal(path, ANNOTATION), [0]
     records = [{"id": str(at), "text": text, "provenance": {}} for at, text in enumerate(texts)]
     for record in records:
         journal.append(record)
         ends.append(path.stat().st_size)
     with pytest.raises(ValueError, match="must be written by one process"):
-        Journal(path)
+        Journal(path, ANNOTATION)
     journal.close()
     cut = data.draw(st.integers(0, ends[-1]))
     os.truncate(path, cut)
     whole = sum(end <= cut for end in ends) - 1
-    assert list(read_journal(path)) == records[:whole]
-    journal = Journal(path)
+    assert list(read_journal(path, ANNOTATION)) == records[:whole]
+    journal = Journal(path, ANNOTATION)
     assert path.stat().st_size == ends[whole]
     journal.append({"id": "new", "provenance": {}})
     journal.close()
-    assert [record["id"] for record in read_journal(path)] == [*map(str, range(whole)), "new"]
+    assert [record["id"] for record in read_journal(path, ANNOTATION)] == [*map(str, range(whole)), "new"]
 
 
 SECTION = st.text(st.characters(exclude_characters="<>", exclude_categories=["Cs"])).filter(str.strip)

@@ -7,7 +7,7 @@ import random
 import time
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, Protocol
 
 from llava_cot.data.annotation.cost import ANNOTATION_TOKENS, Usage, prompt_tokens, text_tokens
 from llava_cot.data.annotation.pace import Pace
@@ -45,6 +45,18 @@ class Reply:
     model: str  # the name that the endpoint gives
 
 
+class Chat(Protocol):
+    """What annotation asks: an endpoint, or workers with a model of their own."""
+
+    async def ask(
+        self, messages: list[Message], usage: Usage, expected: int = ANNOTATION_TOKENS, **options: object
+    ) -> Reply:
+        """See ``ChatClient.ask``."""
+
+    async def close(self) -> None:
+        """Give everything back."""
+
+
 class ChatClient:
     """Chats with any server of OpenAI's chat completions protocol.
 
@@ -72,7 +84,7 @@ class ChatClient:
         try:
             import openai
         except ImportError:
-            raise ValueError("annotate needs the openai package: pip install 'llava-cot[annotate]'") from None
+            raise ValueError("a chat endpoint needs the openai package: pip install 'llava-cot[annotate]'") from None
         key = os.environ.get("OPENAI_API_KEY")
         if not key:
             raise ValueError("OPENAI_API_KEY must be set (to anything, for a server without keys), got none")

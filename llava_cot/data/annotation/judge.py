@@ -5,7 +5,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from llava_cot.data.annotation.client import ChatClient, Reply, RequestRefused
+from llava_cot.data.annotation.client import Chat, Reply, RequestRefused
 from llava_cot.data.annotation.cost import VERDICT_TOKENS, Usage
 from llava_cot.data.annotation.prompts import VERDICT_SCHEMA, judge_messages
 from llava_cot.text import normalise
@@ -32,7 +32,7 @@ class Verdict:
 class Judge:
     """Asks for structured output until the endpoint refuses it, and then for the same JSON as text."""
 
-    def __init__(self, client: ChatClient) -> None:
+    def __init__(self, client: Chat) -> None:
         self._client = client
         self._is_structured = True
 

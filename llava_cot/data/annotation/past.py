@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from llava_cot.data.annotation.cost import Usage
-from llava_cot.data.annotation.journal import Journal, read_journal
+from llava_cot.journal import Journal, JournalKind, read_journal
+
+ANNOTATION = JournalKind("annotate", frozenset({"id", "provenance"}))  # accepted and rejected records
 
 
 @dataclass
@@ -23,7 +25,7 @@ class Past:
 def read_past(out: Path, rejects: Path, retry_rejects: bool) -> Past:
     """Read both files. A rejected id is done too, unless it is to be asked again."""
     past = Past()
-    for record in read_journal(out):
+    for record in read_journal(out, ANNOTATION):
         usage = Usage(**record["provenance"]["usage"])
         past.done.add(str(record["id"]))
         past.records += 1
@@ -43,9 +45,9 @@ def read_past(out: Path, rejects: Path, retry_rejects: bool) -> Past:
 
 def _fresh(out: Path, rejects: Path) -> dict[str, dict[str, Any]]:
     """Return the last record of each id among the rejects, without ids that were accepted later."""
-    found = {str(record["id"]): record for record in read_journal(rejects)}
+    found = {str(record["id"]): record for record in read_journal(rejects, ANNOTATION)}
     if found:
-        for record in read_journal(out):
+        for record in read_journal(out, ANNOTATION):
             found.pop(str(record["id"]), None)
     return found
 
@@ -53,5 +55,5 @@ def _fresh(out: Path, rejects: Path) -> dict[str, dict[str, Any]]:
 def drop_stale(out: Path, rejected: Journal) -> None:
     """Keep only the last record of each id among the rejects, and none of an id that was accepted later."""
     fresh = _fresh(out, rejected.path)
-    if len(fresh) < sum(1 for _ in read_journal(rejected.path)):
+    if len(fresh) < sum(1 for _ in read_journal(rejected.path, ANNOTATION)):
         rejected.keep(fresh.values())

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llava_cot.data.annotation.check import sections_of, tidy, violation
-from llava_cot.data.annotation.client import ChatClient, RequestFailed
+from llava_cot.data.annotation.client import Chat, RequestFailed
 from llava_cot.data.annotation.cost import Usage
 from llava_cot.data.annotation.images import SentImage, read_image
 from llava_cot.data.annotation.judge import Judge, Verdict
@@ -49,7 +49,7 @@ class Annotator:
         attempts: the most texts that are requested for a turn before the conversation is rejected.
     """
 
-    def __init__(self, client: ChatClient, folder: Path, options: Mapping[str, Any], attempts: int) -> None:
+    def __init__(self, client: Chat, folder: Path, options: Mapping[str, Any], attempts: int) -> None:
         self._client, self._judge = client, Judge(client)
         self._folder, self._options, self._attempts = folder, dict(options), attempts
 

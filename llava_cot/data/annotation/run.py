@@ -11,13 +11,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llava_cot.data.annotation.client import ChatClient
+from llava_cot.data.annotation.client import Chat, ChatClient
 from llava_cot.data.annotation.cost import Estimate, Prices, Usage
 from llava_cot.data.annotation.estimate import estimate_run
-from llava_cot.data.annotation.journal import Journal
-from llava_cot.data.annotation.past import Past, drop_stale, read_past
+from llava_cot.data.annotation.past import ANNOTATION, Past, drop_stale, read_past
 from llava_cot.data.annotation.questions import Question, read_questions
 from llava_cot.data.annotation.record import Annotator
+from llava_cot.journal import Journal
 
 GRACE_SECONDS = 20.0  # for requests in flight when a signal arrives
 
@@ -88,6 +88,7 @@ def annotate_file(
     rejects: Path | str | None = None,
     settings: Settings | None = None,
     *,
+    chat: Chat | None = None,
     show: Callable[[Outcome], None] = lambda outcome: None,
     **options: Any,
 ) -> Outcome:
@@ -100,6 +101,7 @@ def annotate_file(
         questions: see ``read_questions``. The whole file is read and checked before any request is sent.
         rejects: the file of rejects; by default ``out`` with the suffix ``.rejects.jsonl``.
         settings: the settings, which may also be given by name as ``options``.
+        chat: what the requests are sent to; by default the endpoint at ``base_url``. It is closed at the end.
         show: a function that is called after each record.
 
     Raises:
@@ -108,20 +110,12 @@ def annotate_file(
     """
     settings = settings or Settings(**options)
     questions, out, rejects = _paths(questions, out, rejects)
-    client = ChatClient(
-        settings.base_url,
-        timeout=settings.timeout,
-        max_retries=settings.max_retries,
-        rpm=settings.rpm,
-        tpm=settings.tpm,
-        options=settings.options,
-        image_tokens=settings.image_tokens,
-    )
+    client = chat or _endpoint(settings)
     for _ in read_questions(questions):
         pass
-    accepted = Journal(out)
+    accepted = Journal(out, ANNOTATION)
     try:
-        rejected = Journal(rejects)
+        rejected = Journal(rejects, ANNOTATION)
         try:
             drop_stale(out, rejected)  # an earlier run that asked rejects again may have crashed
             past = read_past(out, rejects, settings.retry_rejects)
@@ -134,6 +128,18 @@ def annotate_file(
             rejected.close()
     finally:
         accepted.close()
+
+
+def _endpoint(settings: Settings) -> ChatClient:
+    return ChatClient(
+        settings.base_url,
+        timeout=settings.timeout,
+        max_retries=settings.max_retries,
+        rpm=settings.rpm,
+        tpm=settings.tpm,
+        options=settings.options,
+        image_tokens=settings.image_tokens,
+    )
 
 
 def estimate_file(
@@ -165,7 +171,7 @@ class _Run:
         accepted: Journal,
         rejected: Journal,
         past: Past,
-        client: ChatClient,
+        client: Chat,
         show: Callable[[Outcome], None],
     ) -> None:
         self._settings, self._past, self._client, self._show = settings, past, client, show

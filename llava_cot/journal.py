@@ -5,11 +5,20 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llava_cot.atomic import replacing
 
 Record = Mapping[str, Any]
+
+
+class JournalKind(NamedTuple):
+    """What is written to a journal: the name of the command, and the keys that every record has. One is "id"."""
+
+    name: str
+    keys: frozenset[str]
+
+
 _HEAD = b'{"id": '  # every record begins with this
 
 
@@ -18,11 +27,11 @@ def dump(record: Record) -> str:
     return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def read_journal(path: Path) -> Iterator[dict[str, Any]]:
+def read_journal(path: Path, kind: JournalKind) -> Iterator[dict[str, Any]]:
     """Yield the complete records of the file, if it exists. An incomplete last line is skipped.
 
     Raises:
-        ValueError: a line is not a journal's. So another file is not taken for a journal.
+        ValueError: a line is not a record of this kind. So another file is not taken for a journal.
     """
     if not path.exists():
         return
@@ -34,8 +43,8 @@ def read_journal(path: Path) -> Iterator[dict[str, Any]]:
                 record = json.loads(line)
             except (ValueError, RecursionError):
                 record = None
-            if not isinstance(record, dict) or "id" not in record or "provenance" not in record:
-                raise ValueError(f"line {number} of {str(path)!r} must be a record of annotate, got {line[:60]!r}")
+            if not isinstance(record, dict) or not kind.keys <= record.keys():
+                raise ValueError(f"line {number} of {str(path)!r} must be a record of {kind.name}, got {line[:60]!r}")
             yield record
 
 
@@ -46,11 +55,11 @@ class Journal:
         ValueError: another process is writing to it, or it is not a journal.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kind: JournalKind) -> None:
         self.path = path
         self._file = self._open()
         try:
-            for _ in read_journal(path):
+            for _ in read_journal(path, kind):
                 pass  # a file that is not a journal raises here, before it is cut
             self._cut_torn_line()
         except BaseException:
@@ -86,9 +95,13 @@ class Journal:
         file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A process that has just replaced the file lets go of the one that was opened here.
+            is_held = not os.path.exists(self.path) or not os.path.samestat(os.fstat(file), os.stat(self.path))
         except BlockingIOError:
+            is_held = True
+        if is_held:
             os.close(file)
-            raise ValueError(f"{str(self.path)!r} must be written by one process, got a second one") from None
+            raise ValueError(f"{str(self.path)!r} must be written by one process, got a second one")
         return file
 
     def _cut_torn_line(self) -> None:
