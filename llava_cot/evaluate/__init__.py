@@ -1,0 +1,1 @@
+"""Evaluation: benchmarks, scoring rules, runs that resume, statistics, and the tables of the paper."""
