@@ -12,19 +12,22 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from accuracy_report import mcnemar, wilson
+from accuracy_report import paired
+
+from llava_cot.evaluate import published
+from llava_cot.evaluate.published import PUBLISHED
+from llava_cot.evaluate.statistics import wilson
 
 RESULTS = Path(__file__).parent / "results" / "tiny_ablation.json"
 FULL = "full"
 
 # MMStar, MathVista and AI2D in the summary that this project started from. Its rows of left-out stages are in no
 # version of the paper that was found. Its direct answers are the paper's base without any fine-tune.
+NAMES = {"all four stages": FULL, "direct answer": "direct"}
 SUMMARY = {
-    "full": "57.6 / 54.8 / 85.0",
-    "without SUMMARY": "55.8 / 52.3 / 83.1",
-    "without CAPTION": "56.1 / 53.1 / 82.8",
-    "without REASONING": "50.2 / 47.5 / 78.2",
-    "direct": "49.8 / 48.6 / 77.0",
+    NAMES.get(row.model, row.model): " / ".join(map(str, row.numbers.values()))
+    for row in PUBLISHED
+    if row.table == "stages" and row.source is published.SUMMARY
 }
 # Version 6 of the paper, arXiv:2411.10440: the mean of six benchmarks, and the mean of their reasoning subsets.
 PAPER = {
@@ -45,7 +48,7 @@ def seed_row(run: dict[str, Any]) -> dict[str, Any]:
 def against(rows: dict[str, dict[str, Any]], variant: str, rival: str) -> list[float]:
     """Return the p-value of each seed that both have."""
     one, other = rows[variant]["seeds"], rows[rival]["seeds"]
-    return [mcnemar(one[seed], other[seed])[2] for seed in one if seed in other]
+    return [paired(one[seed], other[seed])[2] for seed in one if seed in other]
 
 
 def summarise(raw: dict[str, Any]) -> dict[str, Any]:

@@ -13,11 +13,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import binomtest
-
 from llava_cot import tiny_path
 from llava_cot.bundled import BUNDLED
 from llava_cot.checkpoint import checkpoint_sha256
+from llava_cot.evaluate.statistics import mcnemar, wilson
 from llava_cot.scoring import Span, diagnose, self_consistency, vote
 from llava_cot.stages import parse
 from llava_cot.text import normalise
@@ -25,13 +24,6 @@ from llava_cot.text import normalise
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16)
 RESULTS = Path(__file__).parent / "results"
 PLOT = Path(__file__).parent.parent / "docs" / "tiny_accuracy.svg"
-
-
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """Return the 95 % interval of a proportion."""
-    z, p = 1.96, right / n
-    center, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (center - half) / (1 + z * z / n), (center + half) / (1 + z * z / n)
 
 
 def row(right: list[bool], tokens: list[float], scorer_calls: float = 0.0, **more: Any) -> dict[str, Any]:
@@ -47,11 +39,11 @@ def row(right: list[bool], tokens: list[float], scorer_calls: float = 0.0, **mor
     }
 
 
-def mcnemar(one: dict[str, Any], other: dict[str, Any]) -> tuple[int, int, float]:
+def paired(one: dict[str, Any], other: dict[str, Any]) -> tuple[int, int, float]:
     """Return how many questions only the one and only the other has right, and the exact two-sided p-value."""
     only = Counter(zip(one["right"], other["right"]))
     won, lost = only["1", "0"], only["0", "1"]
-    return won, lost, float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
+    return won, lost, mcnemar(won, lost)
 
 
 def _answers(question: dict[str, Any]) -> list[dict[str, Any]]:
@@ -141,7 +133,7 @@ def comparisons(rows: dict[str, dict[str, Any]], search: str) -> list[dict[str, 
     found = []
     for names in filter(None, ([name for name in names if name in rows] for names in families.values())):
         rival = same_tokens(rows, tokens, names)
-        won, lost, p = mcnemar(rows[search], rows[rival])
+        won, lost, p = paired(rows[search], rows[rival])
         found.append({"search": search, "rival": rival, "won": won, "lost": lost, "p": p})
     return found
 

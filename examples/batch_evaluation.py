@@ -5,20 +5,12 @@ questions are few, so the interval is wide: a difference between two searches th
 """
 
 import argparse
-import math
 
 import torch
 
 from llava_cot import SwiresGenerator
 from llava_cot.data import shapes
-
-
-def wilson_interval(right, total):
-    """Wilson's 95 % confidence interval of a proportion, which also holds near 0 and 1."""
-    z, share = 1.96, right / total
-    center = share + z * z / (2 * total)
-    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return (center - half) / (1 + z * z / total), (center + half) / (1 + z * z / total)
+from llava_cot.evaluate.statistics import wilson
 
 
 def main():
@@ -48,7 +40,7 @@ def main():
         generated += answer.usage.generated_tokens
 
     total = len(samples)
-    low, high = wilson_interval(right, total)
+    low, high = wilson(right, total)
     print(f"search: {args.search}, {total} questions, {failed} failed")
     print(f"right: {right} of {total} = {right / total:.1%} (95 % interval {low:.1%} to {high:.1%})")
     print(f"generated tokens per question: {generated / total:.0f}")

@@ -1,6 +1,7 @@
-const body = document.querySelector("tbody");
+const table = document.querySelector(".index");
+const body = table.tBodies[0];
 const rows = [...body.rows];
-const headings = [...document.querySelectorAll("th")];
+const headings = [...table.tHead.rows[0].cells];
 const search = document.createElement("input");
 search.type = "search";
 search.placeholder = "text";
@@ -14,7 +15,7 @@ function update() {
 }
 
 const KEYS = [["j k ↓ ↑", "next, last"], ["Enter", "open"], ["f", "filter"], ["/", "text"], ["Esc", "back"]];
-const kinds = ["wrong", "retraced", "malformed", "failed"].map((kind) => [kind, (row) => row.classList.contains(kind)]);
+const kinds = table.dataset.filters.split(" ").map((kind) => [kind, (row) => row.classList.contains(kind)]);
 const bar = filterBar(rows, [["all", () => true], ...kinds], KEYS, (chosen) => {
   shows = chosen;
   update();
@@ -62,7 +63,9 @@ document.addEventListener("keydown", (event) => {
   const shown = rows.filter((row) => !row.hidden);
   const here = document.activeElement.closest("tr");
   const at = shown.indexOf(here);
-  const link = here && here === document.activeElement && here.querySelector("a");
+  const isRow = here && here === document.activeElement;
+  const link = isRow && here.querySelector("a");
+  const details = isRow && here.querySelector("details");
   const moves = {
     j: () => focus(shown[Math.min(at + 1, shown.length - 1)]),
     k: () => focus(shown[Math.max(at - 1, 0)]),
@@ -72,7 +75,8 @@ document.addEventListener("keydown", (event) => {
   };
   moves.ArrowDown = moves.j;
   moves.ArrowUp = moves.k;
-  if (link) moves.Enter = () => link.click();
+  if (details) moves.Enter = () => { details.open = !details.open; };
+  else if (link) moves.Enter = () => link.click();
   if (!moves[event.key]) return;
   event.preventDefault();
   moves[event.key]();

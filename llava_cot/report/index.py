@@ -1,6 +1,6 @@
 """Show many traces as one HTML page that loads nothing: a table to filter and sort, with a link to each page."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from urllib.parse import quote
 
@@ -22,6 +22,7 @@ COLUMNS = {
     "seconds": "number",
     "malformed": "text",
 }
+FILTERS = "wrong", "retraced", "malformed", "failed"  # classes of rows
 
 
 def to_index(entries: Iterable[Entry], title: str = "Traces") -> str:
@@ -30,14 +31,28 @@ def to_index(entries: Iterable[Entry], title: str = "Traces") -> str:
 
 
 def index_page(rows: list[Row], title: str) -> str:
-    head = "".join(f'<th data-kind="{kind}"><button>{name or "#"}</button></th>' for name, kind in COLUMNS.items())
     lines = "".join(_row(number, row) for number, row in enumerate(rows, 1))
     body = (
         f'<header class="top"><div><h1>{escape(title)}</h1><p>{escape(_totals(rows))}</p></div></header>\n'
-        f'<main class="wide"><table class="index"><thead><tr>{head}</tr></thead>'
-        f"<tbody>\n{lines}</tbody></table></main>\n"
+        f"{table(COLUMNS, FILTERS, lines, 'traces')}"
     )
     return page(title, body, ("page.css", "index.css"), ("nav.js", "index.js"))
+
+
+def table(columns: Mapping[str, str], filters: Sequence[str], lines: str, name: str) -> str:
+    """Return the table of a page that ``index.js`` filters and sorts.
+
+    Args:
+        columns: the kind of each, "number" or "text", by its name. The first has none and is a row's number.
+        filters: the classes of rows that have a filter.
+        lines: the rows, as HTML.
+        name: another class of the table, for its style.
+    """
+    head = "".join(f'<th data-kind="{kind}"><button>{title or "#"}</button></th>' for title, kind in columns.items())
+    return (
+        f'<main class="wide"><table class="index {name}" data-filters="{" ".join(filters)}"><thead><tr>{head}</tr>'
+        f"</thead><tbody>\n{lines}</tbody></table></main>\n"
+    )
 
 
 def _totals(rows: list[Row]) -> str:

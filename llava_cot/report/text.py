@@ -10,11 +10,11 @@ FOLD = 400  # characters of a long text that are shown unfolded
 DIFF_WORDS = 2000  # longer texts are not compared, because that takes quadratic time
 
 
-def to_html(text: str, kept: str | None = None, tags: Sequence[str] = ()) -> str:
+def to_html(text: str, kept: str | None = None, tags: Sequence[str] = (), *, fold: bool = True) -> str:
     """Return ``text`` as HTML. ``kept`` is the text to compare it with, if any; ``tags`` are those of the grammar."""
     text = text.strip()
     pieces = _marked(text, kept, tags)
-    if len(text) <= 1.5 * FOLD:
+    if not fold or len(text) <= 1.5 * FOLD:
         return f'<div class="text">{_html(pieces)}</div>'
     head, rest = _split(pieces, FOLD)
     more = f'<span class="more">… {len(text) - FOLD:,} more characters</span>'

@@ -1,0 +1,137 @@
+"""The folder of a run: what is in it, and how it is read.
+
+``run.json`` is the run's protocol: an object of everything that its numbers depend on. ``results.jsonl`` has one
+``Result`` a line. ``summary.json`` is what ``summarise`` returns, and ``traces/`` has the traces of wrong answers.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from llava_cot.evaluate.benchmark import Benchmark
+from llava_cot.evaluate.question import Question
+from llava_cot.evaluate.result import Result, Scored
+
+PROTOCOL, RESULTS, SUMMARY, TRACES = "run.json", "results.jsonl", "summary.json", "traces"
+STEM_LENGTH = 150  # file systems allow 255 bytes
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that was read from its folder."""
+
+    path: Path
+    protocol: Mapping[str, Any]
+    results: Sequence[Result]
+
+    def scored(self, benchmark: Benchmark) -> list[Scored]:
+        """Return the results with their questions.
+
+        Raises:
+            ValueError: the benchmark has no question of such an id.
+        """
+        questions = find_questions(benchmark, {result.id for result in self.results})
+        return [Scored(questions[result.id], result) for result in self.results]
+
+
+def read_run(path: Path | str) -> Run:
+    """Read a run's folder. A torn last line of its results, which a killed run may leave, is skipped.
+
+    Of several results of one question and repeat, the last one that did not fail counts.
+
+    Raises:
+        ValueError: it is no folder of a run, or something in it can't be read. The message names the file and the line.
+    """
+    path = Path(path)
+    for name in (PROTOCOL, RESULTS):
+        if not (path / name).is_file():
+            raise ValueError(f"run must be a folder that `llava-cot evaluate` wrote, got {str(path)!r} without {name}")
+    protocol = read_protocol(path)
+    found: dict[tuple[str, int], Result] = {}
+    for result in _results(path / RESULTS):
+        place = result.id, result.repeat
+        if place not in found or result.outcome != "failed":
+            found[place] = result
+    return Run(path, protocol, list(found.values()))
+
+
+def read_protocol(path: Path) -> dict[str, Any]:
+    """Read the protocol of a run's folder.
+
+    Raises:
+        ValueError: it is none. The message names the file and the key.
+    """
+    protocol = read_object(path / PROTOCOL)
+    for key in ("benchmark", "rules"):
+        if not isinstance(protocol.get(key), str):
+            raise ValueError(f"{str(path / PROTOCOL)!r} must name its {key}, got {protocol.get(key)!r}")
+    for key, kind in {"dataset": dict, "limit": int, "repeats": int}.items():
+        if not isinstance(protocol.get(key), (kind, type(None))):
+            raise ValueError(f"{key} in {str(path / PROTOCOL)!r} must be {kind.__name__}, got {protocol[key]!r:.80}")
+    return protocol
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} must be JSON, got {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{str(path)!r} must be an object, got {type(value).__name__}")
+    return value
+
+
+def find_questions(benchmark: Benchmark, ids: set[str]) -> dict[str, Question]:
+    """Return the questions of these ids.
+
+    Raises:
+        ValueError: some are not in the benchmark's file.
+    """
+    found: dict[str, Question] = {}
+    missing = []
+    for id in sorted(ids):
+        try:
+            found[id] = benchmark.question(benchmark.number_of(id))
+        except KeyError:
+            missing.append(id)
+    if missing:
+        where = benchmark.dataset.path or benchmark.name
+        raise ValueError(
+            f"results must be of questions in {str(where)!r}, got {len(missing):,} others, such as id {missing[0]!r}"
+        )
+    return found
+
+
+def trace_stem(id: str, repeat: int = 0) -> str:
+    """Return the name, without its suffix, of the files of a trace: the id, as far as a file may be called so.
+
+    An id that is too long ends in a digest, and a repeat after the first in "@" and its number. No id has an "@" here.
+    """
+    stem = quote(id, safe="", errors="surrogatepass")
+    if len(stem) > STEM_LENGTH:
+        stem = f"{stem[: STEM_LENGTH - 17]}-{sha256(stem.encode()).hexdigest()[:16]}"
+    return stem + (f"@{repeat}" if repeat else "")
+
+
+def _results(path: Path) -> list[Result]:
+    lines = path.read_bytes().split(b"\n")
+    found = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            found.append(Result.from_dict(json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):  # it has no line break, since it was not written to its end
+                break
+            raise ValueError(f"{str(path)!r}, line {number}: must be a result, got {error}") from None
+    return found
