@@ -97,11 +97,15 @@ gpu-bundle:
 	$(GPU_VENV)/bin/python -m pip download --quiet --no-deps --only-binary :all: --dest build/gpu_wheels $(GPU_WHEELS)
 	du -ch $$(git ls-files) $(GPU_EXTENSION) build/gpu_wheels | tail -n 1
 
+# The harnesses that the plug-ins are tested against. Of their dozens of dependencies the tests need those of [test].
+HARNESSES = ms-vlmeval==0.0.20 lmms-eval==0.7.3
+
 # The extension is built against the torch of the environment, so torch comes first.
 $(VENV)/.ready: $(SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$(TRANSFORMERS)" -e ".[test,tokenizers]"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(HARNESSES) 2> /dev/null
 	touch $@
 
 clean:

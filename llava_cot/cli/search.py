@@ -169,7 +169,9 @@ def report(
 
 @app.command()
 def export(
-    traces: Annotated[Path, typer.Argument(help='A .jsonl of {"trace": {...}, "image": "path", "gold": "..."}.')],
+    traces: Annotated[
+        Path, typer.Argument(help='A .jsonl of {"trace": {...}, "image": "path", "gold": "..."}, or a folder.')
+    ],
     out: Annotated[Path, typer.Argument(help="The .jsonl file to write.")],
     format: Annotated[str, typer.Option(help="The format: sft, preferences, unpaired, steps or groups.")],
     by: Annotated[
