@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llava_cot.cli.search import Model
+
 if TYPE_CHECKING:
     from llava_cot.evaluate.result import Scored
 
@@ -26,7 +28,7 @@ def evaluate(
         Path | None,
         typer.Option(help="The benchmark's file: a TSV of VLMEvalKit, parquet or jsonl."),
     ] = None,
-    model: Annotated[str, typer.Option(help="A model folder or a hub name; tiny and tiny-qwen are bundled.")] = "tiny",
+    model: Model = "tiny",
     search: Annotated[str, typer.Option(help="The search, as for answer, e.g. greedy or swires:published.")] = "greedy",
     settings: Annotated[
         list[str] | None,

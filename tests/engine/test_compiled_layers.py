@@ -34,9 +34,9 @@ def resident_mib():
 
 
 @pytest.mark.parametrize("family", ["mllama", *FAMILIES])
-def test_the_same_tokens(family, monkeypatch):
+@torch._inductor.config.patch(compile_threads=1)  # more need processes that import torch
+def test_the_same_tokens(family):
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._inductor.config, "compile_threads", 1)  # more need processes that import torch
     if family == "mllama":
         model = build_random_mllama(**DEEP, seed=0)
         inputs = [random_inputs(model, length=9, ratio_id=6, seed=seed) for seed in range(2)]
