@@ -11,7 +11,7 @@ from typing import Any
 from llava_cot.atomic import replacing
 from llava_cot.evaluate.benchmark import Benchmark
 from llava_cot.evaluate.benchmarks import benchmark_class, open_benchmark
-from llava_cot.evaluate.folder import PROTOCOL, SUMMARY, find_questions
+from llava_cot.evaluate.folder import PROTOCOL, SUMMARY, find_questions, open_evaluated
 from llava_cot.evaluate.judge import read_grades, with_grades
 from llava_cot.evaluate.manifest import make_manifest, read_manifest, write_manifest
 from llava_cot.evaluate.pages.report import write_report
@@ -160,15 +160,9 @@ def open_run(run: Path, benchmark: str | None, data: Path | None) -> tuple[Bench
     manifest = read_manifest(run)
     if manifest is None:
         raise ValueError(f"answers must be a run folder or a .jsonl file, got {str(run)!r}, which has no {PROTOCOL}")
-    name, dataset = manifest["benchmark"], manifest.get("dataset") or {}
-    if benchmark is not None and benchmark_class(benchmark).name != name:
-        raise ValueError(f"benchmark must be that of the run, {name!r}, got {benchmark!r}")
-    opened = open_benchmark(name, data or dataset.get("path"), allow_partial=True)
-    expected, got = dataset.get("md5"), opened.dataset.md5
-    if got != expected:
-        raise ValueError(
-            f"data must be the file of the run, with md5 {expected}, got {opened.dataset.path!r} with {got}"
-        )
+    if benchmark is not None and benchmark_class(benchmark).name != manifest["benchmark"]:
+        raise ValueError(f"benchmark must be that of the run, {manifest['benchmark']!r}, got {benchmark!r}")
+    opened = open_evaluated(manifest, data, "the run")
     return opened, manifest | {"dataset": vars(opened.dataset)}
 
 

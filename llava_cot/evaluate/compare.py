@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from llava_cot.evaluate.benchmark import Benchmark
-from llava_cot.evaluate.benchmarks import open_benchmark
-from llava_cot.evaluate.folder import Run
+from llava_cot.evaluate.folder import Run, open_evaluated
 from llava_cot.evaluate.metrics import Estimate, Repeats, by_group, group_of, group_sums, measure, rights
 from llava_cot.evaluate.pages.markdown import protocol_rows
 from llava_cot.evaluate.result import Scored
@@ -31,7 +30,10 @@ def compare_runs(a: Run, b: Run, data: Path | str | None = None) -> dict[str, An
         ValueError: the runs are of different questions, files or rules. The message names what differs.
     """
     _check_alike(a, b)
-    benchmark = _open(a, data)
+    path = data or (a.protocol.get("dataset") or {}).get("path")
+    if path is not None and not Path(path).is_file():
+        raise ValueError(f"data must be the benchmark's file, got {str(path)!r}, which does not exist")
+    benchmark = open_evaluated(a.protocol, data, "the runs")
     of_a, of_b = a.scored(benchmark), b.scored(benchmark)
     groups_a = by_group(of_a)
     found_b = by_group(of_b)
@@ -86,19 +88,6 @@ def _check_alike(a: Run, b: Run) -> None:
 
 def _md5(run: Run) -> Any:
     return (run.protocol.get("dataset") or {}).get("md5")
-
-
-def _open(run: Run, data: Path | str | None) -> Benchmark:
-    path = data or (run.protocol.get("dataset") or {}).get("path")
-    if path is not None and not Path(path).is_file():
-        raise ValueError(f"data must be the benchmark's file, got {str(path)!r}, which does not exist")
-    benchmark = open_benchmark(run.protocol["benchmark"], path, allow_partial=True)
-    if benchmark.dataset.md5 != _md5(run):
-        raise ValueError(
-            f"data must be the file of the runs, with md5 {_md5(run)}, got {str(path or benchmark.name)!r} with "
-            f"{benchmark.dataset.md5}"
-        )
-    return benchmark
 
 
 def _side(run: Run, main: Estimate, scored: Sequence[Scored]) -> dict[str, Any]:

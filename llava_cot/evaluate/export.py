@@ -2,13 +2,13 @@
 
 import csv
 import json
-import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from llava_cot.atomic import replacing
 from llava_cot.evaluate.benchmark import Benchmark
+from llava_cot.evaluate.files.table import open_table
 from llava_cot.evaluate.result import Result
 
 FAILED = "Failed to obtain answer via API."  # VLMEvalKit's mark of a prediction that is missing
@@ -36,14 +36,14 @@ def write_vlmevalkit_table(
     predictions = _predictions(benchmark, results, repeat)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
-        rows = _rows(source)
-        columns = [name for name in next(rows) if name not in _IMAGES]
+        source_table = open_table(source)
+        columns = [name for name in source_table.columns if name not in _IMAGES]
         table = csv.DictWriter(
             file, [*columns, "prediction"], delimiter="\t", quoting=csv.QUOTE_ALL, extrasaction="ignore"
         )
         table.writeheader()
-        for row, prediction in zip(rows, predictions, strict=True):
-            table.writerow(row | {"prediction": prediction})
+        for row, prediction in zip(source_table.scan(), predictions, strict=True):
+            table.writerow({**row, "prediction": prediction})
     return len(predictions)
 
 
@@ -95,12 +95,3 @@ def _predictions(benchmark: Benchmark, results: Iterable[Result], repeat: int) -
             f"got none for {len(missing)}, the first of which is {missing[0]!r}"
         )
     return [texts[id] for id in ids]
-
-
-def _rows(path: str) -> Iterator[dict[str, str]]:
-    """Yield the header of a TSV as the keys of its first row, then each row."""
-    csv.field_size_limit(sys.maxsize)  # images are long cells
-    with Path(path).open(encoding="utf-8", newline="") as file:
-        table = csv.DictReader(file, delimiter="\t")
-        yield dict.fromkeys(table.fieldnames or (), "")
-        yield from table

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from llava_cot.evaluate.benchmark import Benchmark
+from llava_cot.evaluate.benchmarks import open_benchmark
 from llava_cot.evaluate.question import Question
 from llava_cot.evaluate.result import Result, Scored
 
@@ -88,6 +89,27 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{str(path)!r} must be an object, got {type(value).__name__}")
     return value
+
+
+def open_evaluated(protocol: Mapping[str, Any], data: Path | str | None, whose: str) -> Benchmark:
+    """Open the file that was evaluated.
+
+    Args:
+        data: where it is now; None is where ``protocol`` says that it was.
+        whose: in messages, such as "the run".
+
+    Raises:
+        ValueError: it is another file.
+    """
+    dataset = protocol.get("dataset") or {}
+    path, md5 = data or dataset.get("path"), dataset.get("md5")
+    benchmark = open_benchmark(protocol["benchmark"], path, allow_partial=True)
+    if benchmark.dataset.md5 != md5:
+        raise ValueError(
+            f"data must be the file of {whose}, with md5 {md5}, got {str(path or benchmark.name)!r} with "
+            f"{benchmark.dataset.md5}"
+        )
+    return benchmark
 
 
 def find_questions(benchmark: Benchmark, ids: set[str]) -> dict[str, Question]:

@@ -267,15 +267,7 @@ def _is_current(grade: Grade, item: Scored, settings: JudgeSettings) -> bool:
 async def _ask_all(
     todo: Sequence[Scored], settings: JudgeSettings, add: Callable[[Scored, str, float | None, str], None]
 ) -> None:
-    client = ChatClient(
-        settings.base_url,
-        timeout=settings.timeout,
-        max_retries=settings.max_retries,
-        rpm=settings.rpm,
-        tpm=settings.tpm,
-        options=settings.options,
-        image_tokens=0,
-    )
+    client = ChatClient.of(settings, image_tokens=0)
     slots = asyncio.Semaphore(settings.concurrency)
 
     async def ask(item: Scored) -> None:

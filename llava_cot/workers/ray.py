@@ -81,9 +81,8 @@ class RayWorkers:
                 except RayActorError as error:
                     lost = [task, *actor.running.values()]
                     actor.running.clear()
-                    actor.handle = self._begin()
-                    _await_ready(actor.handle)  # if it can't be started again, the run ends
-                    yield from ((each, WorkerDied(f"the worker died: {error}".splitlines()[0])) for each in lost)
+                    self._restart(actor)
+                    yield from ((each, _died(error)) for each in lost)
                 else:
                     yield task, reply
             actor.is_taken = actor.is_taken and bool(actor.running)
@@ -97,9 +96,8 @@ class RayWorkers:
             return await reference
         except RayActorError as error:
             if actor.handle is handle:  # the first of its tasks to see it
-                actor.handle = self._begin()
-                _await_ready(actor.handle)
-            return WorkerDied(f"the worker died: {error}".splitlines()[0])
+                self._restart(actor)
+            return _died(error)
         finally:
             actor.running.pop(reference, None)
 
@@ -118,6 +116,11 @@ class RayWorkers:
         kind = ray.remote(max_concurrency=self._in_flight + 1, max_restarts=0, **self._resources)(Served)
         return kind.remote(self._settings, has_process=True)
 
+    def _restart(self, actor: "_Actor") -> None:
+        """Put a new process in the place of one that died. If it can't load its model, the run ends."""
+        actor.handle = self._begin()
+        _await_ready(actor.handle)
+
 
 @dataclass
 class _Actor:
@@ -129,6 +132,10 @@ class _Actor:
 def _await_ready(handle: Any) -> None:
     if (error := ray.get(handle.ready.remote())) is not None:
         raise error
+
+
+def _died(error: Exception) -> WorkerDied:
+    return WorkerDied(f"the worker died: {error}".splitlines()[0])
 
 
 def _portable(image: "ImageLike") -> "ImageLike":

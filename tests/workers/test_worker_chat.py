@@ -1,10 +1,12 @@
 """Annotation by a model of one's own: the requests that an endpoint would get are answered by workers."""
 
 import asyncio
+import base64
 import json
 import sys
 
 import pytest
+from workers.test_workers import png
 
 from llava_cot import SwiresGenerator, cli
 from llava_cot.data import shapes
@@ -16,18 +18,9 @@ from llava_cot.workers.task import ModelSettings
 SETTINGS = ModelSettings("tiny", "sample", {"max_new_tokens": 120})
 
 
-def data_uri(image):
-    import base64
-    import io
-
-    file = io.BytesIO()
-    image.save(file, "png")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
 def test_a_chat_is_an_answer():
     sample = shapes.sample(801_000)
-    url = data_uri(sample.image)
+    url = "data:image/png;base64," + base64.b64encode(png(sample.image)).decode()
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": sample.question}]
     chat, usage = open_chat("local", SETTINGS, 4), Usage()
 

@@ -57,6 +57,23 @@ class Chat(Protocol):
         """Give everything back."""
 
 
+class EndpointSettings(Protocol):
+    """What ``ChatClient.of`` reads of the settings of annotation or of a judge."""
+
+    @property
+    def base_url(self) -> str | None: ...
+    @property
+    def timeout(self) -> float: ...
+    @property
+    def max_retries(self) -> int: ...
+    @property
+    def rpm(self) -> float | None: ...
+    @property
+    def tpm(self) -> float | None: ...
+    @property
+    def options(self) -> dict[str, Any]: ...
+
+
 class ChatClient:
     """Chats with any server of OpenAI's chat completions protocol.
 
@@ -92,6 +109,19 @@ class ChatClient:
         self._client = openai.AsyncOpenAI(api_key=key, base_url=base_url, max_retries=0, timeout=timeout)
         self._timeout, self._max_retries, self._image_tokens = timeout, max_retries, image_tokens
         self._options, self._requests, self._tokens = options, Pace(rpm), Pace(tpm)
+
+    @classmethod
+    def of(cls, settings: EndpointSettings, image_tokens: int) -> "ChatClient":
+        """The client of an endpoint that settings describe."""
+        return cls(
+            settings.base_url,
+            timeout=settings.timeout,
+            max_retries=settings.max_retries,
+            rpm=settings.rpm,
+            tpm=settings.tpm,
+            options=settings.options,
+            image_tokens=image_tokens,
+        )
 
     async def close(self) -> None:
         await self._client.close()

@@ -110,7 +110,7 @@ def annotate_file(
     """
     settings = settings or Settings(**options)
     questions, out, rejects = _paths(questions, out, rejects)
-    client = chat or _endpoint(settings)
+    client = chat or ChatClient.of(settings, settings.image_tokens)
     for _ in read_questions(questions):
         pass
     accepted = Journal(out, ANNOTATION)
@@ -128,18 +128,6 @@ def annotate_file(
             rejected.close()
     finally:
         accepted.close()
-
-
-def _endpoint(settings: Settings) -> ChatClient:
-    return ChatClient(
-        settings.base_url,
-        timeout=settings.timeout,
-        max_retries=settings.max_retries,
-        rpm=settings.rpm,
-        tpm=settings.tpm,
-        options=settings.options,
-        image_tokens=settings.image_tokens,
-    )
 
 
 def estimate_file(
