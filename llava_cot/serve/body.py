@@ -1,0 +1,5 @@
+import json
+
+
+def parse_body(data):
+    return json.loads(data)
