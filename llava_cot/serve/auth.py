@@ -7,6 +7,7 @@ import hmac
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from hashlib import sha256
 from ipaddress import ip_address
 from pathlib import Path
@@ -19,6 +20,9 @@ from llava_cot.serve.limits import Limits
 KEYS = "LLAVA_COT_API_KEY"
 OPEN = ("/health", "/live")  # the routes that need no key
 SAFE = ("GET", "HEAD", "OPTIONS")
+LINGER = 2.0  # seconds
+MAX_HEADERS = 100
+MAX_HEADER_BYTES = 2**14
 CHALLENGE = {"WWW-Authenticate": 'Basic realm="llava-cot", Bearer'}
 CLOSE = {"Connection": "close"}  # the rest of the body is not read
 
@@ -80,15 +84,22 @@ class Guard:
     name of its own that resolves to this machine. A request with another method than GET, HEAD and OPTIONS must
     declare JSON, so that a browser asks first before it sends one for a foreign page, and no header ever permits that.
 
-    The number and the size of headers are the HTTP server's to limit: uvicorn's ``h11_max_incomplete_event_size``.
+    Uvicorn bounds headers that are still arriving, by its ``h11_max_incomplete_event_size``, and what comes in one read
+    is bounded here. ``with_header_timeout`` limits their time.
 
     Args:
         keys: any of them is enough. Without any, every request has passed.
         loopback: whether the server listens at a loopback address.
+
+    Raises:
+        ValueError: a key is empty.
     """
 
     def __init__(self, app: ASGIApp, keys: Iterable[str], limits: Limits, loopback: bool) -> None:
         self.app, self.limits, self.loopback = app, limits, loopback
+        keys = list(keys)
+        if not all(keys):
+            raise ValueError("keys must not be empty strings")
         self._digests = [sha256(key.encode("ascii")).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -97,13 +108,28 @@ class Guard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         try:
-            if scope["path"] not in OPEN:
-                self._admit(scope)
+            try:
+                self._check(scope)
+            except RequestError:
+                await self._linger(scope, receive)
+                raise
             replayed = await self._body(scope, receive)
         except RequestError as error:
             return await error.response()(scope, receive, send)
         if replayed is not None:
             await self.app(scope, replayed, send)
+
+    def _check(self, scope: Scope) -> None:
+        _check_headers(scope)
+        if scope["path"] not in OPEN:
+            self._admit(scope)
+        declared, most = _values(scope, b"content-length"), self.limits.max_body_bytes
+        if declared and not (declared[0].isdecimal() and len(declared[0]) < 20 and int(declared[0]) <= most):
+            raise self._too_large()
+
+    def _too_large(self) -> RequestError:
+        message = f"The body may have at most {self.limits.max_body_bytes} bytes."
+        return RequestError(413, message, None, "body_too_large", CLOSE)
 
     def _admit(self, scope: Scope) -> None:
         if self._digests:
@@ -128,10 +154,6 @@ class Guard:
     async def _body(self, scope: Scope, receive: Receive) -> Receive | None:
         """What the app receives: the whole body, which is not held here. None if the client has gone."""
         most, seconds = self.limits.max_body_bytes, self.limits.max_body_seconds
-        too_large = RequestError(413, f"The body may have at most {most} bytes.", None, "body_too_large", CLOSE)
-        declared = _values(scope, b"content-length")
-        if declared and not (declared[0].isdecimal() and len(declared[0]) < 20 and int(declared[0]) <= most):
-            raise too_large
         body = bytearray()
         try:
             async with asyncio.timeout(seconds):
@@ -140,14 +162,36 @@ class Guard:
                     if message["type"] == "http.disconnect":
                         return None
                     body += message.get("body", b"")
+                    more = message.get("more_body", False)
                     if len(body) > most:
-                        raise too_large
-                    if not message.get("more_body", False):
+                        if more:
+                            await self._linger(scope, receive)
+                        raise self._too_large()
+                    if not more:
                         return _replay(bytes(body), receive)
         except TimeoutError:
             raise RequestError(
                 408, f"The body did not arrive in {seconds:g} seconds.", None, "body_timeout", CLOSE
             ) from None
+
+    async def _linger(self, scope: Scope, receive: Receive) -> None:
+        """Drop the rest of a body that is on its way. A connection closed with it unread would lose the response."""
+        if _values(scope, b"expect"):
+            return
+        size = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER):
+                while size <= 4 * self.limits.max_body_bytes:
+                    message = await receive()
+                    size += len(message.get("body", b""))
+                    if not message.get("more_body", False):
+                        return
+
+
+def _check_headers(scope: Scope) -> None:
+    size = sum(len(name) + len(value) for name, value in scope["headers"])
+    if len(scope["headers"]) > MAX_HEADERS or size > MAX_HEADER_BYTES:
+        raise RequestError(431, "The request has too many or too long headers.", None, "headers_too_large", CLOSE)
 
 
 def _values(scope: Scope, name: bytes) -> list[str]:
