@@ -81,10 +81,7 @@ class JudgeScorer:
             raise ValueError(f"prompt must have no field but {fields}, got {self.prompt!r}") from None
         if isinstance(self.words, str) or len(self.words) != 2:
             raise ValueError(f"words must be two verdicts, got {self.words!r}")
-        first, second = (self._first_tokens(word) for word in self.words)
-        self._ids = sorted(first - second), sorted(second - first)  # a shared token tells nothing, e.g. a lone space
-        if not all(self._ids):
-            raise ValueError(f"words must begin with different tokens, got {self.words}")
+        self._ids = label_tokens(processor, self.words)
 
     def __call__(self, spans: Sequence[Span]) -> Program[list[float]]:
         if self.mode == "yes_no":
@@ -136,11 +133,23 @@ class JudgeScorer:
         tokens = turn_tokens(self.processor, self.prompt.format(**facts), written)
         return Extend(parent, tokens, want=() if self.generate else tuple(self._ids[0] + self._ids[1]))
 
-    def _first_tokens(self, word: str) -> set[int]:
-        """Return the tokens that a verdict may begin with: capitalised or not, with or without a space before it."""
-        encode = self.processor.tokenizer
+
+def label_tokens(processor: "ProcessorMixin", words: Sequence[str]) -> list[list[int]]:
+    """Return the tokens that each of ``words`` may begin with: capitalised or not, with or without a space before it.
+
+    A token that two words may begin with tells nothing, such as a lone space, and is left out.
+
+    Raises:
+        ValueError: nothing is left of a word.
+    """
+    firsts: list[set[int]] = []
+    for word in words:
         forms = [form for plain in (word, word.capitalize()) for form in (plain, f" {plain}")]
-        return {encode(form, add_special_tokens=False).input_ids[0] for form in forms}
+        firsts.append({processor.tokenizer(form, add_special_tokens=False).input_ids[0] for form in forms})
+    ids = [sorted(own - set().union(*(firsts[:at] + firsts[at + 1 :]))) for at, own in enumerate(firsts)]
+    if not all(ids):
+        raise ValueError(f"words must begin with different tokens, got {tuple(words)}")
+    return ids
 
 
 def _note(span: Span, verdicts: Sequence[_Verdict]) -> None:

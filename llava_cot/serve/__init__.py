@@ -1,1 +1,1 @@
-"""How is a search served over HTTP? An app in OpenAI's protocol, and what guards it."""
+"""An OpenAI-compatible server whose models are searches."""

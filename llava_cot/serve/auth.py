@@ -27,7 +27,9 @@ CHALLENGE = {"WWW-Authenticate": 'Basic realm="llava-cot", Bearer'}
 CLOSE = {"Connection": "close"}  # the rest of the body is not read
 
 
-def read_keys(environment: Mapping[str, str] = os.environ, path: str | os.PathLike[str] | None = None) -> list[str]:
+def read_keys(
+    path: str | os.PathLike[str] | None = None, environment: Mapping[str, str] = os.environ
+) -> tuple[str, ...]:
     """Return the API keys of LLAVA_COT_API_KEY, which commas separate, and of a file with one on each line.
 
     Raises:
@@ -39,7 +41,7 @@ def read_keys(environment: Mapping[str, str] = os.environ, path: str | os.PathLi
         sources[KEYS] = environment[KEYS].split(",")
     if path is not None:
         sources[f"the file {os.fspath(path)}"] = Path(path).read_text("utf-8").splitlines()
-    keys = []
+    keys: list[str] = []
     for name, lines in sources.items():
         found = [line.strip() for line in lines if line.strip()]
         if not found:
@@ -47,7 +49,7 @@ def read_keys(environment: Mapping[str, str] = os.environ, path: str | os.PathLi
         if not all(re.fullmatch(r"[!-~]+", key) for key in found):
             raise ValueError(f"an API key of {name} must be printable ASCII without spaces")
         keys += found
-    return keys
+    return tuple(keys)
 
 
 def is_loopback(host: str) -> bool:
@@ -89,14 +91,14 @@ class Guard:
 
     Args:
         keys: any of them is enough. Without any, every request has passed.
-        loopback: whether the server listens at a loopback address.
+        host: the address that the server listens at.
 
     Raises:
         ValueError: a key is empty.
     """
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str], limits: Limits, loopback: bool) -> None:
-        self.app, self.limits, self.loopback = app, limits, loopback
+    def __init__(self, app: ASGIApp, keys: Iterable[str], host: str, limits: Limits) -> None:
+        self.app, self.limits, self.loopback = app, limits, is_loopback(host)
         keys = list(keys)
         if not all(keys):
             raise ValueError("keys must not be empty strings")

@@ -32,9 +32,9 @@ async def echo(scope, receive, send):
 
 
 @contextmanager
-def serving(keys=(), limits=LIMITS, loopback=True, header_seconds=600.0) -> Iterator[int]:
+def serving(keys=(), limits=LIMITS, host="127.0.0.1", header_seconds=600.0) -> Iterator[int]:
     listener = socket.create_server(("127.0.0.1", 0))
-    guard = Guard(echo, keys, limits, loopback)
+    guard = Guard(echo, keys, host, limits)
     config = uvicorn.Config(guard, log_level="critical", lifespan="off", http=with_header_timeout(header_seconds))
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -184,7 +184,7 @@ def test_a_request_without_a_host_is_refused(local):
 
 def test_with_a_key_or_on_an_open_address_any_name_is_answered(guarded):
     assert ask(guarded, "/", BEARER, host="evil.test")[0] == 200
-    with serving(loopback=False) as port:
+    with serving(host="0.0.0.0") as port:
         assert ask(port, host="evil.test")[0] == 200
 
 
@@ -319,7 +319,7 @@ def test_a_client_that_goes_before_its_body_is_there_gets_no_app():
 
         sent: list = []
         scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"host", b"localhost")]}
-        await Guard(app, (), LIMITS, True)(scope, receive, send)
+        await Guard(app, (), "127.0.0.1", LIMITS)(scope, receive, send)
         return sent
 
     import asyncio
@@ -330,7 +330,7 @@ def test_a_client_that_goes_before_its_body_is_there_gets_no_app():
 
 def test_an_empty_key_would_be_no_lock():
     with pytest.raises(ValueError, match="keys must not be empty"):
-        Guard(echo, ["key", ""], LIMITS, True)
+        Guard(echo, ["key", ""], "127.0.0.1", LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -355,16 +355,16 @@ def test_an_open_address_needs_a_key_or_the_flag(host, keys, allow, ok):
 def test_keys_come_from_the_environment_and_from_a_file(tmp_path):
     file = tmp_path / "keys"
     file.write_text("three\n\n four \n")
-    assert read_keys({}) == []
-    assert read_keys({"LLAVA_COT_API_KEY": "one, two"}, file) == ["one", "two", "three", "four"]
+    assert read_keys(None, {}) == ()
+    assert read_keys(file, {"LLAVA_COT_API_KEY": "one, two"}) == ("one", "two", "three", "four")
     with pytest.raises(ValueError, match="LLAVA_COT_API_KEY must have at least one API key, got none"):
-        read_keys({"LLAVA_COT_API_KEY": " , "})
+        read_keys(None, {"LLAVA_COT_API_KEY": " , "})
     file.write_text("\n")
     with pytest.raises(ValueError, match=r"the file .*keys must have at least one API key, got none"):
-        read_keys({}, file)
+        read_keys(file, {})
     for bad in ("a b", "k\u00e9y", "a\x7f"):
         with pytest.raises(ValueError, match=r"an API key of .* must be printable ASCII without spaces") as caught:
-            read_keys({"LLAVA_COT_API_KEY": bad})
+            read_keys(None, {"LLAVA_COT_API_KEY": bad})
         assert bad not in str(caught.value)  # it is a secret
 
 

@@ -1,0 +1,201 @@
+"""Turn a request into the work that answers it, and check it against the server's limits before anything is queued."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from PIL import Image
+
+from llava_cot.generator import SwiresGenerator
+from llava_cot.prompt import Question, check_question
+from llava_cot.scoring import SCORERS, Scorer
+from llava_cot.search import Budget, Plan
+from llava_cot.search.plan import settings_of
+from llava_cot.serve.errors import RequestError
+from llava_cot.serve.images import ImageReader
+from llava_cot.serve.limits import Limits
+from llava_cot.serve.presets import PLAIN, Presets
+from llava_cot.serve.schema import ChatRequest, Effort, ImagePart, Message, Request
+
+OWN = ("budget", "grammar", "scorer", "max_new_tokens", "num_return_sequences")  # settings that have a field elsewhere
+SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One request, ready to run: a search for each of ``seeds``."""
+
+    model: str
+    plan: Plan
+    question: Question
+    images: Sequence[Image.Image]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request says in any of the APIs, in the terms of the chat API."""
+
+    request: Request
+    messages: Sequence[Message]
+    n: int
+    max_new_tokens: int | None
+    max_name: str  # what the API calls that
+    effort: Effort | None
+
+
+class Intake:
+    """Checks requests, and makes ``Work`` of them."""
+
+    def __init__(
+        self,
+        generator: SwiresGenerator,
+        presets: Presets,
+        limits: Limits,
+        images: ImageReader,
+        scorers: Mapping[str, Scorer],
+        scorer: str | None,
+    ) -> None:
+        self.generator, self.presets, self.limits, self._images = generator, presets, limits, images
+        self._scorers: dict[str, str | Scorer] = {**{name: name for name in SCORERS}, **scorers}
+        self._default_scorer = scorer
+        if scorer is not None and scorer not in self._scorers:
+            raise ValueError(f"scorer must be one of {sorted(self._scorers)}, got {scorer!r}")
+
+    async def work(self, asked: Asked) -> Work:
+        """Return the work of a request.
+
+        Raises:
+            RequestError: it is wrong, or asks for more than a limit allows. The error names the field.
+        """
+        question, urls = self.conversation(asked.messages)
+        plan = self.plan(asked, has_images=bool(urls))
+        seeds = self.seeds(asked.request.seed, asked.n)
+        return Work(asked.request.model, plan, question, await self.load(urls), seeds)
+
+    async def load(self, urls: Sequence[tuple[str, str]]) -> list[Image.Image]:
+        """Return the images of these fields and URLs."""
+        return await self._images.read(urls)
+
+    def conversation(self, messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+        """Return the messages as ``SwiresGenerator.answer`` takes them, and the field and the URL of each image."""
+        limits = self.limits
+        within("messages", len(messages), 1, limits.max_messages)
+        urls: list[tuple[str, str]] = []
+        found, characters = [], 0
+        for at, message in enumerate(messages):
+            parts: list[dict[str, str]] = []
+            for place, part in enumerate([message.content] if isinstance(message.content, str) else message.content):
+                if isinstance(part, ImagePart):
+                    if message.role != "user":
+                        raise RequestError(
+                            400, f"messages must have images of the user alone, got {message.role}", "messages"
+                        )
+                    urls.append((f"messages[{at}].content[{place}].image_url.url", part.image_url.url))
+                    parts.append({"type": "image"})
+                else:
+                    text = part if isinstance(part, str) else part.text
+                    characters += len(text)
+                    parts.append({"type": "text", "text": text})
+            role = "system" if message.role == "developer" else message.role
+            found.append({"role": role, "content": parts})
+        within("the text of messages", characters, 1, limits.max_text)
+        within("the images of messages", len(urls), 0, limits.max_images)
+        try:
+            check_question(found)
+        except ValueError as error:
+            raise RequestError(400, str(error).replace("question", "messages", 1), "messages") from None
+        return found, urls
+
+    def plan(self, asked: Asked, *, has_images: bool) -> Plan:
+        """Return the checked plan of the search that a request asks for.
+
+        Front ends send requests for titles and tags to the model of the conversation. Those have no image, so a request
+        without one is answered greedily, unless it names its search itself.
+        """
+        request, limits = asked.request, self.limits
+        extension = request.llava_cot
+        search, settings, is_named = self.presets.resolve(request.model, asked.effort, extension.search)
+        known = settings_of(search)
+        sampling = {name: value for name in SAMPLING if (value := getattr(request, name)) is not None}
+        if not has_images and not is_named and search not in PLAIN:
+            search, settings, sampling, known = "greedy", {}, {}, settings_of("greedy")
+        elif not set(sampling) <= set(known) and set(sampling.values()) <= {0, 1}:
+            sampling = {}  # a temperature of 0 and a top_p of 1 say what the search does anyway
+        for name in extension.settings:
+            if name in OWN:
+                raise RequestError(
+                    400,
+                    f"llava_cot.settings must not have {name!r}, which has a field of its own",
+                    "llava_cot.settings",
+                )
+        given = {**settings, **sampling, **extension.settings}
+        within("n", asked.n, 1, limits.max_n)
+        most = asked.max_new_tokens
+        if most is not None:
+            within(asked.max_name, most, 1, limits.max_new_tokens)
+        given["max_new_tokens"] = most or limits.max_new_tokens
+        scorer = extension.scorer or (self._default_scorer if "scorer" in known else None)
+        if scorer is not None:
+            if scorer not in self._scorers:
+                message = f"llava_cot.scorer must be one of {sorted(self._scorers)}, got {scorer!r}"
+                raise RequestError(400, message, "llava_cot.scorer")
+            given["scorer"] = self._scorers[scorer]
+        given["budget"] = self.budget(extension.budget, asked.n)
+        try:
+            plan = self.generator.plan_of_stream(search, **given)
+        except (ValueError, TypeError) as error:
+            raise RequestError(400, str(error), _field_in(str(error), request)) from None
+        generations = (plan.config.max_generations or 1) * asked.n
+        within("llava_cot.settings must ask for", generations, 1, limits.max_generations, "candidates x rounds x n")
+        return plan
+
+    def budget(self, given: Mapping[str, float], n: int) -> Budget:
+        """Return the budget of each of ``n`` searches: what a request gives, and the server's limits for the rest."""
+        limits, names = self.limits, [field.name for field in fields(Budget)]
+        caps = {"generated_tokens": limits.max_tokens // n, "seconds": limits.max_seconds}
+        for name, value in given.items():
+            if name not in names:
+                raise RequestError(400, f"llava_cot.budget must have keys of {names}, got {name!r}", "llava_cot.budget")
+            if name in caps and value > caps[name]:
+                message = f"llava_cot.budget.{name} must be at most {caps[name]}, got {value}"
+                raise RequestError(400, message, "llava_cot.budget")
+        try:
+            return Budget(**{**caps, **given})  # type: ignore[arg-type]
+        except (ValueError, TypeError) as error:
+            raise RequestError(400, f"llava_cot.{error}", "llava_cot.budget") from None
+
+    def seeds(self, seed: int | None, n: int) -> tuple[int, ...]:
+        """Return the seed of each answer: those that follow the given one, or a random one."""
+        if seed is None:
+            seed = random.getrandbits(62)
+        elif not 0 <= seed < 2**63 - n:
+            raise RequestError(400, f"seed must be in [0, 2**63 - n), got {seed}", "seed")
+        return tuple(range(seed, seed + n))
+
+
+def asked_in_chat(request: ChatRequest) -> Asked:
+    """Read a chat request."""
+    if request.max_tokens is not None and request.max_completion_tokens is not None:
+        raise RequestError(400, "max_tokens and max_completion_tokens must not both be given", "max_tokens")
+    most = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+    name = "max_completion_tokens" if request.max_tokens is None else "max_tokens"
+    return Asked(request, request.messages, request.n, most, name, request.reasoning_effort)
+
+
+def within(name: str, value: float, least: float, most: float, unit: str = "") -> None:
+    """Raise ``RequestError`` unless ``least <= value <= most``."""
+    if not least <= value <= most:
+        words = f"{name} must be" if "must" not in name else name
+        unit = f" {unit}" if unit else ""
+        param = name.removeprefix("the text of ").removeprefix("the images of ").split(" ")[0]
+        raise RequestError(400, f"{words} from {least} to {most}{unit}, got {value}", param)
+
+
+def _field_in(message: str, request: Request) -> str | None:
+    """Return the field of ``request`` that the first word of an error names, if it names one."""
+    word = message.partition(" ")[0].partition("[")[0]
+    if word == "max_new_tokens":
+        return "max_completion_tokens"
+    return f"llava_cot.settings.{word}" if word in request.llava_cot.settings else word or None

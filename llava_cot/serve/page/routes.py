@@ -1,0 +1,5 @@
+from fastapi import APIRouter
+
+
+def page_router():
+    return APIRouter()

@@ -1,0 +1,151 @@
+"""Run the searches of one request, and end them when the client has gone."""
+
+import asyncio
+import logging
+import traceback
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import TypeVar
+
+from starlette.requests import Request
+
+from llava_cot.answer import Answer
+from llava_cot.generator import SwiresGenerator
+from llava_cot.search.events import Event
+from llava_cot.search.run import SearchRun
+from llava_cot.search.stream import EventStream
+from llava_cot.serve.errors import RequestError
+from llava_cot.serve.intake import Work
+
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+# Whose errors of value say what is wrong with a request: these modules check prompts
+ABOUT_REQUESTS = ("llava_cot.prompt", "llava_cot.image", "llava_cot.engine.schedule", "llava_cot.core")
+
+
+async def answers(generator: SwiresGenerator, work: Work) -> list[Answer]:
+    """Answer all seeds of ``work``. Cancelling this ends its searches."""
+    runs = submit_all(generator, work)
+    try:
+        await asyncio.gather(*map(generator.aio.engine.run, runs))
+        return [answer_of(generator, run) for run in runs]
+    finally:
+        for run in runs:
+            run.cancel()
+
+
+async def follow(
+    generator: SwiresGenerator, work: Work, look: Callable[[SearchRun], str | None]
+) -> AsyncGenerator[tuple[int, Event, str | None] | tuple[int, Answer], None]:
+    """Answer all seeds of ``work``, and yield their events as they happen, and each answer when it is there.
+
+    An item begins with the index of the seed. ``look`` is called in the engine's thread after a step that brought
+    events, and what it returns comes with the last of them.
+    """
+    loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event | None, str | None]]()
+    logs: list[list[Event]] = [[] for _ in work.seeds]
+    runs = submit_all(generator, work, [events.append for events in logs])
+
+    async def watch(index: int, run: SearchRun) -> None:
+        seen = EventStream(run, logs[index], generator.detokeniser())
+
+        def pass_on() -> None:
+            events = seen.take()
+            shown = look(run) if events else None
+            for event in events:
+                part = shown if event is events[-1] else None
+                loop.call_soon_threadsafe(queue.put_nowait, (index, event, part))
+
+        try:
+            await generator.aio.engine.run(run, pass_on)
+        finally:
+            queue.put_nowait((index, None, None))
+
+    tasks = [asyncio.create_task(watch(index, run)) for index, run in enumerate(runs)]
+    left = len(runs)
+    try:
+        while left:
+            index, event, shown = await queue.get()
+            if event is not None:
+                yield index, event, shown
+                continue
+            left -= 1
+            await tasks[index]
+            yield index, answer_of(generator, runs[index])
+    finally:
+        for task in tasks:
+            task.cancel()
+        for run in runs:
+            run.cancel()
+
+
+def submit_all(
+    generator: SwiresGenerator, work: Work, on_event: Sequence[Callable[[Event], None]] | None = None
+) -> list[SearchRun]:
+    """Start a search for each seed."""
+    runs: list[SearchRun] = []
+    try:
+        for index, seed in enumerate(work.seeds):
+            listener = {} if on_event is None else {"on_event": on_event[index]}
+            runs.append(generator.submit(list(work.images), work.question, work.plan, seed=seed, **listener))
+    except BaseException:
+        for run in runs:
+            run.cancel()
+        raise
+    return runs
+
+
+def answer_of(generator: SwiresGenerator, run: SearchRun) -> Answer:
+    """Return the answer of a search that has ended.
+
+    Raises:
+        RequestError: the search failed. What is not the request's fault is in the log alone.
+    """
+    error = generator.error_of(run)
+    if error is not None:
+        raise as_request_error(error) from error
+    return generator.answer_of(run)
+
+
+def as_request_error(error: Exception) -> RequestError:
+    """Return what a client is told of an error. Texts of other libraries are not passed on."""
+    frames = [*traceback.walk_tb(error.__traceback__)]
+    module = frames[-1][0].f_globals.get("__name__", "") if frames else ""
+    if isinstance(error, ValueError) and module in ABOUT_REQUESTS:
+        return RequestError(400, str(error).replace("question", "messages", 1), "messages")
+    if type(error).__name__ == "OutOfPages":
+        return RequestError(
+            400, "the request needs more KV cache than this server has", "messages", "context_length_exceeded"
+        )
+    log.error("a search failed", exc_info=error)
+    return RequestError(500, "the search failed; the server's log says why", None, "search_failed")
+
+
+async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
+    """Await ``work``, and cancel it as soon as the client has closed the connection.
+
+    Raises:
+        ClientGone: the client has.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.create_task(_until_gone(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return await task
+    finally:
+        gone.cancel()
+        task.cancel()
+        with suppress(asyncio.CancelledError, Exception):
+            await task
+
+
+class ClientGone(Exception):
+    """The client closed the connection before its reply was there."""
+
+
+async def _until_gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
