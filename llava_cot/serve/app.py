@@ -15,14 +15,14 @@ from llava_cot.generator import SwiresGenerator
 from llava_cot.scoring import Scorer
 from llava_cot.serve.auth import Guard
 from llava_cot.serve.body import parse_body
-from llava_cot.serve.chat import Chat, to_json
+from llava_cot.serve.chat import Chat, stops_of, to_json
 from llava_cot.serve.continuation import Continuations
 from llava_cot.serve.decisions import Decisions
 from llava_cot.serve.errors import RequestError
 from llava_cot.serve.fetch import Fetcher
 from llava_cot.serve.gate import Gate
 from llava_cot.serve.images import ImageReader
-from llava_cot.serve.intake import Intake, asked_in_chat
+from llava_cot.serve.intake import Intake, asked_in_chat, within
 from llava_cot.serve.limits import Limits
 from llava_cot.serve.metrics import Metrics
 from llava_cot.serve.page.routes import page_router
@@ -160,6 +160,7 @@ def _add_api(app: FastAPI, intake: Intake, metrics: Metrics) -> None:
             work = await continuations.work(asked, in_chat)
             return _json(await unless_gone(request, continuations.reply(asked, work)))
         refuse_raw(asked)
+        within("stop must have", len(stops_of(asked)), 0, intake.limits.max_stop, "entries")
         work = await intake.work(in_chat)
         if asked.stream:
             return _events(chat.stream(asked, work))
