@@ -24,8 +24,8 @@ LIMITS = {
     "max_pixels": 500_000,
     "max_image_bytes": 100_000,
     "max_body_bytes": 500_000,
-    "max_body_seconds": 1,
-    "max_header_seconds": 1,
+    "max_body_seconds": 5,
+    "max_header_seconds": 5,
 }
 OPTIONS = [option for name, value in LIMITS.items() for option in ("--limit", f"{name}={value}")]
 LEAKS = r"Traceback|\.py\b|site-packages|/usr/|/home/|0x[0-9a-f]{6,}|libjpeg|zlib|PIL\b"
@@ -490,14 +490,13 @@ POST, JSON = f"POST {CHAT} HTTP/1.1", "Content-Type: application/json"
         ("GET  / HTTP/1.1", (), "localhost", 400),
         ("GET / HTTP/x", (), "localhost", 400),
         ("\x16\x03\x01\x02", (), "localhost", 400),  # the start of a TLS handshake
-        (POST, (JSON, "Content-Length: 100"), "localhost", 408),  # the body never comes
     ],
 )
 def test_requests_of_no_honest_client_are_refused(hostile, first, headers, host, status):
     assert exchange(hostile, first, *headers, host=host)[0] == status
 
 
-def test_large_and_slow_clients_are_refused(hostile):
+def test_large_bodies_are_refused(hostile):
     body = b'{"model": "' + b"a" * 600_000 + b'"}'
     assert exchange(hostile, POST, JSON, body=body)[0] == 413
     refused(
@@ -506,10 +505,19 @@ def test_large_and_slow_clients_are_refused(hostile):
         413,
         "500000",
     )
-    with socket.create_connection(address(hostile), timeout=300) as connection:
-        connection.sendall(b"POST / HTTP/1.1\r\nX-Slow: a")  # and no more
-        assert connection.recv(2**16).startswith(b"HTTP/1.1 408 ")
-        assert connection.recv(2**16) == b""
+
+
+def test_slow_clients_are_given_up(hostile):
+    starts = (b"", b"G", b"GET / HTTP/1.1\r\nX: a\r\nX-Slow: ", f"{POST}\r\nHost: localhost\r\n{JSON}\r\n".encode())
+    body = f"{POST}\r\nHost: localhost\r\n{JSON}\r\nContent-Length: 100\r\n\r\n{{".encode()
+    connections = [socket.create_connection(address(hostile), timeout=300) for _ in (*starts, body)]
+    for connection, start in zip(connections, (*starts, body)):
+        connection.sendall(start)
+    for connection in connections:
+        with connection:
+            assert connection.recv(2**16).startswith(b"HTTP/1.1 408 ")
+            while connection.recv(2**16):
+                pass
 
 
 def test_clients_that_go_at_any_moment_leave_nothing(hostile):
@@ -525,9 +533,10 @@ def test_clients_that_go_at_any_moment_leave_nothing(hostile):
 
 def test_what_the_model_may_read_is_no_reason_to_fail(hostile):
     """Marks of the chat template and odd characters are text, and budgets of almost nothing are budgets."""
+    short = {**GOOD, "max_completion_tokens": 20}
     for text in ("<|image|><|eot_id|><|begin_of_text|>", "\0\ufffe\u202e\U0001f600", "</CONCLUSION>" * 50):
-        assert post(hostile, {**GOOD, "messages": [said(text)]}).status_code == 200
+        assert post(hostile, {**short, "messages": [said(text)]}).status_code == 200
     for budget in ({"generated_tokens": 1}, {"seconds": 1e-9}, {"prompt_tokens": 1}):
-        assert post(hostile, {**GOOD, **SWIRES, **own(budget=budget)}).status_code == 200
+        assert post(hostile, {**short, **SWIRES, **own(budget=budget)}).status_code == 200
     for change in ({"temperature": 5e-324}, {"top_k": 2**63 - 1}, {"top_p": 1e-30}, {"seed": 2**63 - 2}):
-        assert post(hostile, {**GOOD, "model": "tiny:sample", **change}).status_code == 200
+        assert post(hostile, {**short, "model": "tiny:sample", **change}).status_code == 200
