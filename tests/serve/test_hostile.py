@@ -181,6 +181,11 @@ CHANGES = [
     ({"model": "tiny:sample", "top_k": -1}, "top_k must be >= 0"),
     ({"model": "tiny:sample", "top_k": 9_223_372_036_854_775_808}, "top_k must be < 2**63"),
     ({"model": "tiny:sample", "min_p": 2}, "min_p must be in [0, 1]"),
+    ({"model": "tiny:token_beam", **own(settings={"length_penalty": 1e308})}, "length_penalty must be in [-50, 50]"),
+    (
+        {"model": "tiny:token_beam", **own(settings={"length_penalty": 2**63 - 1})},
+        "length_penalty must be in [-50, 50]",
+    ),
     ({"frequency_penalty": 1}, "frequency_penalty is wrong"),
     ({"logprobs": True, "top_logprobs": 20}, "top_logprobs is wrong"),
     ({"stop": ""}, "stop"),
