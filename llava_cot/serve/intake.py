@@ -151,8 +151,8 @@ class Intake:
         rounds = getattr(plan.config, "max_rounds", 1)
         within("llava_cot.settings.max_rounds", rounds, 1, limits.max_generations)
         # A search without a bound draws at most ``candidates`` at a time; its budget ends it.
-        generations = (plan.config.max_generations or getattr(plan.config, "candidates", 1)) * asked.n
-        within("llava_cot.settings must ask for", generations, 1, limits.max_generations, "candidates x rounds x n")
+        drawn = plan.config.max_generations or getattr(plan.config, "candidates", None) or 1
+        within("llava_cot.settings must ask for", drawn * asked.n, 1, limits.max_generations, "candidates x rounds x n")
         return plan
 
     def budget(self, given: Mapping[str, float], n: int) -> Budget:
