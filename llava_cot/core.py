@@ -15,6 +15,8 @@ from typing import Any, Literal, Protocol, TypeVar, get_args
 Bos = Literal["one", "released"]  # BOS tokens at the start of a prompt: the released weights were trained with two
 
 
+FLOAT32_MAX, FLOAT32_LEAST = (2 - 2**-23) * 2.0**127, 2.0**-126  # sampling parameters are float32
+
 KINDS: dict[Any, type] = {int: Integral, float: Real, bool: bool, str: str}  # numpy's numbers are numbers too
 
 
@@ -58,9 +60,11 @@ class SamplingParams:
         for name, ok, bound in (
             ("temperature", self.temperature >= 0, ">= 0"),
             ("temperature", self.temperature < float("inf"), "finite"),
+            ("temperature", self.temperature <= FLOAT32_MAX, "finite in float32"),
             ("top_k", self.top_k >= 0, ">= 0"),
             ("top_k", self.top_k < 2**63, "< 2**63"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("top_p", self.top_p >= FLOAT32_LEAST, f"at least {FLOAT32_LEAST}, the least normal float32"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
         ):
             if not ok:

@@ -149,6 +149,7 @@ class Engine:
     def _collect(self) -> None:
         """Collect between two steps; if an interrupt cuts this short, the next step sees to it."""
         was_cut_short, self._is_cut_short = self._is_cut_short, True
+        self.schedule.take_in()  # or what is closed before its first step would wait for one
         self.schedule.collect()
         self._is_cut_short = was_cut_short
 

@@ -9,6 +9,8 @@ from llava_cot.search.sample import Limits
 from llava_cot.search.search import Search
 from llava_cot.search.tree import Node
 
+MAX_LENGTH_PENALTY = 50  # a million tokens to this power are a finite float64
+
 
 @dataclass(frozen=True)
 class TokenBeamConfig(Limits):
@@ -32,6 +34,9 @@ class TokenBeamConfig(Limits):
             )
         if not math.isfinite(self.length_penalty):
             raise ValueError(f"length_penalty must be finite, got {self.length_penalty}")
+        if abs(self.length_penalty) > MAX_LENGTH_PENALTY:
+            most = MAX_LENGTH_PENALTY
+            raise ValueError(f"length_penalty must be in [-{most}, {most}], got {self.length_penalty}")
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise ValueError(f"early_stopping must be True, False or 'never', got {self.early_stopping!r}")
 

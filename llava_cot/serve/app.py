@@ -15,14 +15,14 @@ from llava_cot.generator import SwiresGenerator
 from llava_cot.scoring import Scorer
 from llava_cot.serve.auth import Guard
 from llava_cot.serve.body import parse_body
-from llava_cot.serve.chat import Chat, to_json
+from llava_cot.serve.chat import Chat, stops_of, to_json
 from llava_cot.serve.continuation import Continuations
 from llava_cot.serve.decisions import Decisions
 from llava_cot.serve.errors import RequestError
 from llava_cot.serve.fetch import Fetcher
 from llava_cot.serve.gate import Gate
 from llava_cot.serve.images import ImageReader
-from llava_cot.serve.intake import Intake, asked_in_chat
+from llava_cot.serve.intake import Intake, asked_in_chat, within
 from llava_cot.serve.limits import Limits
 from llava_cot.serve.metrics import Metrics
 from llava_cot.serve.page.routes import page_router
@@ -154,12 +154,13 @@ def _add_api(app: FastAPI, intake: Intake, metrics: Metrics) -> None:
 
     @app.post("/v1/chat/completions")
     async def complete(request: Request) -> Response:
-        asked = validated(ChatRequest, parse_body(await request.body()))
+        asked = validated(ChatRequest, parse_body(await request.body(), intake.limits))
         in_chat = asked_in_chat(asked)
         if asked.llava_cot.output == "raw":
             work = await continuations.work(asked, in_chat)
             return _json(await unless_gone(request, continuations.reply(asked, work)))
         refuse_raw(asked)
+        within("stop must have", len(stops_of(asked)), 0, intake.limits.max_stop, "entries")
         work = await intake.work(in_chat)
         if asked.stream:
             return _events(chat.stream(asked, work))
@@ -167,7 +168,7 @@ def _add_api(app: FastAPI, intake: Intake, metrics: Metrics) -> None:
 
     @app.post("/v1/responses")
     async def respond(request: Request) -> Response:
-        asked = validated(ResponsesRequest, parse_body(await request.body()))
+        asked = validated(ResponsesRequest, parse_body(await request.body(), intake.limits))
         work = await intake.work(asked_in_responses(asked))
         if asked.stream:
             return _events(responses.stream(asked, work))
@@ -175,7 +176,7 @@ def _add_api(app: FastAPI, intake: Intake, metrics: Metrics) -> None:
 
     @app.post("/v1/decisions")
     async def decide(request: Request) -> Response:
-        asked = validated(DecisionsRequest, parse_body(await request.body()))
+        asked = validated(DecisionsRequest, parse_body(await request.body(), intake.limits))
         work = await decisions.work(asked)
         return _json(await unless_gone(request, decisions.reply(asked, work)))
 

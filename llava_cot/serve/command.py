@@ -19,6 +19,7 @@ from llava_cot.serve.fetch import Fetcher
 from llava_cot.serve.gate import Gate
 from llava_cot.serve.limits import Limits
 from llava_cot.serve.presets import Presets
+from llava_cot.serve.protocol import with_header_timeout
 
 REWARD = "reward:"
 ABORT_SECONDS = 5  # for responses to end after their searches were aborted
@@ -58,7 +59,11 @@ def run(settings: ServeSettings) -> None:
     check_bind(settings.host, keys, settings.allow_no_key)
     name = settings.name or Path(settings.model).name
     Presets(name, settings.search)
-    fetcher = Fetcher(settings.allow_image_hosts, limits.max_image_bytes, limits.max_fetch_seconds) if settings.allow_image_hosts else None
+    fetcher = (
+        Fetcher(settings.allow_image_hosts, limits.max_image_bytes, limits.max_fetch_seconds)
+        if settings.allow_image_hosts
+        else None
+    )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     generator = SwiresGenerator.from_pretrained(
         settings.model,
@@ -85,6 +90,7 @@ def run(settings: ServeSettings) -> None:
     )
     config = uvicorn.Config(
         app,
+        http=with_header_timeout(limits.max_header_seconds),
         host=settings.host,
         port=settings.port,
         access_log=False,

@@ -149,7 +149,7 @@ class Fetcher:
                 return await self._follow(url, param)
         except TimeoutError:
             raise _refused(param, f"The image could not be downloaded in {self.seconds:g} seconds.") from None
-        except (OSError, h11.ProtocolError) as error:
+        except (OSError, UnicodeError, h11.ProtocolError) as error:
             log.info("%s: %r can't be downloaded: %r", param, url, error)
             raise _refused(param, "The image could not be downloaded.") from None
 
@@ -190,11 +190,7 @@ class Fetcher:
         failure: OSError = OSError("no address")
         for address in addresses:
             try:
-                return await asyncio.open_connection(
-                    address, target.port, ssl=self._ssl, server_hostname=target.host, happy_eyeballs_delay=None
-                )
-            except TimeoutError:
-                raise
+                return await asyncio.open_connection(address, target.port, ssl=self._ssl, server_hostname=target.host)
             except OSError as error:
                 failure = error
         raise failure
@@ -220,7 +216,7 @@ class Fetcher:
                 data = await reader.read(2**16)
                 received += len(data)
                 if received > self.max_bytes + MAX_OVERHEAD:
-                    raise _too_large(param, self.max_bytes)
+                    raise too_large(param, self.max_bytes)
                 connection.receive_data(data)
             elif isinstance(event, h11.Response):
                 moved = self._judge(event, param)
@@ -229,7 +225,7 @@ class Fetcher:
             elif isinstance(event, h11.Data):
                 body += event.data
                 if len(body) > self.max_bytes:
-                    raise _too_large(param, self.max_bytes)
+                    raise too_large(param, self.max_bytes)
             elif isinstance(event, h11.EndOfMessage):
                 return bytes(body)
             elif not isinstance(event, h11.InformationalResponse):
@@ -245,7 +241,7 @@ class Fetcher:
         if values.get(b"content-encoding", b"identity").lower() != b"identity":
             raise _refused(param, "The image could not be downloaded: its host compresses it.")
         if int(values.get(b"content-length", b"0")) > self.max_bytes:  # h11 has checked that it is a number
-            raise _too_large(param, self.max_bytes)
+            raise too_large(param, self.max_bytes)
         return None
 
 
@@ -253,5 +249,6 @@ def _refused(param: str, message: str) -> RequestError:
     return RequestError(400, message, param, "image_url")
 
 
-def _too_large(param: str, max_bytes: int) -> RequestError:
+def too_large(param: str, max_bytes: int) -> RequestError:
+    """What is raised for an image whose file is too large."""
     return RequestError(413, f"An image may have at most {max_bytes} bytes.", param, "image_too_large")

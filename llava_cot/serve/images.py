@@ -4,7 +4,6 @@ The declared type of a data URI is ignored: the first bytes of the file choose o
 than that one reads it. What follows the end of the image in the file is never read. The engine gets pixels only.
 """
 
-import base64
 import binascii
 import io
 import logging
@@ -19,7 +18,7 @@ from PIL import Image
 
 from llava_cot.image import open_image
 from llava_cot.serve.errors import RequestError
-from llava_cot.serve.fetch import Fetcher
+from llava_cot.serve.fetch import Fetcher, too_large
 from llava_cot.serve.limits import Limits
 
 log = logging.getLogger(__name__)
@@ -27,7 +26,7 @@ log = logging.getLogger(__name__)
 DECODERS = 2  # images decoded at a time; each may take some 15 bytes a pixel
 MAX_HEAD = 200  # characters of a data URI before its data
 MAX_SCANS = 100  # of a JPEG; a progressive one has about 10, and each costs a pass over all its pixels
-MAX_SEGMENTS = 2000  # of a JPEG; a colour profile of 16 MiB has 256
+MAX_PARTS = 10_000  # segments of a JPEG or chunks of a PNG; writers of PNG make chunks of 8 KiB or more
 SEGMENT = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")  # a marker that a length follows
 SCAN, END = b"\xff\xda", b"\xff\xd9"
 
@@ -87,21 +86,16 @@ def _too_many_pixels(param: str, limits: Limits) -> RequestError:
     return RequestError(413, message, param, "image_too_large")
 
 
-def too_many_bytes(param: str, limits: Limits) -> RequestError:
-    """What is raised for an image whose file is too large."""
-    return RequestError(413, f"An image may have at most {limits.max_image_bytes} bytes.", param, "image_too_large")
-
-
 def _data_of(param: str, uri: str, limits: Limits) -> bytes:
     """The bytes of a data URI. Nothing is decoded before its length is known to be right."""
-    head, comma, data = uri[: MAX_HEAD + 1].partition(",")
+    head, comma, _ = uri[: MAX_HEAD + 1].partition(",")
     start = len(head) + 1
     if not comma or not head.lower().endswith(";base64") or start >= len(uri):
         raise _refused(param, "An image's data URI must be data:TYPE;base64,DATA.")
     if len(uri) - start > 4 * -(-limits.max_image_bytes // 3):
-        raise too_many_bytes(param, limits)
+        raise too_large(param, limits.max_image_bytes)
     try:
-        return base64.b64decode(uri[start:].encode("ascii"), validate=True)
+        return binascii.a2b_base64(uri[start:].encode("ascii"), strict_mode=True)
     except (binascii.Error, UnicodeEncodeError):
         raise _refused(param, "An image's base64 data is wrong.") from None
 
@@ -119,12 +113,12 @@ def _format_of(data: bytes) -> str | None:
 def _checked_size(param: str, data: bytes, limits: Limits) -> tuple[int, int]:
     """The width and height that the file declares. None of its pixels is decoded."""
     if len(data) > limits.max_image_bytes:
-        raise too_many_bytes(param, limits)
+        raise too_large(param, limits.max_image_bytes)
     kind = _format_of(data)
     if kind is None:
         raise _refused(param, "An image must be a JPEG, PNG, WebP or GIF file.")
-    if kind == "JPEG" and _has_many_scans(data):
-        raise _refused(param, f"A JPEG image may have at most {MAX_SCANS} scans and {MAX_SEGMENTS} segments.")
+    if kind in ("JPEG", "PNG") and _has_many_parts(data, kind):
+        raise _refused(param, f"A {kind} image may have at most {MAX_SCANS} scans and {MAX_PARTS} parts.")
     try:
         # Pillow opens a WebP file by allocating its whole canvas, so its size is read first.
         width, height = _webp_size(data) if kind == "WEBP" else _open(data, kind).size
@@ -155,17 +149,22 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     raise ValueError("a WebP file that starts with another chunk")
 
 
-def _has_many_scans(data: bytes) -> bool:
-    """Whether a JPEG has more scans or segments than any that is meant to be looked at."""
-    scans, at = 0, 2
-    for _ in range(MAX_SEGMENTS):
-        marker = SEGMENT.search(data, at)
-        if marker is None or marker[0] == END:
-            return False
-        scans += marker[0] == SCAN
-        if scans > MAX_SCANS:
-            return True
-        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2])
+def _has_many_parts(data: bytes, kind: str) -> bool:
+    """Whether a file has more scans, segments or chunks than any that is meant to be looked at."""
+    scans, at = 0, 8 if kind == "PNG" else 2
+    for _ in range(MAX_PARTS):
+        if kind == "PNG":
+            if data[at + 4 : at + 8] in (b"IEND", b""):
+                return False
+            at += 12 + int.from_bytes(data[at : at + 4])
+        else:
+            marker = SEGMENT.search(data, at)
+            if marker is None or marker[0] == END:
+                return False
+            scans += marker[0] == SCAN
+            if scans > MAX_SCANS:
+                return True
+            at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2])
     return True
 
 

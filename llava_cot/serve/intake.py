@@ -147,14 +147,22 @@ class Intake:
             plan = self.generator.plan_of_stream(search, **given)
         except (ValueError, TypeError) as error:
             raise RequestError(400, str(error), _field_in(str(error), request)) from None
-        generations = (plan.config.max_generations or 1) * asked.n
-        within("llava_cot.settings must ask for", generations, 1, limits.max_generations, "candidates x rounds x n")
+        # Each round draws a candidate at least. The bound on all of them takes a time that grows with the rounds.
+        rounds = getattr(plan.config, "max_rounds", 1)
+        within("llava_cot.settings.max_rounds", rounds, 1, limits.max_generations)
+        # A search without a bound draws at most ``candidates`` at a time; its budget ends it.
+        drawn = plan.config.max_generations or getattr(plan.config, "candidates", None) or 1
+        within("llava_cot.settings must ask for", drawn * asked.n, 1, limits.max_generations, "candidates x rounds x n")
         return plan
 
     def budget(self, given: Mapping[str, float], n: int) -> Budget:
         """Return the budget of each of ``n`` searches: what a request gives, and the server's limits for the rest."""
         limits, names = self.limits, [field.name for field in fields(Budget)]
-        caps = {"generated_tokens": limits.max_tokens // n, "seconds": limits.max_seconds}
+        caps = {
+            "generated_tokens": limits.max_tokens // n,
+            "seconds": limits.max_seconds,
+            "generations": limits.max_generations // n + 1,  # which no search with a bound reaches
+        }
         for name, value in given.items():
             if name not in names:
                 raise RequestError(400, f"llava_cot.budget must have keys of {names}, got {name!r}", "llava_cot.budget")
@@ -164,7 +172,8 @@ class Intake:
         try:
             return Budget(**{**caps, **given})  # type: ignore[arg-type]
         except (ValueError, TypeError) as error:
-            raise RequestError(400, f"llava_cot.{error}", "llava_cot.budget") from None
+            message = f"llava_cot.budget.{str(error).removeprefix('budget.')}"
+            raise RequestError(400, message, "llava_cot.budget") from None
 
     def seeds(self, seed: int | None, n: int) -> tuple[int, ...]:
         """Return the seed of each answer: those that follow the given one, or a random one."""

@@ -27,6 +27,7 @@ class Limits:
         max_aspect: an image's longer side, in shorter sides.
         max_image_bytes: encoded bytes of one image.
         max_fetch_seconds: seconds to download one image, with its redirects.
+        max_header_seconds: seconds in which a request's headers must arrive.
         max_body_bytes: bytes of a request's body.
         max_body_seconds: seconds in which a request's body must arrive.
         max_json_depth: objects and arrays of a body that may stand inside each other.
@@ -52,6 +53,7 @@ class Limits:
     max_aspect: int = 100
     max_image_bytes: int = 20 * MIB
     max_fetch_seconds: float = 10.0
+    max_header_seconds: float = 10.0
     max_body_bytes: int = 32 * MIB
     max_body_seconds: float = 60.0
     max_json_depth: int = 16

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Effort = Literal["none", "low", "medium", "high"]
 
 
@@ -77,7 +78,7 @@ class ChatRequest(Request):
     n: int = 1
     max_completion_tokens: int | None = None
     max_tokens: int | None = None
-    stop: str | list[str] | None = None
+    stop: Stop | list[Stop] | None = None
     logprobs: bool | None = None
     top_logprobs: Literal[0] | None = None  # a search keeps the log-probs of what it drew, and no others
     stream_options: StreamOptions | None = None

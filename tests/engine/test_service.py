@@ -398,12 +398,22 @@ def test_a_failed_pass_fails_who_took_part(tiny, monkeypatch):
         (lambda: Extend(0, (5.0,)), TypeError, "tokens must be integers, got 5.0"),
         (lambda: Extend(0, top=1.5), TypeError, "top must be integers, got 1.5"),
         (lambda: SamplingParams(temperature=float("inf")), ValueError, "temperature must be finite, got inf"),
+        (lambda: SamplingParams(temperature=1e39), ValueError, "temperature must be finite in float32, got 1e\\+39"),
+        (lambda: SamplingParams(top_p=1e-39), ValueError, "top_p must be at least .*, the least normal float32, got"),
         (lambda: SamplingParams(top_k=2**70), ValueError, r"top_k must be < 2\*\*63, got"),
     ],
 )
 def test_what_would_fail_a_whole_step_is_refused_when_it_is_made(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_session_that_is_closed_before_its_first_step_leaves_nothing(tiny):
+    session = tiny.engine.open(_inputs(tiny))
+    session.ask([Expand(0, (1,), SamplingParams(), 3, frozenset())], lambda replies: None)
+    assert tiny.engine.has_work
+    session.close()
+    assert not tiny.engine.has_work
 
 
 def test_an_owner_that_raises_ends_its_own_session(tiny, caplog):

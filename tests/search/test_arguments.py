@@ -106,6 +106,7 @@ NUMBERS = [
     ("token_beam", "num_beams", [2.5, "2", None, True], "num_beams must be int, got "),
     ("token_beam", "length_penalty", ["1", None, True], "length_penalty must be float, got "),
     ("token_beam", "length_penalty", [math.nan, math.inf], "length_penalty must be finite, got "),
+    ("token_beam", "length_penalty", [1e308, -51.0, 2**63 - 1], r"length_penalty must be in \[-50, 50\], got "),
     ("token_beam", "early_stopping", [1, 0, None, "always"], "early_stopping must be True, False or 'never', got "),
     *(
         (search, "budget", [{"generated_tokens": 5}, 100, "100", Budget], "budget must be a Budget or None")
