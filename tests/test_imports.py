@@ -37,7 +37,7 @@ BELOW: dict[str, set[str]] = {
     "llava_cot_kernels": {"torch"},
     "train": {"data", "families", "scoring.reward_model"},
     "annotate": {"data"},
-    "data": {"journal", "scoring", "families", "image", "chat", "bundled"},
+    "data": {"endpoint", "journal", "scoring", "families", "image", "chat", "bundled"},
     "prompt": {"image", "literal", "chat", "families", "core"},
     "answer": {"trace"},
     "search": {"scoring", "detokenise", "image"},
@@ -65,6 +65,8 @@ BELOW: dict[str, set[str]] = {
     "quantize": {"torch"},
     "checkpoint": set(),
     "journal": {"atomic"},
+    "endpoint": {"pace"},
+    "pace": set(),
     "atomic": set(),
     "torch": set(),
 }
