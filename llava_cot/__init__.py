@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from llava_cot.custom_generate import SearchOutput
     from llava_cot.engine.config import EngineConfig
     from llava_cot.generator import SwiresGenerator
+    from llava_cot.remote import connect
     from llava_cot.scoring import Calibration
     from llava_cot.search import (
         NEXT,
@@ -50,6 +51,7 @@ __all__ = [
     "SwiresConfig",
     "SwiresGenerator",
     "TokenBeamConfig",
+    "connect",
     "tiny_path",
 ]
 
@@ -59,6 +61,7 @@ _HOMES = {
     "llava_cot.core": ("Extend", "SamplingParams"),
     "llava_cot.engine.config": ("EngineConfig",),
     "llava_cot.generator": ("SwiresGenerator",),
+    "llava_cot.remote": ("connect",),
     "llava_cot.scoring": ("Calibration",),
     "llava_cot.stages": ("LLAVA_COT", "STAGES", "Grammar", "Stage"),
     "llava_cot.tiny": ("tiny_path",),

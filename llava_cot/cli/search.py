@@ -231,7 +231,7 @@ def _run(
     from transformers.utils import logging
 
     from llava_cot.generator import SwiresGenerator
-    from llava_cot.prompt import check_question
+    from llava_cot.question import check_question
 
     check_question(question)
     logging.disable_progress_bar()

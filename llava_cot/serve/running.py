@@ -21,7 +21,13 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 # Whose errors of value say what is wrong with a request: these modules check prompts
-ABOUT_REQUESTS = ("llava_cot.prompt", "llava_cot.image", "llava_cot.engine.schedule", "llava_cot.core")
+ABOUT_REQUESTS = (
+    "llava_cot.prompt",
+    "llava_cot.question",
+    "llava_cot.image",
+    "llava_cot.engine.schedule",
+    "llava_cot.core",
+)
 
 
 async def answers(generator: SwiresGenerator, work: Work) -> list[Answer]:
