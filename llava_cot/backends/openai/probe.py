@@ -1,18 +1,20 @@
 """Find out which server it is, and what it can do, by a few small requests."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from llava_cot.backends.openai.loop import LoopThread, gathered
 from llava_cot.backends.openai.server import RemoteError, Server
-from llava_cot.backends.openai.wire import Kind, Prefix, options_of
+from llava_cot.backends.openai.wire import Kind, Piece, Prefix, Reply, options_of
 from llava_cot.core import Feature, SamplingParams
 from llava_cot.endpoint import Endpoint, EndpointError, RequestFailed, RequestRefused
 from llava_cot.search.search import stop_tags
 from llava_cot.stages import Grammar
 
 QUESTION = "Describe the water cycle in a few sentences."
-TOKENS = 12  # of a probe's reply
+TOKENS = 24  # of a probe's reply
+SAME = 4  # characters of a reply that must come again when the reply is continued; the others may differ on a GPU
 GREEDY, RANDOM = SamplingParams(temperature=0.0), SamplingParams()
 
 
@@ -35,7 +37,9 @@ async def connect(
     if model not in ids:
         raise ValueError(f"model must be one of those of {base_url}, {ids}, got {model!r}")
     if not own:
-        server = Server(loop, endpoint, base_url, model, Kind.OTHER)
+        (owner,) = [entry.get("owned_by") for entry in entries if entry["id"] == model]
+        kind = Kind.LLAMA_CPP if owner == "llamacpp" else Kind.OTHER
+        server = Server(loop, endpoint, base_url, model, kind)
         server.features = await _probed(server)
         return server, None
     (facts,) = [entry["llava_cot"] for entry in own if entry["id"] == model]
@@ -68,63 +72,52 @@ async def _probed(server: Server) -> frozenset[Feature]:
     """Return the features of a server that is not this project's.
 
     Raises:
+        RemoteError: it does not answer.
         ValueError: it can't continue a message, or does not tell which stop string has ended a reply.
     """
     wanted = {"logprobs": True, "token_ids": True}
 
-    async def ask(prefix: str, params: SamplingParams, stops: list[str], max_tokens: int = TOKENS) -> Any:
-        options = options_of(
-            server.kind, server.model, [_user()], Prefix(prefix, None), (7,), params, max_tokens, stops, **wanted
-        )
-        return await server.post(options, stops, 1, max_tokens)
+    async def ask(prefix: str, params: SamplingParams, most: int, stops: Sequence[str] = ()) -> tuple[Reply, Piece]:
+        written = Prefix(prefix, None)
+        options = options_of(server.kind, server.model, [_user()], written, (7,), params, most, stops, **wanted)
+        reply = await server.post(options, stops, 1, most)
+        return reply, reply.pieces[0]
 
-    for missing in ({}, {"token_ids": False}, {"logprobs": False}):
-        wanted |= missing
+    for name in ("", "token_ids", "logprobs"):  # a strict server may not know one of them
+        wanted |= {name: False} if name else {}
         try:
-            begun = await ask("", GREEDY, [])
+            _, begun = await ask("", GREEDY, TOKENS)
             break
         except RemoteError as error:
             if not isinstance(error.__cause__, RequestRefused) or not wanted["logprobs"]:
                 raise
-    (written,) = begun.pieces
-    if not written.text.strip():
-        raise ValueError(f"{server.base_url} must write a reply to {QUESTION!r} to be probed, got {written.text!r}")
-    prefix = written.text.rstrip()
+    words = begun.text.split(" ")
+    prefix = " ".join(words[: 3 * len(words) // 4])
+    rest = begun.text[len(prefix) :].lstrip()[:SAME]
+    if not (prefix and rest):
+        raise ValueError(f"{server.base_url} must reply by some words to be probed, to {QUESTION!r} got {begun.text!r}")
     try:
-        first, *again = await gathered([ask(prefix, GREEDY, []), ask(prefix, RANDOM, []), ask(prefix, RANDOM, [])])
+        found = await gathered(ask(prefix, params, TOKENS) for params in (GREEDY, RANDOM, RANDOM))
     except RemoteError as error:
+        if not isinstance(error.__cause__, RequestRefused):
+            raise
         raise ValueError(f"{server.base_url} must be able to continue a message, but it can't: {error}") from error
-    (continued,) = first.pieces
-    if first.prompt_tokens > begun.prompt_tokens + begun.completion_tokens:
+    (_, continued), (_, one), (_, other) = found
+    if not continued.text.lstrip().startswith(rest):
         raise ValueError(
-            f"{server.base_url} must be able to continue a message, but it took one with continue_final_message as "
-            f"ended: its prompt had {first.prompt_tokens} tokens, those of the question and the reply were "
-            f"{begun.prompt_tokens} + {begun.completion_tokens}"
+            f"{server.base_url} must be able to continue a message (continue_final_message), but of {begun.text!r} it "
+            f"continued {prefix!r} by {continued.text!r}"
         )
-    await _check_stop(server, ask, prefix, continued.text)
-    found = set()
-    if again[0].pieces[0].text == again[1].pieces[0].text:
-        found.add(Feature.SEEDS)
-    if wanted["logprobs"] and continued.logprobs:
-        found.add(Feature.LOGPROBS)
-    if wanted["token_ids"] and continued.tokens is not None:
-        found.add(Feature.TOKEN_IDS)
-    return frozenset(found)
-
-
-async def _check_stop(server: Server, ask: Any, prefix: str, text: str) -> None:
-    """Check that a reply which a stop string ends has that string, or names it.
-
-    Raises:
-        ValueError: it has neither.
-    """
-    middle = len(text) // 2
-    stop = next((text[at : at + 2] for at in range(middle, len(text) - 1) if text[at : at + 2].strip()), None)
-    if stop is None:
-        raise ValueError(f"{server.base_url} must go on with its reply to be probed, got {text!r}")
-    (ended,) = (await ask(prefix, GREEDY, [stop])).pieces
+    stop = continued.text.lstrip()[:2]
+    _, ended = await ask(prefix, GREEDY, TOKENS, [stop])
     if ended.stop is None:
         raise ValueError(
-            f"{server.base_url} must keep a stop string in its reply, or name it, but with the stop {stop!r} the reply "
-            f"{text!r} became {ended.text!r}"
+            f"{server.base_url} must keep a stop string in the reply, or name it, but with the stop {stop!r} the reply "
+            f"{continued.text!r} became {ended.text!r}"
         )
+    checks = {
+        Feature.SEEDS: one.text == other.text,
+        Feature.LOGPROBS: wanted["logprobs"] and bool(continued.logprobs),
+        Feature.TOKEN_IDS: wanted["token_ids"] and continued.tokens is not None,
+    }
+    return frozenset(feature for feature, is_there in checks.items() if is_there)

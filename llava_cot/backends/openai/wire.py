@@ -18,8 +18,9 @@ KNOWN = ("model", "messages", "max_tokens", "seed", "stop", "temperature", "top_
 class Kind(StrEnum):
     """Which server it is, as far as requests differ."""
 
-    LLAVA_COT = "llava-cot"  # one request for all seeds, with exact tokens
-    OTHER = "other"  # one request for each seed
+    LLAVA_COT = "llava-cot"  # one request for all seeds, with exact tokens; all others get one for each seed
+    LLAMA_CPP = "llama.cpp"  # names the stop string in an object of its own
+    OTHER = "other"
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,9 @@ def options_of(
         fields["llava_cot"] = own
     else:
         (fields["seed"],) = seeds
-        if stops:
+        if kind is Kind.LLAMA_CPP:
+            fields["verbose"] = True
+        elif stops:
             fields["no_stop_trim"] = True  # what SGLang calls it
     known = {name: value for name, value in fields.items() if name in KNOWN}
     return {**known, "extra_body": {name: value for name, value in fields.items() if name not in KNOWN}}
@@ -113,7 +116,8 @@ def read_reply(body: bytes, stops: Collection[str], number: int) -> Reply | None
         choices = sorted(data["choices"], key=lambda choice: choice["index"])
         if len(choices) != number:
             return None
-        pieces = [_piece(choice, stops, counts[1] if number == 1 else None) for choice in choices]
+        count, plain = counts[1] if number == 1 else None, data.get("__verbose")
+        pieces = [_piece(choice, stops, count, plain) for choice in choices]
         return Reply(pieces, counts[0], _count(cached), counts[1])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
@@ -125,12 +129,16 @@ def _count(value: Any) -> int:
     return value
 
 
-def _piece(choice: Mapping[str, Any], stops: Collection[str], count: int | None) -> Piece:
+def _piece(
+    choice: Mapping[str, Any], stops: Collection[str], count: int | None, plain: Mapping[str, Any] | None
+) -> Piece:
     text, reason = choice["message"].get("content") or "", choice["finish_reason"]
     if not isinstance(text, str) or reason not in ("stop", "length"):
         raise ValueError(f"a choice must be a text that stopped or was cut, got {reason!r}")
     tokens = choice.get("token_ids")
     told = choice.get("stop_reason") or choice.get("matched_stop")  # vLLM's name and SGLang's; an int is a token
+    if plain is not None:  # llama.cpp's own reply: without the beginning of the message, and with the stop string
+        text, told = plain["content"], plain["stopping_word"]
     own = choice.get("llava_cot")
     if own is None:
         text, stop = _ended(text, stops, told)
