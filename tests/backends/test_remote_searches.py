@@ -22,7 +22,7 @@ from llava_cot.grammars import GRAMMARS
 from llava_cot.scoring import JudgeScorer, confidence
 from llava_cot.serve.app import create_app
 
-DEADLINE = 300  # seconds; nothing takes so long unless it hangs
+DEADLINE = 20
 SAMPLE = shapes.sample(shapes.TEST_SEEDS[12])
 SHORT = {"max_new_tokens": 128}
 
@@ -85,7 +85,8 @@ def test_it_draws_what_the_local_engine_draws(tiny, remote, search):
         for one, other in zip(there.trace.data["nodes"], here.trace.data["nodes"]):
             for name in ("logprobs", "sampling_logprobs", "entropies"):
                 assert one[name] == pytest.approx(other[name], abs=1e-4)
-        for name in ("prompt_tokens", "generated_tokens", "generations", "scorer_calls"):
+        taken_back = ["generated_tokens"] if search == "sentence_beam" else []  # they count, but are not sent
+        for name in {"prompt_tokens", "generated_tokens", "generations", "scorer_calls"} - {*taken_back}:
             assert getattr(there.usage, name) == getattr(here.usage, name)
         assert there.usage.seconds > 0
 
@@ -98,9 +99,8 @@ def test_several_at_once_streams_and_asyncio(tiny, remote):
     again = asyncio.run(remote.aio.answer_batch(images, questions, "stage_beam", **SHORT))
     assert [*map(drawn, there)] == [*map(drawn, here)] == [*map(drawn, again)]
     events = [*remote.stream(images[0], questions[0], "stage_beam", **SHORT)]
-    assert events[:-1] == [*tiny.stream(images[0], questions[0], "stage_beam", **SHORT)][:-1] or [
-        type(event) for event in events
-    ] == [type(event) for event in tiny.stream(images[0], questions[0], "stage_beam", **SHORT)]
+    expected = [*tiny.stream(images[0], questions[0], "stage_beam", **SHORT)]
+    assert [*map(type, events)] == [*map(type, expected)]
     assert events[-1].answer.text == here[0].text
 
 
@@ -229,7 +229,7 @@ def test_what_is_closed_or_dropped_leaves_nothing_behind(served, url):
     assert run.done and "the connection was closed" in str(there.error_of(run))
     assert not [thread for thread in threading.enumerate() if thread not in before and "llava-cot" in thread.name]
     until(lambda: not served.engine.has_work and served.engine.pages_in_use == 0)
-    with pytest.raises(RuntimeError, match="the connection must be open"):
+    with pytest.raises(ValueError, match="the connection must be open"):
         there.answer(SAMPLE.image, SAMPLE.question, "greedy")
 
 

@@ -26,12 +26,13 @@ class LoopThread:
         """Start a coroutine in the loop. Cancelling what is returned cancels it.
 
         Raises:
-            RuntimeError: the loop has been closed.
+            ValueError: the loop has been closed.
         """
-        if self._is_closed:
-            work.close()
-            raise RuntimeError("the connection must be open, but it has been closed")
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._closing:  # what is started before it closes is cancelled when it does
+            if not self._is_closed:
+                return asyncio.run_coroutine_threadsafe(work, self._loop)
+        work.close()
+        raise ValueError("the connection must be open, but it has been closed")
 
     async def in_thread(self, function: Callable[[], Result]) -> Result:
         """Await a function that runs in a thread beside the loop."""
