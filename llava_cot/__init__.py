@@ -75,7 +75,13 @@ def __getattr__(name: str) -> Any:
         return _version()
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME.get(name, "llava_cot.search")), name)
+    try:
+        return getattr(import_module(_HOME.get(name, "llava_cot.search")), name)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "transformers"):
+            raise
+        advice = "pip install 'llava-cot[local]', or search on a server by llava_cot.connect(...)"
+        raise ImportError(f"{name} runs a model, which needs {error.name}: {advice}", name=error.name) from error
 
 
 def _version() -> str:
