@@ -104,7 +104,7 @@ HARNESSES = ms-vlmeval==0.0.20 lmms-eval==0.7.3
 $(VENV)/.ready: $(SOURCES)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$(TRANSFORMERS)" -e ".[test,tokenizers]"
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check "$(TRANSFORMERS)" -e ".[test,tokenizers,servers]"
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(HARNESSES) 2> /dev/null
 	touch $@
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from llava_cot.custom_generate import SearchOutput
     from llava_cot.engine.config import EngineConfig
     from llava_cot.generator import SwiresGenerator
+    from llava_cot.remote import connect
     from llava_cot.scoring import Calibration
     from llava_cot.search import (
         NEXT,
@@ -50,6 +51,7 @@ __all__ = [
     "SwiresConfig",
     "SwiresGenerator",
     "TokenBeamConfig",
+    "connect",
     "tiny_path",
 ]
 
@@ -59,6 +61,7 @@ _HOMES = {
     "llava_cot.core": ("Extend", "SamplingParams"),
     "llava_cot.engine.config": ("EngineConfig",),
     "llava_cot.generator": ("SwiresGenerator",),
+    "llava_cot.remote": ("connect",),
     "llava_cot.scoring": ("Calibration",),
     "llava_cot.stages": ("LLAVA_COT", "STAGES", "Grammar", "Stage"),
     "llava_cot.tiny": ("tiny_path",),
@@ -72,7 +75,13 @@ def __getattr__(name: str) -> Any:
         return _version()
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME.get(name, "llava_cot.search")), name)
+    try:
+        return getattr(import_module(_HOME.get(name, "llava_cot.search")), name)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "transformers"):
+            raise
+        advice = "pip install 'llava-cot[local]', or search on a server by llava_cot.connect(...)"
+        raise ImportError(f"{name} runs a model, which needs {error.name}: {advice}", name=error.name) from error
 
 
 def _version() -> str:

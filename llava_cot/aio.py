@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from llava_cot.answer import Answer, Finished
-from llava_cot.engine.aio import AsyncEngine
 from llava_cot.image import Images
-from llava_cot.prompt import Question
+from llava_cot.question import Question
 from llava_cot.search import SearchLike
 from llava_cot.search.events import Event
 from llava_cot.search.stream import EventStream
+from llava_cot.stepper import AsyncEngine
 
 if TYPE_CHECKING:
-    from llava_cot.generator import SwiresGenerator
+    from llava_cot.searcher import Searcher
 
 
 class AsyncGenerator:
@@ -24,9 +24,9 @@ class AsyncGenerator:
     search and gives back everything that it holds.
     """
 
-    def __init__(self, generator: "SwiresGenerator") -> None:
+    def __init__(self, generator: "Searcher") -> None:
         self._generator = generator
-        self.engine = AsyncEngine(generator.engine)
+        self.engine = AsyncEngine(generator.backend)
 
     async def answer(
         self, image: Images, question: Question, search: SearchLike = "swires", *, seed: int = 0, **settings: Any

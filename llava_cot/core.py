@@ -5,7 +5,7 @@ continuations. The same policy therefore runs on the local engine, on a remote s
 """
 
 import reprlib
-from collections.abc import Callable, Generator, Iterable, Sequence, Sized
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence, Sized
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from numbers import Integral, Real
@@ -37,6 +37,18 @@ class Feature(StrEnum):
     LOGPROBS = "logprobs"
     ENTROPIES = "entropies"  # entropies and certainties
     EXTEND = "extend"  # reads given tokens, and names the most likely next ones
+
+
+def check_features(what: str, needed: Collection[Feature], offered: Collection[Feature]) -> None:
+    """Check that a back end offers what a search or a scorer needs.
+
+    Raises:
+        ValueError: it does not. The message says that ``what`` needs the features that are missing.
+    """
+    missing = [feature.value for feature in Feature if feature in needed and feature not in offered]
+    if missing:
+        got = [feature.value for feature in Feature if feature in offered]
+        raise ValueError(f"{what} needs a back end with {missing}, got one with {got}")
 
 
 @dataclass(frozen=True)
@@ -336,8 +348,20 @@ class Session(Protocol):
 
 
 class Backend(Protocol):
-    """Whatever runs a model: it opens sessions."""
+    """Whatever runs a model: it opens sessions, and their searches go on while somebody steps it."""
 
-    features: frozenset[Feature]
+    @property
+    def features(self) -> frozenset[Feature]: ...
 
-    def open(self, prompt: Any) -> Session: ...
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The tokens that end an answer. Only searches that read tokens look at them."""
+
+    def open(self, prompt: Any) -> Session:
+        """Open a session on a prompt, or on the one that a function returns once the session is asked."""
+
+    def step(self) -> bool:
+        """Do a step, or wait for one that is done elsewhere. Returns whether there may be more to do."""
+
+    def run_until(self, is_done: Callable[[], bool]) -> None:
+        """Step until ``is_done()``. Several threads may do so at once."""

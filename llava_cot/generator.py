@@ -1,15 +1,12 @@
 """The public face: a model, its processor, and every search on them."""
 
 import json
-import reprlib
 import threading
-import warnings
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence, Set
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from types import MappingProxyType, NoneType
-from typing import Any, Literal, NoReturn, overload
+from typing import Any, NoReturn
 
 import torch
 import transformers
@@ -25,34 +22,29 @@ from transformers import (
     StoppingCriteria,
 )
 
-from llava_cot.aio import AsyncGenerator
-from llava_cot.answer import Answer, Finished
 from llava_cot.bundled import model_path
 from llava_cot.chat import turn_tokens
 from llava_cot.checkpoint import checkpoint_sha256
-from llava_cot.core import Bos, Finish, check_kind, whole_number
+from llava_cot.core import Bos, Session, check_kind, whole_number
 from llava_cot.custom_generate import SearchOutput, arguments, refuse_own
 from llava_cot.detokenise import Detokeniser
 from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.engine import Engine
 from llava_cot.engine.generation_config import SETTINGS
 from llava_cot.families import Prompt, family_of
-from llava_cot.grammars import GRAMMARS, WHOLE, grammar_of, named_grammar
-from llava_cot.image import Images, check_image, images_of, opener
+from llava_cot.grammars import WHOLE, grammar_of, named_grammar
 from llava_cot.loading import check_device, check_dtype, check_name, source_of
-from llava_cot.prompt import Question, build_inputs, check_fits, check_question, question_text, split_rows
+from llava_cot.prompt import build_inputs, check_fits, split_rows
 from llava_cot.quantize import check_quantize, loading_settings
+from llava_cot.question import Question
+from llava_cot.remote import RemoteGenerator, connect
 from llava_cot.scoring import Calibration
-from llava_cot.scoring.scorer import name_of
-from llava_cot.search import Plan, Search, SearchLike, SwiresConfig, make_plan, settings_of
-from llava_cot.search.events import Event
+from llava_cot.scoring.scorer import TurnTokens
+from llava_cot.search import Plan, SearchLike, settings_of
 from llava_cot.search.run import SearchRun
-from llava_cot.search.sample import Staged
 from llava_cot.search.search import stop_tags
-from llava_cot.search.stream import EventStream
-from llava_cot.search.tree import Node
-from llava_cot.stages import Grammar, asked
-from llava_cot.trace import Trace, trace_data
+from llava_cot.searcher import Searcher, cancel_all
+from llava_cot.stages import Grammar
 from llava_cot.vocabulary import Vocabulary
 
 CALIBRATION_FILE = "swires_calibration.json"
@@ -61,7 +53,7 @@ GRAMMAR_FILE = "swires_grammar.json"
 DECODING = frozenset({*SETTINGS, "max_new_tokens"})
 
 
-class SwiresGenerator:
+class SwiresGenerator(Searcher):
     """Stage-level search on an unmodified model of one of ``llava_cot.families.FAMILIES`` and its processor.
 
     ``model`` and ``processor`` stay plain transformers objects; the weights are shared, nothing is patched. A generator
@@ -111,7 +103,7 @@ class SwiresGenerator:
         if isinstance(grammar, str):
             grammar = named_grammar(grammar)
         known = grammar or family_of(model.config).grammar or grammar_of(processor)
-        self._knows_grammar = known is not None
+        self.knows_grammar = known is not None
         self.grammar = known or WHOLE
         self.vocabulary = Vocabulary(processor.tokenizer, self.grammar.all_tags)
         tags = self.vocabulary.stop_tags(stop_tags(self.grammar))
@@ -124,10 +116,10 @@ class SwiresGenerator:
             "SwiresGenerator.from_pretrained(...). Answers and traces can be pickled"
         )
 
-    @cached_property
-    def aio(self) -> AsyncGenerator:
-        """The same methods for asyncio: ``await generator.aio.answer(...)``."""
-        return AsyncGenerator(self)
+    @classmethod
+    def connect(cls, base_url: str, **settings: Any) -> "RemoteGenerator":
+        """See ``llava_cot.connect``: the same searches on a model that a server runs."""
+        return connect(base_url, **settings)
 
     @classmethod
     def from_pretrained(
@@ -199,256 +191,6 @@ class SwiresGenerator:
             engine=engine,
         )
 
-    def answer(
-        self, image: Images, question: Question, search: SearchLike = "swires", *, seed: int = 0, **settings: Any
-    ) -> Answer:
-        """Answer one question, which may be about an image, several or none.
-
-        Args:
-            image: a path, a PIL image, bytes or anything else that ``llava_cot.image.open_image`` takes, a list of
-                such, or None.
-            question: a text, or a conversation that ends with a message of the user (``llava_cot.prompt.Question``).
-            search: a name of ``llava_cot.search.POLICIES``, its configuration object, or a policy function.
-            seed: everything random comes from it, 0 <= seed < 2**63.
-            settings: fields of the search's configuration to change, e.g. ``max_new_tokens=512``.
-
-        Raises:
-            ValueError, TypeError: naming the argument that is wrong.
-            OutOfPages: the KV cache is too small for this search alone.
-            Exception: what a scorer or a policy function raised, when that ended the search. Its ``trace`` attribute
-                shows how far the search came.
-        """
-        return self.answer_batch([image], [question], search, seed=seed, **settings)[0]
-
-    @overload
-    def answer_batch(
-        self,
-        images: Sequence[Images],
-        questions: Sequence[Question],
-        search: SearchLike = "swires",
-        *,
-        seed: int = 0,
-        return_exceptions: Literal[False] = False,
-        **settings: Any,
-    ) -> list[Answer]: ...
-
-    @overload
-    def answer_batch(
-        self,
-        images: Sequence[Images],
-        questions: Sequence[Question],
-        search: SearchLike = "swires",
-        *,
-        seed: int = 0,
-        return_exceptions: Literal[True],
-        **settings: Any,
-    ) -> list[Answer | Exception]: ...
-
-    def answer_batch(
-        self,
-        images: Sequence[Images],
-        questions: Sequence[Question],
-        search: SearchLike = "swires",
-        *,
-        seed: int = 0,
-        return_exceptions: bool = False,
-        **settings: Any,
-    ) -> list[Answer] | list[Answer | Exception]:
-        """Answer many questions as one continuous batch; ``[i]`` equals ``answer(images[i], questions[i], ...)``.
-
-        A search that fails does not touch the others. The first error is raised once all have ended; with
-        ``return_exceptions`` each stands where its answer would.
-        """
-        plan = self.plan(search, **settings)
-        runs = self.submit_all(images, questions, plan, seed=seed, return_exceptions=return_exceptions)
-        try:
-            self.wait(runs)
-            return self.answers_of(runs) if return_exceptions else [*map(self.answer_of, runs)]
-        finally:
-            _cancel(runs)
-
-    def stream(
-        self, image: Images, question: Question, search: SearchLike = "swires", *, seed: int = 0, **settings: Any
-    ) -> Generator[Event | Finished, None, None]:
-        """As ``answer``, but yields events as they happen (``llava_cot.search.events``) and last ``Finished(answer)``.
-
-        Only ``StageFinal`` and ``TextDelta`` carry text that stands; closing the stream frees everything it holds.
-        """
-        events: list[Event] = []
-        plan = self.plan_of_stream(search, **settings)
-        run = self.submit(image, question, plan, seed=seed, on_event=events.append)
-        try:
-            seen = EventStream(run, events, self.detokeniser())
-            while not run.done:
-                self.engine.step()
-                yield from seen.take()
-            yield from seen.take()
-            yield Finished(self.answer_of(run))
-        finally:
-            run.cancel()
-
-    # --- What the methods above and below are made of ---
-
-    def plan(self, search: SearchLike = "swires", **settings: Any) -> Plan:
-        """Resolve ``search`` and check ``settings``, before anything runs.
-
-        Raises:
-            ValueError: naming the argument that is wrong, or the chat template if it can't ask the grammar's turns.
-        """
-        plan = make_plan(search, settings, self.grammar)
-        for turn in self.grammar.turns.values():
-            self._turn_tokens(turn, ())  # raises if the chat template can't ask it
-        if isinstance(plan.config, Staged) and not self._knows_grammar:
-            raise ValueError(
-                f"grammar must be named for search={plan.name!r}, since neither the chat template nor the tokenizer of "
-                f"this model shows which stages it writes: one of {list(GRAMMARS)} or a Grammar, got None"
-            )
-        if plan.config.needs_calibration and self._calibration_for(plan) is None:
-            warnings.warn(
-                f"no calibration of scorer {plan.scorer!r} for this model: nothing will be retraced. "
-                "Use generator.calibrate(...) or SwiresConfig(cutoff=...)",
-                stacklevel=3,
-            )
-        return plan
-
-    def plan_of_stream(self, search: SearchLike, **settings: Any) -> Plan:
-        """As ``plan``, of a search that returns one answer."""
-        plan = self.plan(search, **settings)
-        if plan.config.num_answers > 1:
-            raise ValueError(f"num_return_sequences must be 1 in a stream, got {plan.config.num_answers}")
-        return plan
-
-    def submit(
-        self,
-        image: Images,
-        question: Question,
-        plan: Plan,
-        *,
-        seed: int = 0,
-        on_event: Callable[[Event], None] = lambda event: None,
-    ) -> SearchRun:
-        """Start a search; it goes on whenever the engine steps. Keep the result: a search that nobody holds ends.
-
-        Images are opened when the search is admitted, and closed again once the model has seen them. An image or a
-        question that can't be used is the search's error.
-        """
-        openers = [*map(opener, images_of(image))]
-
-        def open_all() -> list[Image]:
-            return [open() for open in openers]
-
-        def prepare() -> Prompt:
-            opened = open_all()
-            with self._processing:
-                prompt = build_inputs(
-                    self.processor,
-                    opened,
-                    question,
-                    self.bos,
-                    ask=self.grammar.question,
-                    system=self.system,
-                    chat_template_kwargs=self.chat_template_kwargs,
-                )
-            check_fits(prompt, self.model, images=len(opened))
-            return prompt
-
-        # A question that can't be used fails when it is prepared.
-        text = question if isinstance(question, str) else question_text(question) if _is_chat(question) else None
-        return self.start(prepare, plan, seed, on_event, text, open_all)
-
-    def submit_all(
-        self,
-        images: Sequence[Images],
-        questions: Sequence[Question],
-        plan: Plan,
-        *,
-        seed: int = 0,
-        return_exceptions: bool = False,
-    ) -> list[SearchRun]:
-        """``submit`` for each question, of which there must be one for each image.
-
-        Unless ``return_exceptions``, questions and types of images are checked and files are looked for before anything
-        is started.
-
-        Raises:
-            ValueError, TypeError: naming the argument that is wrong.
-        """
-        for name, items in (("images", images), ("questions", questions)):
-            is_wrong = isinstance(items, (str, bytes, Mapping, Set)) or hasattr(items, "columns")  # of a table
-            if is_wrong or not isinstance(items, Collection):
-                raise TypeError(f"{name} must be a sequence with one entry for each search, got {reprlib.repr(items)}")
-        if len(images) != len(questions):
-            raise ValueError(f"questions must have one entry per image={len(images)}, got {len(questions)}")
-        if not return_exceptions:
-            for image, question in zip(images, questions):
-                check_question(question)
-                for each in images_of(image):
-                    check_image(each)
-        runs: list[SearchRun] = []
-        try:
-            for image, question in zip(images, questions):
-                runs.append(self.submit(image, question, plan, seed=seed))
-        except BaseException:
-            _cancel(runs)
-            raise
-        return runs
-
-    def wait(self, runs: Sequence[SearchRun]) -> None:
-        """Step the engine until all ``runs`` have ended."""
-        self.engine.run_until(lambda: all(run.done for run in runs))
-
-    def answer_of(self, run: SearchRun, node: Node | None = None) -> Answer:
-        """The answer of a search that has ended: its best one, or that of ``node``. Raises what the search raised."""
-        if error := self.error_of(run):
-            raise error
-        node = node or run.result[0]
-        text = "".join(asked(turn) + self.decode(tokens) for turn, tokens in node.replies())
-        ended = node.finish is Finish.EOS
-        stages, violation = self.grammar.parse(text, ended=ended), self.grammar.violation(text, ended=ended)
-        return Answer(
-            text,
-            list(node.path_tokens()),
-            stages,
-            self.trace_of(run, node),
-            run.search.usage,
-            self.grammar,
-            violation,
-            ended or node.closed,
-        )
-
-    def answers_of(self, runs: Sequence[SearchRun]) -> list[Answer | Exception]:
-        """The answer of each search, or in its place what the search raised."""
-        return [self.error_of(run) or self.answer_of(run) for run in runs]
-
-    def error_of(self, run: SearchRun) -> Exception | None:
-        """What ended a failed search, with the trace of it as its attribute ``trace``; None if it succeeded."""
-        if run.error is not None:
-            run.error.trace = self.trace_of(run, None)  # type: ignore[attr-defined]
-        return run.error
-
-    def trace_of(self, run: SearchRun, node: Node | None) -> Trace:
-        """Everything that a search did; ``node`` is the answer, None that of a search that failed."""
-        search, plan = run.search, run.plan
-        calibration = search.calibration
-        data = trace_data(
-            model=self._folder,
-            versions={"torch": torch.__version__, "transformers": transformers.__version__},
-            question=search.question,  # None: only its tokens were given
-            search=plan.name,
-            config=plan.settings(),
-            grammar=self.grammar,
-            seed=search.seed,
-            bos=self.bos,
-            calibration={"scorer": calibration.scorer, "data": calibration.data} if calibration else None,
-            prompt_tokens=search.session.prompt_tokens,
-            **search.to_dict(),
-            answer=node.id if node else None,
-            answers=[other.id for other in run.result or []],
-            usage=search.usage,
-            error=run.error,
-        )
-        return Trace(data)
-
     def generate(
         self,
         input_ids: torch.Tensor | None = None,
@@ -498,7 +240,7 @@ class SwiresGenerator:
             self.wait(runs)
             found = [(index, run, node) for index, run in enumerate(runs) for node in self._nodes(run)]
         finally:
-            _cancel(runs)
+            cancel_all(runs)
         # Without a pad token EOS pads, as in transformers; rows of one length need neither.
         pads = (pad_token_id, self.model.generation_config.pad_token_id, *self.engine.eos_token_ids)
         pad = next((token for token in pads if token is not None), None)
@@ -541,78 +283,52 @@ class SwiresGenerator:
         refuse_own(model, input_ids, generation_config, kwargs, logits_processor, stopping_criteria)
         return self.generate(search=search, seed=seed, **{**prepared, **(settings or {})})
 
-    def calibrate(
-        self, images: Sequence[Images], questions: Sequence[Question], *, data: str, seed: int = 0, **settings: Any
-    ) -> Calibration:
-        """Measure what scores the candidates of each stage get, use the result from now on and return it.
-
-        ``settings`` are those of a ``SwiresConfig`` of one round: the scorer and the sampling to calibrate for.
-
-        ``data`` names what it was measured on. Save it with ``calibration.save(folder / "swires_calibration.json")``.
-        """
-        check_kind("data", data, str, "a name of what is measured on")
-        config = make_plan(SwiresConfig(max_rounds=1, grammar=self.grammar), settings, self.grammar).config
-        assert isinstance(config, SwiresConfig)
-        answers = self.answer_batch(images, questions, config, seed=seed)
-        scores: dict[str, list[float]] = {str(name): [] for name in self.grammar.names}
-        for answer in answers:
-            for node in answer.trace.nodes.values():
-                if node["closed"] and node["stage"] is not None and node["score"] is not None:
-                    scores[node["stage"]].append(node["score"])
-        silent = [stage for stage, values in scores.items() if not values]
-        if silent:
-            raise ValueError(f"calibration needs closed candidates of every stage, got none of {silent[0]} on {data!r}")
-        calibration = Calibration.fit(name_of(config.scorer), data, scores, checkpoint_sha256(self._folder))
-        self.calibrations[calibration.scorer] = calibration
-        return calibration
+    @property
+    def backend(self) -> Engine:
+        """The engine."""
+        return self.engine
 
     @property
-    def _folder(self) -> str:
+    def source(self) -> str:
         """Where the model was loaded from, if from anywhere."""
         return self.model.config._name_or_path
 
-    def _calibration_for(self, plan: Plan) -> Calibration | None:
-        return self.calibrations.get(plan.scorer) if plan.scorer else None
+    @property
+    def versions(self) -> dict[str, str]:
+        """Those of torch and transformers."""
+        return {"torch": torch.__version__, "transformers": transformers.__version__}
 
-    def _nodes(self, run: SearchRun) -> list[Node]:
-        """The nodes that a search returned, the best first. Raises what the search raised."""
-        if error := self.error_of(run):
-            raise error
-        return run.result
+    @property
+    def weights_sha256(self) -> str | None:
+        """The hash of the model's weights, if it was loaded from a folder."""
+        return checkpoint_sha256(self.source)
 
-    def start(
-        self,
-        prompt: Prompt | Callable[[], Prompt],
-        plan: Plan,
-        seed: int,
-        on_event: Callable[[Event], None] = lambda event: None,
-        question: str | None = None,
-        load_images: Callable[[], Sequence[Image]] = tuple,
-    ) -> SearchRun:
-        """Start a search of a prompt's inputs, or of those that a function makes once it is admitted."""
-        if not isinstance(seed, Integral) or isinstance(seed, bool):
-            raise TypeError(f"seed must be an integer, got {seed!r}")
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be in [0, 2**63), got {seed}")
-        seed = int(seed)
+    def open(self, prompt: Prompt | Callable[[], Prompt], plan: Plan) -> Session:
+        """See ``Searcher.open``."""
         session = self.engine.open(prompt)
         if not plan.config.draws and not self.engine.processors.is_empty:
             raise ValueError(f"search={plan.name!r} can't apply the logits processors of the model's generation_config")
-        search = Search(
-            session,
-            self.decode,
-            seed,
-            plan.config.max_new_tokens,
-            self._calibration_for(plan),
-            on_event,
-            self.engine.eos_token_ids,
-            self.grammar,
-            plan.config.budget,
-            question,
-            load_images,
-            self._turn_tokens,
-        )
-        return SearchRun(search, plan)
+        return session
+
+    def prompt(self, images: Sequence[Image], question: Question) -> Prompt:
+        """Return the processor's inputs for one question."""
+        with self._processing:
+            prompt = build_inputs(
+                self.processor,
+                images,
+                question,
+                self.bos,
+                ask=self.grammar.question,
+                system=self.system,
+                chat_template_kwargs=self.chat_template_kwargs,
+            )
+        check_fits(prompt, self.model, images=len(images))
+        return prompt
+
+    @property
+    def turn_tokens(self) -> TurnTokens:
+        """Makes the tokens of a user's turn by the chat template."""
+        return self._turn_tokens
 
     def _turn_tokens(self, turn: str, written: Sequence[int]) -> tuple[int, ...]:
         with self._processing:
@@ -630,16 +346,3 @@ class SwiresGenerator:
 def _require_kind(name: str, value: object, kind: type, what: str) -> None:
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be {what}, got {type(value).__name__}")
-
-
-def _is_chat(question: object) -> bool:
-    try:
-        check_question(question)
-    except ValueError:
-        return False
-    return True
-
-
-def _cancel(runs: Sequence[SearchRun]) -> None:
-    for run in runs:
-        run.cancel()

@@ -2,8 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
-
 from llava_cot.chat import render
 from llava_cot.stages import LLAVA_COT, Grammar
 
@@ -94,6 +92,8 @@ def grammar_of(processor: "ProcessorMixin") -> Grammar | None:
     as a token of its own was made for it.
     """
     if processor.chat_template:
+        from jinja2 import TemplateError  # it comes with transformers
+
         question = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
         try:
             prompt = render(processor, question, add_generation_prompt=True)

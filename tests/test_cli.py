@@ -258,7 +258,8 @@ def test_what_a_model_writes_is_never_markup(run, image, monkeypatch):
     """Brackets in a candidate or an answer are text, also where they look like rich's markup."""
     from llava_cot.generator import SwiresGenerator
 
-    monkeypatch.setattr(SwiresGenerator, "decode", lambda self, tokens: "<CONCLUSION> [A] or [/b] </CONCLUSION>")
+    written = "<CONCLUSION> [A] or [/b] </CONCLUSION>"
+    monkeypatch.setattr(SwiresGenerator, "decode", lambda self, tokens: written if tokens else "")
     for search in ("swires", "greedy"):
         status, out, _ = run("answer", image, SAMPLE.question, "--search", search, "--max-new-tokens", "4")
         assert status == 0 and "answer: [A] or [/b]" in out

@@ -10,7 +10,8 @@ from tokenizers.normalizers import Lowercase
 from llava_cot import SwiresGenerator
 from llava_cot.data import shapes
 from llava_cot.grammars import GRAMMARS
-from llava_cot.prompt import build_inputs, question_text
+from llava_cot.prompt import build_inputs
+from llava_cot.question import question_text
 from llava_cot.stages import Grammar
 
 SAMPLE = shapes.sample(801_234)

@@ -24,7 +24,9 @@ def main() -> None:
     try:
         app()
     except (ValueError, TypeError, OSError, ImportError) as error:
-        if isinstance(error, ImportError) and error.name != "llava_cot_kernels._C":
+        if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "transformers"):
+            error = ImportError(f"this command needs {error.name}: pip install 'llava-cot[local]'")
+        elif isinstance(error, ImportError) and error.name != "llava_cot_kernels._C":
             raise
         Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)

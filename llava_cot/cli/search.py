@@ -4,7 +4,8 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
     from llava_cot.answer import Answer, Finished
     from llava_cot.search.events import Candidates, Event
+    from llava_cot.searcher import Searcher
+    from llava_cot.stages import Grammar
     from llava_cot.trace import Trace
 
 app = typer.Typer()
@@ -62,7 +65,19 @@ def answer(
     ] = None,
     question: Annotated[str, typer.Argument(help="The question.")],
     search: Search = "swires",
-    model: Model = "tiny",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help=f"A model folder or a hub name; {' and '.join(BUNDLED)} are bundled, and tiny is the default. "
+            "With --server the model there."
+        ),
+    ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            help="Ask the model of a server instead, e.g. http://localhost:8000/v1. OPENAI_API_KEY is the key."
+        ),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="The device of the model, e.g. cuda; by default the CPU.")] = None,
     quantize: Quantize = None,
     seed: Seed = 0,
@@ -91,8 +106,14 @@ def answer(
         settings["scorer"] = scorer
     if max_tokens is not None or max_seconds is not None:
         settings["budget"] = Budget(generated_tokens=max_tokens, seconds=max_seconds)
-    asked = images or []
-    _run(asked, question, search, model, device, quantize, settings, json, trace, grammar=grammar, system=system)
+    if server is None:
+        generator = partial(_load, model or "tiny", device, quantize, system)
+    else:
+        for name, value in {"device": device, "quantize": quantize}.items():
+            if value is not None:
+                raise ValueError(f"{name} must not be given with server, got {value!r}")
+        generator = partial(_connect, server, model, system)
+    _run(images or [], question, search, generator, settings, json, trace, grammar=grammar)
 
 
 @app.command()
@@ -126,7 +147,14 @@ def demo(
         if "cutoff" in known:
             settings["cutoff"] = 0.0  # a logit: more likely right than wrong
         conclusion = _run(
-            [str(image)], sample.question, search, "tiny", None, quantize, settings, json, trace, sample.answer
+            [str(image)],
+            sample.question,
+            search,
+            partial(_load, "tiny", None, quantize, None),
+            settings,
+            json,
+            trace,
+            sample.answer,
         )
     if not json:
         verdict = "right" if shapes.is_correct(sample, conclusion) else "wrong"
@@ -199,16 +227,14 @@ def _run(
     images: list[str],
     question: str,
     search: str,
-    model: str,
-    device: str | None,
-    quantize: str | None,
+    make: "Callable[[Grammar | None], Searcher]",
     settings: dict[str, Any],
     json: bool,
     trace: Path | None,
     gold: str | None = None,
     grammar: str | None = None,
-    system: str | None = None,
 ) -> str:
+    """Answer one question by what ``make`` returns for a grammar, show and write it, and return the conclusion."""
     from llava_cot.grammars import named_grammar
     from llava_cot.image import check_image, open_image
     from llava_cot.search import make_plan
@@ -223,19 +249,10 @@ def _run(
         raise ValueError(f"question must be given after the images, got only the file {question!r}")
     if trace is not None:
         check_output(trace, "trace")
-    if device is not None:
-        from llava_cot.loading import check_device
-
-        check_device(device)
-
-    from transformers.utils import logging
-
-    from llava_cot.generator import SwiresGenerator
-    from llava_cot.prompt import check_question
+    from llava_cot.question import check_question
 
     check_question(question)
-    logging.disable_progress_bar()
-    generator = SwiresGenerator.from_pretrained(model, device=device, quantize=quantize, grammar=known, system=system)
+    generator = make(known)
 
     def write(found: "Trace") -> None:
         if trace is not None:
@@ -257,6 +274,29 @@ def _run(
         raise
     write(result.trace)
     return result.conclusion
+
+
+def _load(
+    model: str, device: str | None, quantize: str | None, system: str | None, grammar: "Grammar | None"
+) -> "Searcher":
+    """Load a model, whose device is checked before its weights are loaded."""
+    from llava_cot.generator import SwiresGenerator
+    from llava_cot.loading import check_device
+
+    if device is not None:
+        check_device(device)
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return SwiresGenerator.from_pretrained(model, device=device, quantize=quantize, grammar=grammar, system=system)
+
+
+def _connect(server: str, model: str | None, system: str | None, grammar: "Grammar | None") -> "Searcher":
+    """Connect to a server."""
+    from llava_cot.remote import connect
+
+    return connect(server, model=model, grammar=grammar, system=system)
 
 
 def _settings(search: str) -> set[str]:

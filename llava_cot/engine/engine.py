@@ -378,7 +378,8 @@ class Engine:
     def _fork(self, job: Job, pending: Pending) -> list[Branch]:
         parent, request = pending.parent, pending.request
         assert parent is not None and isinstance(request, Expand)
-        state = self._tag_state(parent)
+        # A sentence is looked for in new tokens alone: the parent may end with a full stop whose space was taken back.
+        state = self.tags.start_state if request.trims else self._tag_state(parent)
         kids = [
             job.add(Branch(parent, seq, parent.length, image=parent.image, seed=seed, tag_state=state))
             for seq, seed in zip(self.pool.fork(parent.seq, len(request.seeds)), request.seeds)

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from llava_cot.atomic import check_output, replacing
-from llava_cot.data.annotation.client import ChatClient, RequestFailed
+from llava_cot.data.annotation.client import ChatClient
 from llava_cot.data.annotation.cost import Usage
+from llava_cot.endpoint import RequestFailed
 from llava_cot.evaluate.question import Question, Verdict
 from llava_cot.evaluate.result import GRADED, Scored
 

@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llava_cot.core import Continuation, Expand, Extend, Finish, Program, SamplingParams
+from llava_cot.core import Continuation, Expand, Extend, Feature, Finish, Program, SamplingParams
 from llava_cot.scoring.confidence import confidence
-from llava_cot.scoring.scorer import Span, groupwise
+from llava_cot.scoring.scorer import Span, groupwise, needing
 from llava_cot.stages import Outcome
 from llava_cot.stages import asked as asked_text
 from llava_cot.text import normalise
@@ -18,6 +18,7 @@ _CLAUSE = re.compile(r"[.;,\n]+(?:\s|$)")
 
 
 @groupwise
+@needing(Feature.LOGPROBS)
 def self_consistency(spans: Sequence[Span]) -> list[float]:
     """Return for each candidate the share of candidates that state the same facts. This is for long texts.
 
@@ -36,6 +37,7 @@ def self_consistency(spans: Sequence[Span]) -> list[float]:
 
 
 @groupwise
+@needing(Feature.LOGPROBS)
 def vote(spans: Sequence[Span]) -> list[float]:
     """Return the share of votes for each candidate's answer. A vote weighs exp(mean log-prob) (CISC, arXiv 2502.06233).
 
@@ -46,6 +48,7 @@ def vote(spans: Sequence[Span]) -> list[float]:
 
 
 @groupwise
+@needing(Feature.LOGPROBS)
 def look_ahead(spans: Sequence[Span]) -> Program[list[float]]:
     """Return the share of votes for the conclusion that greedy decoding reaches from each candidate.
 

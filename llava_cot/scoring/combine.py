@@ -5,7 +5,7 @@ from numbers import Real
 
 from llava_cot.core import Program, check_kind
 from llava_cot.scoring.calibration import Calibration
-from llava_cot.scoring.scorer import Scorer, Span, ask, check_scorer, is_groupwise, name_of
+from llava_cot.scoring.scorer import Scorer, Span, ask, check_scorer, is_groupwise, name_of, needs_of
 
 
 class ByStage:
@@ -18,6 +18,7 @@ class ByStage:
         check_scorer("default", default)
         self.scorers, self.default, self.__name__ = dict(scorers), default, name
         self.groupwise = any(map(is_groupwise, [*scorers.values(), default]))
+        self.needs = needs_of(*scorers.values(), default)
 
     def __call__(self, spans: Sequence[Span]) -> Program[list[float]]:
         scores = [0.0] * len(spans)
@@ -44,6 +45,7 @@ class Borda:
 
     def __init__(self, weights: Mapping[Scorer, float], name: str = "borda") -> None:
         self.weights, self.__name__ = _checked(weights), name
+        self.needs = needs_of(*weights)
 
     def __call__(self, spans: Sequence[Span]) -> Program[list[float]]:
         parts = yield from _parts(self.weights, spans)
@@ -68,6 +70,7 @@ class Weighted:
         self.weights, self.__name__ = _checked(weights), name
         self.calibrations = {calibration.scorer: calibration for calibration in calibrations}
         self.groupwise = any(map(is_groupwise, weights))
+        self.needs = needs_of(*weights)
 
     def __call__(self, spans: Sequence[Span]) -> Program[list[float]]:
         parts = yield from _parts(self.weights, spans)

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from llava_cot.chat import turn_tokens
-from llava_cot.core import Continuation, Expand, Extend, Program, SamplingParams
+from llava_cot.core import Continuation, Expand, Extend, Feature, Program, SamplingParams
 from llava_cot.scoring.scorer import Span
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ class JudgeScorer:
 
     Source: arXiv 2411.10440v1 (pairs), 2512.19433 (yes-logit), 2502.06233 (P(True)).
     """
+
+    needs = frozenset({Feature.EXTEND})
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence, Set, Sized
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from llava_cot.core import Program
+from llava_cot.core import Feature, Program
 from llava_cot.stages import LLAVA_COT, Grammar
 
 if TYPE_CHECKING:
@@ -77,6 +77,21 @@ def groupwise(scorer: T) -> T:
     """Mark a scorer whose numbers depend on the other candidates. It gets the whole pool, equal candidates included."""
     scorer.groupwise = True  # type: ignore[attr-defined]
     return scorer
+
+
+def needing(*features: Feature) -> Callable[[T], T]:
+    """Mark a scorer that needs more of the back end than the texts of candidates."""
+
+    def mark(scorer: T) -> T:
+        scorer.needs = frozenset(features)  # type: ignore[attr-defined]
+        return scorer
+
+    return mark
+
+
+def needs_of(*scorers: Scorer) -> frozenset[Feature]:
+    """Return what scorers need of the back end, by their attribute ``needs``. Without one a scorer needs nothing."""
+    return frozenset().union(*(getattr(scorer, "needs", ()) for scorer in scorers))
 
 
 def is_groupwise(scorer: Scorer) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
 
-from llava_cot.core import Program
+from llava_cot.core import Feature, Program
 from llava_cot.scoring import resolve_scorer
 from llava_cot.search.sample import Scored
 from llava_cot.search.search import Search
@@ -39,6 +39,10 @@ class MajorityConfig(Scored):
     @property
     def max_generations(self) -> int:
         return self.n
+
+    @property
+    def needs(self) -> frozenset[Feature]:
+        return super().needs | ({Feature.LOGPROBS} if self.weight == "confidence" else set())
 
 
 def majority(search: Search, config: MajorityConfig) -> Program[list[Node]]:

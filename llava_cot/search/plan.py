@@ -4,8 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeGuard
 
-from llava_cot.core import Program
-from llava_cot.scoring.scorer import name_of
+from llava_cot.core import Feature, Program, check_features
+from llava_cot.scoring import resolve_scorer
+from llava_cot.scoring.scorer import name_of, needs_of
 from llava_cot.search.best_of_n import BestOfNConfig, best_of_n
 from llava_cot.search.greedy import GreedyConfig, greedy
 from llava_cot.search.majority import MajorityConfig, majority
@@ -49,11 +50,24 @@ class Plan:
     name: str
     config: Limits  # a policy function has no settings but the limits
     policy: Policy
+    needs: frozenset[Feature] = frozenset()
 
     @property
     def scorer(self) -> str | None:
         """The name of the scorer, or None without one. Calibrations are looked up by it."""
         return name_of(self.config.scorer) if isinstance(self.config, Scored) else None
+
+    def check_features(self, grammar: Grammar, offered: frozenset[Feature]) -> None:
+        """Check that a back end can run this search, with its scorer, for ``grammar``.
+
+        Raises:
+            ValueError: it can't. The message names what is missing.
+        """
+        scorer = needs_of(resolve_scorer(self.config.scorer)) if isinstance(self.config, Scored) else frozenset()
+        check_features(f"scorer={self.scorer!r}", scorer, offered)
+        check_features(f"search={self.name!r}", self.needs, offered)
+        turns = {Feature.EXTEND} if grammar.turns else ()
+        check_features(f"a grammar with turns of the user, {list(grammar.turns)},", turns, offered)
 
     def settings(self) -> dict[str, Any]:
         """The settings as JSON values. A scorer may hold a model, so its name stands for it."""
@@ -74,7 +88,7 @@ def make_plan(search: SearchLike, settings: Mapping[str, Any], grammar: Grammar)
         for key in settings:
             if key not in known:
                 raise ValueError(f"a policy function must bring its own settings, got {key!r}")
-        return Plan(name_of(search), Limits(**settings), search)
+        return Plan(name_of(search), Limits(**settings), search, frozenset(getattr(search, "needs", ())))
     name = _name_of_policy(search)
     config_type, policy = POLICIES[name]
     for key in settings:
@@ -86,7 +100,7 @@ def make_plan(search: SearchLike, settings: Mapping[str, Any], grammar: Grammar)
         raise ValueError(f"grammar must be the generator's, {grammar}, got {config.grammar}")
     if grammar.turns and not config.draws:
         raise ValueError(f"search={name!r} can't ask the user's turns of the grammar, {list(grammar.turns)}")
-    return Plan(name, config, lambda search: policy(search, config))
+    return Plan(name, config, lambda search: policy(search, config), config.needs)
 
 
 def settings_of(search: SearchLike) -> list[str]:

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from llava_cot.core import Program, SamplingParams, check_kind, check_kinds
+from llava_cot.core import Feature, Program, SamplingParams, check_kind, check_kinds
 from llava_cot.scoring import Scorer, resolve_scorer
+from llava_cot.scoring.scorer import needs_of
 from llava_cot.search.budget import Budget
 from llava_cot.search.search import Search
 from llava_cot.search.tree import Node
@@ -42,6 +43,11 @@ class Limits:
     def max_generations(self) -> int | None:
         """The most candidates that are drawn for one question; None if only their tokens are bounded."""
         return 1
+
+    @property
+    def needs(self) -> frozenset[Feature]:
+        """What the back end must be able to do beyond returning text."""
+        return frozenset()
 
     @property
     def needs_calibration(self) -> bool:
@@ -90,6 +96,10 @@ class Scored(Decoding):
     def __post_init__(self) -> None:
         super().__post_init__()
         resolve_scorer(self.scorer)  # raises for an unknown name
+
+    @property
+    def needs(self) -> frozenset[Feature]:
+        return needs_of(resolve_scorer(self.scorer))
 
 
 @dataclass(frozen=True)

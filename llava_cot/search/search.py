@@ -9,6 +9,7 @@ from llava_cot.core import (
     Continuation,
     Expand,
     Extend,
+    Feature,
     Finish,
     Program,
     Request,
@@ -16,12 +17,13 @@ from llava_cot.core import (
     SamplingParams,
     Session,
     Usage,
+    check_features,
     check_kind,
     requests_of,
     whole_number,
 )
 from llava_cot.scoring import Calibration, Scorer, Span, resolve_scorer
-from llava_cot.scoring.scorer import TurnTokens, WrongNumber, ask, is_groupwise, name_of
+from llava_cot.scoring.scorer import TurnTokens, WrongNumber, ask, is_groupwise, name_of, needs_of
 from llava_cot.search.budget import Budget
 from llava_cot.search.events import Candidate, Candidates, Event, Retrace, StageFinal
 from llava_cot.search.tree import Node, candidate_seed, stages_of
@@ -61,6 +63,7 @@ class Search:
     question: str | None = None
     load_images: "Callable[[], Sequence[Image]]" = tuple
     turn_tokens: TurnTokens | None = None  # needed where the grammar has turns
+    features: frozenset[Feature] = frozenset(Feature)  # of the back end
     nodes: list[Node] = field(default_factory=list)
     log: list[dict[str, Any]] = field(default_factory=list)
     retraces: list[Retrace] = field(default_factory=list)
@@ -255,9 +258,11 @@ class Search:
         Raises:
             BudgetSpent: too few scorer calls are left for all of them.
             Exception: what the scorer raised, if it raised for every one of ``nodes``.
-            ValueError: the scorer does not return one number per span, or its name or the scope is unknown.
+            ValueError: the scorer does not return one number per span, its name or the scope is unknown, or it needs
+                what the back end lacks.
         """
         scorer = resolve_scorer(scorer)
+        check_features(f"scorer={name_of(scorer)!r}", needs_of(scorer), self.features)
         if scope not in ("stage", "path"):
             raise ValueError(f"scope must be 'stage' or 'path', got {scope!r}")
         _check_nodes("nodes", nodes)

@@ -9,10 +9,11 @@ class EventStream:
     """Takes events from ``events``, to which ``run`` appends, and adds the new text where no token is ever taken back.
 
     New text comes as ``TextDelta``, only from searches whose configuration says that they stream tokens. Where the
-    grammar has turns of the user there is none, since whole replies come as ``StageFinal``.
+    grammar has turns of the user there is none, since whole replies come as ``StageFinal``, and without a detokeniser
+    there is none either.
     """
 
-    def __init__(self, run: SearchRun, events: list[Event], detokeniser: Detokeniser) -> None:
+    def __init__(self, run: SearchRun, events: list[Event], detokeniser: Detokeniser | None) -> None:
         self._run, self._events = run, events
         self._detokeniser = detokeniser if run.plan.config.streams_tokens and not run.search.grammar.turns else None
         self._num_shown = 0  # tokens

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
-from llava_cot.core import Continuation, Extend, Finish, Program, Release
+from llava_cot.core import Continuation, Extend, Feature, Finish, Program, Release
 from llava_cot.search.sample import Limits
 from llava_cot.search.search import Search
 from llava_cot.search.tree import Node
@@ -47,6 +47,10 @@ class TokenBeamConfig(Limits):
     @property
     def max_generations(self) -> int:
         return self.num_beams
+
+    @property
+    def needs(self) -> frozenset[Feature]:
+        return frozenset({Feature.EXTEND, Feature.TOKEN_IDS})
 
 
 class _Beam(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from llava_cot.generator import SwiresGenerator
-from llava_cot.prompt import Question, check_question
+from llava_cot.question import Question, check_question
 from llava_cot.scoring import SCORERS, Scorer
 from llava_cot.search import Budget, Plan
 from llava_cot.search.plan import settings_of

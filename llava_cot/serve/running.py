@@ -23,6 +23,7 @@ Result = TypeVar("Result")
 # Whose errors of value say what is wrong with a request: these modules check prompts
 ABOUT_REQUESTS = (
     "llava_cot.prompt",
+    "llava_cot.question",
     "llava_cot.image",
     "llava_cot.engine.schedule",
     "llava_cot.engine.session",

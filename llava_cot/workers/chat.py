@@ -4,9 +4,10 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from llava_cot.data.annotation.client import EndpointError, Reply, RequestFailed
+from llava_cot.data.annotation.client import Reply
 from llava_cot.data.annotation.cost import Usage
 from llava_cot.data.annotation.prompts import Message
+from llava_cot.endpoint import EndpointError, RequestFailed
 from llava_cot.workers.names import check_workers
 from llava_cot.workers.served import Served
 from llava_cot.workers.task import ModelSettings, Task

@@ -113,7 +113,7 @@ PASSING = ["500", "503", "reset", "malformed", "no choices", "null message", "ht
 
 def test_each_fault_ends_in_one_record(serve, make, monkeypatch):
     """What passes is asked again; what does not is a reject with its reason, and is not asked in the next run."""
-    monkeypatch.setattr("llava_cot.data.annotation.client.FIRST_WAIT", 0.05)
+    monkeypatch.setattr("llava_cot.endpoint.FIRST_WAIT", 0.05)
     passing = [f"[fault {name}]" for name in [*PASSING, "429", *chat_server.REPLIES]]
     lasting = {
         "[always 500]": ("error", "HTTP 500: .*scripted 500.*, 3 tries"),

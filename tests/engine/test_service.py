@@ -13,10 +13,10 @@ import torch
 from llava_cot import Finished, SwiresConfig
 from llava_cot.core import Call, Expand, Extend, Release, SamplingParams
 from llava_cot.data import shapes
-from llava_cot.engine.aio import AsyncEngine
 from llava_cot.engine.engine import Engine
 from llava_cot.search.drive import Drive
 from llava_cot.search.events import TextDelta
+from llava_cot.stepper import AsyncEngine
 from llava_cot_kernels import OutOfPages
 
 SAMPLES = [shapes.sample(seed) for seed in range(807_000, 807_010)]

@@ -10,8 +10,8 @@ from workers.test_workers import png
 
 from llava_cot import SwiresGenerator, cli
 from llava_cot.data import shapes
-from llava_cot.data.annotation.client import RequestFailed
 from llava_cot.data.annotation.cost import Usage
+from llava_cot.endpoint import RequestFailed
 from llava_cot.workers.chat import open_chat
 from llava_cot.workers.task import ModelSettings
 

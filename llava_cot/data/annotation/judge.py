@@ -5,9 +5,10 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from llava_cot.data.annotation.client import Chat, Reply, RequestRefused
+from llava_cot.data.annotation.client import Chat, Reply
 from llava_cot.data.annotation.cost import VERDICT_TOKENS, Usage
 from llava_cot.data.annotation.prompts import VERDICT_SCHEMA, judge_messages
+from llava_cot.endpoint import RequestRefused
 from llava_cot.text import normalise
 
 _FENCED = re.compile(r"\s*```(?:json)?\s*(.*?)\s*```\s*", re.DOTALL)

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llava_cot.data.annotation.check import sections_of, tidy, violation
-from llava_cot.data.annotation.client import Chat, RequestFailed
+from llava_cot.data.annotation.client import Chat
 from llava_cot.data.annotation.cost import Usage
 from llava_cot.data.annotation.images import SentImage, read_image
 from llava_cot.data.annotation.judge import Judge, Verdict
 from llava_cot.data.annotation.prompts import PROMPT_VERSION, annotation_messages
 from llava_cot.data.annotation.questions import Question
+from llava_cot.endpoint import RequestFailed
 from llava_cot.stages import Stage
 
 Kind = Literal["refusal", "violation", "judge", "error", "image"]

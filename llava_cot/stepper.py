@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
-from llava_cot.engine.engine import Engine
+from llava_cot.core import Backend
 
 CLOSED = "the engine must be open, but it has been closed"
 
@@ -45,7 +45,7 @@ class _Waiting:
 class AsyncEngine:
     """Steps ``engine`` in a thread of its own while there is work; that thread starts with the first ``run``."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Backend) -> None:
         self.engine = engine
         self._changed = threading.Condition()
         self._waiting: list[_Waiting] = []
