@@ -36,7 +36,7 @@ RANKS = Borda({confidence: 1, vote: 1})
 SAMPLES = [shapes.sample(seed) for seed in range(806_000, 806_006)]
 LIMITS = dict(zip(map(str, STAGES), (14, 14, 14, 6)))  # tokens: some stages close and some do not
 PAGE_SIZE = 4  # of the twins' engine
-NUM_SEARCHES, NUM_SCHEDULES = {True: 33, False: 22}, 22  # fewer searches without --full
+NUM_SEARCHES, NUM_SCHEDULES = 33, 22
 
 
 @dataclass(frozen=True)
@@ -132,10 +132,10 @@ def outcome(job: SearchRun) -> Any:
 
 
 @pytest.fixture(scope="module")
-def searches(tiny, is_full):
+def searches(tiny):
     """Each with the outcome of its undisturbed twin and the most pages that one held."""
     rng, found, judge = random.Random(6), [], JudgeScorer(tiny.processor)
-    for kind in range(NUM_SEARCHES[is_full]):
+    for kind in range(NUM_SEARCHES):
         asked = Asked(rng.randrange(len(SAMPLES)), _search(rng, judge, kind), rng.randrange(2**62))
         tiny.engine.runner.peak_pages, job = 0, run_of(tiny, asked)
         tiny.wait([job])
