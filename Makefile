@@ -1,5 +1,6 @@
 # make demo    set everything up and answer a question about an image by SWIRES
 # make test    set everything up and run the tests      make lint    ruff and mypy
+# make test-full   the tests with whole grids of cases, where make test runs a part that covers every value
 # make bench   the search benchmark                     make info    what was built
 # make small-world  train the bundled models and the verifier again, calibrate them, and repeat the comparison
 # make ablation     what each stage of an answer is worth, on the small world
@@ -24,6 +25,9 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(PYTEST)
+
+test-full: $(VENV)/.ready
+	$(PYTEST) --full
 
 # What the CPU has beyond this is hidden from torch and its libraries, from numpy, and from the kernels.
 test-avx2: export ATEN_CPU_CAPABILITY = avx2
@@ -111,4 +115,4 @@ $(VENV)/.ready: $(SOURCES)
 clean:
 	rm -rf .venv* build *.egg-info llava_cot_kernels/*.so
 
-.PHONY: demo test test-avx2 test-baseline lint bench info small-world ablation gpu-bundle clean
+.PHONY: demo test test-full test-avx2 test-baseline lint bench info small-world ablation gpu-bundle clean

@@ -58,8 +58,8 @@ def own(generator_of_a_copy):
 @pytest.mark.parametrize("search", POLICIES)
 def test_it_equals_generate(tiny, search):
     inputs = inputs_of(tiny, *SAMPLES)
-    expected = tiny.generate(**inputs, search=search, seed=3, max_new_tokens=50)
-    got = tiny.model.generate(**inputs, custom_generate=tiny, search=search, seed=3, max_new_tokens=50)
+    expected = tiny.generate(**inputs, search=search, seed=3, max_new_tokens=24)
+    got = tiny.model.generate(**inputs, custom_generate=tiny, search=search, seed=3, max_new_tokens=24)
     assert torch.equal(got, expected)
 
 
@@ -351,6 +351,7 @@ def test_a_processor_that_transformers_would_make_too(tiny):
     assert torch.equal(got, tiny.model.generate(**inputs, custom_generate=tiny, **call))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("search", POLICIES)
 @pytest.mark.parametrize("form", [int, tuple, torch.tensor, np.array], ids=["int", "tuple", "tensor", "array"])
 def test_an_end_that_is_set_later_ends_every_search(own, search, form):

@@ -8,7 +8,7 @@ namespace {
 
 using torch::stable::Tensor;
 
-constexpr int kThreads = 256;
+constexpr int kCopyThreads = 256;
 constexpr int kInFlight = 4;  // words that a thread loads before it stores the first, to hide the latency
 
 struct alignas(16) Word16 {
@@ -28,9 +28,9 @@ void with_word(int64_t bytes, const Visitor& visit) {
 
 // ---- copy_pages ----
 
-// A block moves one piece of kThreads * kInFlight words of one page of one plane.
+// A block moves one piece of kCopyThreads * kInFlight words of one page of one plane.
 template <class Word>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kCopyThreads)
     copy_pages_kernel(Word* cache, const int32_t* copies, int64_t num_copies, int64_t num_pages, int64_t page_words,
                       int64_t num_pieces) {
   const int64_t item = static_cast<int64_t>(blockIdx.x) / num_pieces, copy = item % num_copies;
@@ -39,15 +39,15 @@ __global__ void __launch_bounds__(kThreads)
   Word* plane = cache + item / num_copies * num_pages * page_words;
   const Word* from = plane + source * page_words;
   Word* to = plane + target * page_words;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) % num_pieces * (kThreads * kInFlight) + threadIdx.x;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) % num_pieces * (kCopyThreads * kInFlight) + threadIdx.x;
   Word words[kInFlight];
 #pragma unroll
   for (int i = 0; i < kInFlight; ++i) {
-    if (first + i * kThreads < page_words) words[i] = load(from + first + i * kThreads);
+    if (first + i * kCopyThreads < page_words) words[i] = load(from + first + i * kCopyThreads);
   }
 #pragma unroll
   for (int i = 0; i < kInFlight; ++i) {
-    if (first + i * kThreads < page_words) store(to + first + i * kThreads, words[i]);
+    if (first + i * kCopyThreads < page_words) store(to + first + i * kCopyThreads, words[i]);
   }
 }
 
@@ -66,8 +66,8 @@ void copy_pages(Tensor kv_cache, Tensor copies) {
   with_word(page_bytes | address_of(kv_cache), [&](auto word) {
     using Word = decltype(word);
     const int64_t page_words = page_bytes / static_cast<int64_t>(sizeof(Word));
-    const int64_t num_pieces = (page_words - 1) / (kThreads * kInFlight) + 1;
-    device.run(copy_pages_kernel<Word>, {num_planes * num_copies * num_pieces, kThreads},
+    const int64_t num_pieces = (page_words - 1) / (kCopyThreads * kInFlight) + 1;
+    device.run(copy_pages_kernel<Word>, {num_planes * num_copies * num_pieces, kCopyThreads},
                static_cast<Word*>(kv_cache.mutable_data_ptr()), copies.const_data_ptr<int32_t>(), num_copies, num_pages,
                page_words, num_pieces);
   });
@@ -89,7 +89,7 @@ struct TokenRows {
 
 // Block 2 t moves the key of token t, block 2 t + 1 its value.
 template <class Word>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kCopyThreads)
     store_kv_kernel(TokenRows<Word> keys, TokenRows<Word> values, Word* key_cache, Word* value_cache,
                     const int64_t* slot_mapping, int64_t num_slots, int num_heads, int head_words) {
   const int64_t token = blockIdx.x / 2, slot = load_uniform(slot_mapping + token);
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads)
   const Word* from = is_key ? keys.data + token * keys.token_stride : values.data + token * values.token_stride;
   const int64_t head_stride = is_key ? keys.head_stride : values.head_stride;
   Word* to = (is_key ? key_cache : value_cache) + slot * num_heads * head_words;
-  for (int i = static_cast<int>(threadIdx.x); i < num_heads * head_words; i += kThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < num_heads * head_words; i += kCopyThreads) {
     store(to + i, load(from + i / head_words * head_stride + i % head_words));
   }
 }
@@ -115,7 +115,7 @@ void store_kv(Tensor key, Tensor value, Tensor key_cache, Tensor value_cache, Te
   const OnDeviceOf device(key_cache);
   with_word(bytes, [&](auto word) {
     using Word = decltype(word);
-    device.run(store_kv_kernel<Word>, {2 * num_tokens, kThreads}, TokenRows<Word>(key), TokenRows<Word>(value),
+    device.run(store_kv_kernel<Word>, {2 * num_tokens, kCopyThreads}, TokenRows<Word>(key), TokenRows<Word>(value),
                static_cast<Word*>(key_cache.mutable_data_ptr()), static_cast<Word*>(value_cache.mutable_data_ptr()),
                slot_mapping.const_data_ptr<int64_t>(), num_slots, static_cast<int>(num_heads),
                static_cast<int>(head_bytes / static_cast<int64_t>(sizeof(Word))));

@@ -43,6 +43,7 @@ def greedy(model, inputs, count=20):
     return found[: found.index(2)] if 2 in found else found
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("steps_per_look", [1, 4])
 @pytest.mark.parametrize("family", ["mllama", *FAMILIES])
 def test_prompts_without_an_image_alone_and_beside_others(bare_generator, family, steps_per_look):
@@ -88,7 +89,7 @@ def test_a_padded_batch_with_and_without_images(bare_generator):
 @pytest.mark.parametrize("search", ["greedy", "token_beam", "best_of_n", "swires"])
 def test_searches_about_any_number_of_images(tiny, search):
     """Alone, beside others and streamed: the same answer."""
-    settings = {"max_new_tokens": 30} | ({"cutoff": -0.1} if search == "swires" else {})
+    settings = {"max_new_tokens": 20} | ({"cutoff": -0.1} if search == "swires" else {})
     batch = tiny.answer_batch([*IMAGES.values()], [QUESTION] * len(IMAGES), search, **settings)
     for (count, images), beside in zip(IMAGES.items(), batch):
         *_, last = tiny.stream(images, QUESTION, search, **settings)

@@ -13,6 +13,7 @@ from llava_cot_kernels.checks import FLOATS
 BACKENDS = ["native", "reference", "triton"]
 
 
+@pytest.mark.covering(1, backend="triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
@@ -25,6 +26,7 @@ def test_decode(backend, dtype, heads, head_dim, page_size):
     check(Problem.random(lens, [1] * 10, heads=heads, head_dim=head_dim, page_size=page_size, dtype=dtype), backend)
 
 
+@pytest.mark.covering(1, backend="triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
@@ -64,6 +66,7 @@ def test_window(backend, window):
     check(problem, backend, window=window)
 
 
+@pytest.mark.covering(1, backend="triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(("window", "page_size"), [(1, 1), (13, 5), (37, 16), (128, 128)])
@@ -183,6 +186,7 @@ def test_one_query_per_sequence_is_the_default(backend):
     assert torch.equal(out, problem.run(backend)[0])
 
 
+@pytest.mark.covering(1, backend="triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.fibers import ROOT, STABLE_ABI_2_11
+from helpers.fibers import ROOT, STABLE_ABI_2_11, one_unit
 from torch.utils.cpp_extension import include_paths
 
 ARCHITECTURES = ("80", "90a")
@@ -44,9 +44,8 @@ def report(ptxas: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_compiles_without_warnings_or_spills(source, tmp_path):
-    reports = report(compile_source(source, tmp_path / "out.o"))
+def test_compiles_without_warnings_or_spills(tmp_path):
+    reports = report(compile_source(one_unit(SOURCES, tmp_path / "all.cu"), tmp_path / "out.o"))
     assert len(set(map(len, reports.values()))) == 1 and all(reports.values()), "the architectures differ in kernels"
     for architecture, lines in reports.items():
         for line in lines:

@@ -138,6 +138,7 @@ TRITON_SHAPES = [(5, 37, 16), (1, 1, 1), (0, 7, 8), (4, 11, 0), (16, 64, 128), (
 SHAPES = [("native", *shape) for shape in NATIVE_SHAPES] + [("triton", *shape) for shape in TRITON_SHAPES]
 
 
+@pytest.mark.covering(1, backend="triton")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend, T, V, H", SHAPES)
 def test_linear_logprobs_and_gradients_match_float64(generator, backend, T, V, H, dtype):

@@ -102,6 +102,7 @@ def said(rng, length):
     return " ".join(rng.choices(TALK.split(), k=length))
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("incremental", [None, False])
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_scores_are_those_of_whole_chats(case, format, incremental):
@@ -132,6 +133,7 @@ def candidates(rng, known, seeds):
     return asked
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     ("format", "pages"), [("qwen_vl_prm", 2000), ("qwen_vl_prm", 75), ("marks", 2000), ("marks", 45)]
 )
