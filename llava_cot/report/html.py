@@ -167,7 +167,8 @@ def _board(view: View) -> str:
         parts.append(
             f'<p class="spent" data-round="{view.rounds[-1] if view.rounds else 1}">■ {escape(view.spent)}</p>'
         )
-    kind = "board only" if columns == 1 else "board"
+    more = view.is_running and any(card.stage for card in view.cards.values())  # columns of other stages will come
+    kind = "board only" if columns == 1 and not more else "board"
     return f'<main class="wide"><div class="{kind}" style="--columns: {columns}">{"".join(parts)}</div></main>\n'
 
 
