@@ -308,7 +308,10 @@ class Searcher(ABC):
         return run.error
 
     def trace_of(self, run: SearchRun, node: Node | None) -> Trace:
-        """Everything that a search did; ``node`` is the answer, None that of a search that failed."""
+        """Everything that a search did, so far if it has not ended. ``node`` is the answer, by default the best one.
+
+        The trace of a running search is made between two steps of the engine, in the thread that steps it.
+        """
         search, plan = run.search, run.plan
         calibration = search.calibration
         data = trace_data(

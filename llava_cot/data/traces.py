@@ -81,7 +81,7 @@ class TraceTree:
         self.bos = trace.data["bos"]
         self.nodes = {id: _node(node) for id, node in trace.nodes.items()}
         answer = trace.data["answer"]
-        self.answer = None if answer is None else self.nodes[answer]  # None: the search failed
+        self.answer = None if answer is None else self.nodes[answer]  # None: there is none
         self._shares = self._count_right()
 
     def path(self, node: TraceNode) -> list[TraceNode]:

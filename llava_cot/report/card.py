@@ -5,7 +5,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Card:
-    """A candidate. ``state`` is "winner" on the path to the answer, and "kept" or "pruned" elsewhere."""
+    """A candidate. ``state`` is "winner" on the path to the answer, and "kept" or "pruned" elsewhere.
+
+    While the search is running, a candidate that nothing has been decided about yet is "drawn".
+    """
 
     id: int
     parent: int
@@ -31,7 +34,7 @@ class Card:
 
     @property
     def label(self) -> str:
-        mark = {"winner": "★", "kept": "●", "pruned": "○"}[self.state]
+        mark = {"winner": "★", "kept": "●", "pruned": "○", "drawn": "◌"}[self.state]
         late = f"{'' if self.state == 'kept' else ', kept'} in round {self.kept_in}" if self.kept_in else ""
         return f"{mark} {self.state}{late}"
 

@@ -61,6 +61,8 @@ def retraces(
             stage, to, round = event["stage"], event["to"], event["round"]
             drawn = (later["nodes"] for later in events[place + 1 :] if later["event"] == "generated")
             ids: Sequence[int] = next(drawn, ())
+            if not ids and trace.is_running:  # it is drawn again where it was drawn before
+                ids = [card.id for card in cards.values() if card.stage == to and card.column <= start][-1:]
             end = cards[ids[0]].column if ids else 0
             pool = pools.get((round - 1, start))
             reason = pool.verdict if pool and pool.verdict else _reason(event)

@@ -12,7 +12,7 @@ from llava_cot.report.accounts import OUTSIDE
 from llava_cot.report.card import Card
 from llava_cot.report.decisions import Retrace
 from llava_cot.report.numbers import count, number
-from llava_cot.report.page import page
+from llava_cot.report.page import clean, page
 from llava_cot.report.svg import arrow, strip
 from llava_cot.report.view import View, read
 from llava_cot.trace import Trace
@@ -45,8 +45,17 @@ def to_html(
     check_kind("gold", gold, (str, NoneType), "a string or None")
     view = read(trace)
     question = view.question if question is None else question
-    body = _header(view, image, question, gold) + _accounts(view) + _board(view)
+    body = _body(view, image, question, gold)
     return page(question or "A search", body, ("page.css", "trace.css"), ("nav.js", "trace.js"))
+
+
+def to_fragment(trace: Trace, *, image: "Images" = None, question: str | None = None, gold: str | None = None) -> str:
+    """Return the body of the page that ``to_html`` returns: header, accounts and board.
+
+    It is for a page that has ``page.css`` and ``trace.css`` itself. The trace may be that of a search that still runs.
+    """
+    view = read(trace)
+    return clean(_body(view, image, view.question if question is None else question, gold))
 
 
 def to_frame(trace: Trace) -> str:
@@ -55,14 +64,20 @@ def to_frame(trace: Trace) -> str:
     return f'<iframe srcdoc="{page}" sandbox="allow-scripts" style="width: 100%; height: 40em; border: 0"></iframe>'
 
 
+def _body(view: View, image: "Images", question: str, gold: str | None) -> str:
+    return _header(view, image, question, gold) + _accounts(view) + _board(view)
+
+
 def _header(view: View, image: "Images", question: str, gold: str | None) -> str:
     picture = "" if image is None else _pictures(image)
     facts = [("answer", "answer", text.to_html(view.answer, tags=view.tags))]
+    if view.is_running:
+        facts = [("running", "running", "there is no answer yet")]
     if view.failure is not None:
         facts = [("failed", "flaw", f"✗ {escape(_cut(view.failure))}")]
     if gold is not None:
         verdict = "✓ the same" if view.is_right(gold) else "≠ not the same"
-        facts.append(("gold", "gold", f"{escape(gold)} {verdict if view.failure is None else ''}"))
+        facts.append(("gold", "gold", f"{escape(gold)} {verdict if view.has_answer else ''}"))
     if view.malformed:
         facts.append(("form", "flaw", f"✗ malformed: {escape(view.malformed)}"))
     for card, answer in view.others:
@@ -102,15 +117,14 @@ def _accounts(view: View) -> str:
             escape(account.name),
             account.candidates or "",
             f"{account.tokens:,}",
-            f"{account.path:,}",
-            f"{account.wasted:.0%}",
+            *_use(view, account.path, account.wasted),
             f"{account.drawing:.2f}",
             f"{account.scoring:.2f}",
         )
         for account in view.accounts
     ]
     drawing, scoring = (sum(getattr(a, name) for a in view.accounts) for name in ("drawing", "scoring"))
-    totals = f"{view.generated:,}", f"{view.path:,}", f"{view.wasted:.0%}", f"{drawing:.2f}", f"{scoring:.2f}"
+    totals = f"{view.generated:,}", *_use(view, view.path, view.wasted), f"{drawing:.2f}", f"{scoring:.2f}"
     rows.append(("all", len(view.cards), *totals))
     which = "answers" if view.others else "answer"
     outside = f"<p class=note>{OUTSIDE}: what a scorer let the model write, dropped beams, tokens taken back</p>"
@@ -118,12 +132,23 @@ def _accounts(view: View) -> str:
     head = "".join(f"<th>{name}</th>" for name in names)
     lines = "".join(f"<tr><th>{row[0]}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>" for row in rows)
     return (
-        f'<section class="accounts"><p><b>{view.wasted:.0%} of the drawn tokens are wasted</b>: '
-        f"{max(0, view.generated - view.path):,} of {view.generated:,} are not in the {which}.</p>"
+        f'<section class="accounts"><p>{_summary(view, which)}</p>'
         f'<div class="wide"><table><tr>{head}</tr>{lines}</table></div>'
         f"{outside if view.accounts and view.accounts[-1].name == OUTSIDE else ''}"
         f'<p class="note">{", ".join(view.usage)}</p></section>\n'
     )
+
+
+def _use(view: View, path: int, wasted: float) -> tuple[str, str]:
+    """Return the cells for the tokens in the answer and for the wasted share, which are not known before the end."""
+    return ("–", "–") if view.is_running else (f"{path:,}", f"{wasted:.0%}")
+
+
+def _summary(view: View, which: str) -> str:
+    if view.is_running:
+        return f"<b>{count(view.generated, 'token')} drawn so far</b>"
+    wasted = f"{max(0, view.generated - view.path):,} of {view.generated:,}"
+    return f"<b>{view.wasted:.0%} of the drawn tokens are wasted</b>: {wasted} are not in the {which}."
 
 
 def _board(view: View) -> str:
@@ -142,7 +167,8 @@ def _board(view: View) -> str:
         parts.append(
             f'<p class="spent" data-round="{view.rounds[-1] if view.rounds else 1}">■ {escape(view.spent)}</p>'
         )
-    kind = "board only" if columns == 1 else "board"
+    more = view.is_running and any(card.stage for card in view.cards.values())  # columns of other stages will come
+    kind = "board only" if columns == 1 and not more else "board"
     return f'<main class="wide"><div class="{kind}" style="--columns: {columns}">{"".join(parts)}</div></main>\n'
 
 

@@ -16,15 +16,19 @@ def page(title: str, body: str, styles: tuple[str, ...], scripts: tuple[str, ...
     # Even if a model's text ever got through as markup, the browser would neither run nor fetch anything.
     digest = b64encode(sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    body, title = (_INVALID.sub("\N{REPLACEMENT CHARACTER}", part) for part in (body, escape(title)))
-    html = (
+    return clean(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{style}</style></head>\n"
+        f"<title>{escape(title)}</title><style>{style}</style></head>\n"
         f"<body>{body}<script>{script}</script></body></html>\n"
     )
-    return html.encode("utf-8", "replace").decode()  # JSON may hold lone surrogates, which UTF-8 cannot encode
+
+
+def clean(html: str) -> str:
+    """Return ``html`` without the characters that HTML forbids and those that UTF-8 cannot encode."""
+    html = _INVALID.sub("\N{REPLACEMENT CHARACTER}", html)
+    return html.encode("utf-8", "replace").decode()  # JSON may hold lone surrogates
 
 
 def _read(name: str) -> str:

@@ -7,6 +7,7 @@ from llava_cot.report.accounts import wasted
 from llava_cot.report.view import read
 from llava_cot.trace import Trace
 
+RUNNING = "the search was still running"
 LENGTH = 300  # the most characters kept of a question or an answer
 
 
@@ -29,7 +30,7 @@ class Row:
     source: str
     href: str | None
     error: str | None  # why the trace could not be read; None if it was read
-    failure: str | None = None  # the exception that ended a failed search
+    failure: str | None = None  # why there is no answer
     gold: str | None = None
     question: str = ""
     answer: str = ""
@@ -54,7 +55,7 @@ class Totals:
     search: str
     traces: int
     unread: int
-    failed: int  # searches that failed
+    failed: int  # searches without an answer
     known: int  # traces with a gold answer
     right: int
     retraced: int
@@ -77,7 +78,7 @@ def summarise(entry: Entry) -> Row:
         source=entry.source,
         href=entry.href,
         error=None,
-        failure=None if view.failure is None else _cut(view.failure),
+        failure=RUNNING if view.is_running else None if view.failure is None else _cut(view.failure),
         gold=None if entry.gold is None else _cut(entry.gold),
         question=_cut(view.question),
         answer=_cut(view.answer),

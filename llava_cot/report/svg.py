@@ -7,6 +7,7 @@ from math import isfinite
 from llava_cot.report.card import Card
 from llava_cot.report.numbers import number
 
+LAYERS = ("drawn", "pruned", "kept", "winner")  # the winner on top
 ROW = 14  # the height of a round in the strip plot, in pixels
 
 
@@ -31,7 +32,7 @@ def strip(cards: Sequence[Card], cutoffs: Sequence[float], rounds: Mapping[int, 
         parts.append(f'<line class="cutoff" x1="{x(cut)}" x2="{x(cut)}" y1="12" y2="{bottom}"/>')
         anchor = "start" if share(cut) < 0.2 else "end" if share(cut) > 0.8 else "middle"  # stays in its column
         parts.append(f'<text class="cutoff" x="{x(cut)}" y="9" text-anchor="{anchor}">cutoff {number(cut)}</text>')
-    for card in sorted(cards, key=lambda card: ("pruned", "kept", "winner").index(card.state)):  # the winner on top
+    for card in sorted(cards, key=lambda card: LAYERS.index(card.state)):
         place = x(card.score) if card.score is not None and isfinite(card.score) else "3%"
         y = 16 + ROW * rounds[card.round] + ROW // 2
         title = escape(f"#{card.id}, round {card.round}: {number(card.score)}, {card.label[2:]}")

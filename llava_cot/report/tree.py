@@ -10,7 +10,7 @@ from llava_cot.report.numbers import number
 from llava_cot.report.view import View, read
 from llava_cot.trace import Trace
 
-STYLES = {"winner": "bold green", "kept": "cyan", "pruned": "dim"}
+STYLES = {"winner": "bold green", "kept": "cyan", "pruned": "dim", "drawn": ""}
 
 
 def to_tree(trace: Trace) -> Tree:
@@ -26,7 +26,9 @@ def to_tree(trace: Trace) -> Tree:
             branch.add(Text(one_line(f"↩ {retrace.headline}; {retrace.reason}"), "yellow"))
     if view.spent:
         tree.add(Text(one_line(f"■ {view.spent}"), "yellow"))
-    if view.failure is None:
+    if view.is_running:
+        tree.add(Text("… running: there is no answer yet", "bold cyan"))
+    elif view.failure is None:
         tree.add(Text(f"answer: {one_line(view.answer)}", "bold green"))
     else:
         tree.add(Text(f"✗ failed: {one_line(view.failure)}", "bold red"))
@@ -35,7 +37,8 @@ def to_tree(trace: Trace) -> Tree:
     for card, answer in view.others:
         tree.add(Text(f"{card.returned}: #{card.id} {number(card.score)} {one_line(answer)}", "cyan"))
     which = "answers" if view.others else "answer"
-    tokens = f"{view.generated} tokens drawn, {view.path} in the {which}, {view.wasted:.0%} wasted"
+    tokens = f"{view.generated} tokens drawn"
+    tokens += "" if view.is_running else f", {view.path} in the {which}, {view.wasted:.0%} wasted"
     tree.add(Text(f"{tokens}; {', '.join(view.usage)}", "dim"))
     return tree
 

@@ -24,7 +24,8 @@ class View:
     search: str
     seed: int
     question: str
-    answer: str  # empty if the search failed
+    answer: str  # empty if there is none
+    is_running: bool  # whether the search was still running
     failure: str | None  # the exception that ended a failed search
     others: list[tuple[Card, str]]  # the last candidate and the answer of each returned answer after the first
     malformed: str | None  # how the answer is malformed; None if it is not
@@ -43,6 +44,10 @@ class View:
     usage: list[str]
 
     @property
+    def has_answer(self) -> bool:
+        return self.failure is None and not self.is_running
+
+    @property
     def wasted(self) -> float:
         return wasted(self.generated, self.path)
 
@@ -52,7 +57,7 @@ class View:
         return [retrace for retrace in self.retraces if round < retrace.round <= later]
 
     def is_right(self, gold: str) -> bool:
-        return self.failure is None and normalise(gold) == normalise(self.answer)
+        return self.has_answer and normalise(gold) == normalise(self.answer)
 
     def stage_of(self, card: Card) -> str:
         """Return the stage of a candidate, or "" if the heading of its column already says it."""
@@ -62,17 +67,18 @@ class View:
 def read(trace: Trace) -> View:
     """Read from a trace what there is to show."""
     nodes, usage, grammar = trace.nodes, trace.data["usage"], trace.grammar
-    ids = list(dict.fromkeys([trace.data["answer"], *trace.data["answers"]]))  # None for a failed search
+    ids = list(dict.fromkeys([trace.data["answer"], *trace.data["answers"]]))  # None if there is no answer
     paths = [[node["id"] for node in trace.path(id)] for id in ids]
     headings, column_of = columns(nodes, trace.drawn_after_budget, grammar.names)
     kept_in = {id: event["round"] for event in trace.events("kept") for id in event["kept"]}
     places = {id: place for place, id in enumerate(ids, 1)}
     in_answer = {id for path in paths for id in path}
+    states = _states(trace, paths[0])
     cards = {
         id: _card(
             node,
             column=column_of[id],
-            state="winner" if id in paths[0] else "kept" if node["kept"] else "pruned",
+            state=states[id],
             kept_in=kept_in.get(id) if kept_in.get(id) != node["round"] else None,
             in_answer=id in in_answer,
             answer=places.get(id),
@@ -90,12 +96,13 @@ def read(trace: Trace) -> View:
         seed=trace.data["seed"],
         question=trace.data["question"] or "",
         answer=_conclusion(grammar, texts[0], ended[0]),
+        is_running=trace.is_running,
         failure=trace.failure,
         others=[
             (cards[path[-1]], _conclusion(grammar, text, whole))
             for path, text, whole in zip(paths[1:], texts[1:], ended[1:])
         ],
-        malformed=None if trace.failure else _malformed(grammar, texts[0], [cards[id] for id in paths[0]], ended[0]),
+        malformed=_malformed(grammar, texts[0], [cards[id] for id in paths[0]], ended[0]) if paths[0] else None,
         tags=grammar.all_tags,
         headings=headings,
         rounds=sorted({card.round for card in cards.values()}),
@@ -110,6 +117,15 @@ def read(trace: Trace) -> View:
         seconds=usage["seconds"],
         usage=_usage(usage),
     )
+
+
+def _states(trace: Trace, winners: Sequence[int]) -> dict[int, str]:
+    """Return the state of each candidate by id: of the fields of ``Card``, the one of that name."""
+    states = {id: "kept" if node["kept"] else "pruned" for id, node in trace.nodes.items()}
+    if trace.is_running:
+        decided = {id for event in trace.events("kept") for id in event["pool"]}
+        states |= {id: "drawn" for id, state in states.items() if state == "pruned" and id not in decided}
+    return states | dict.fromkeys(winners, "winner")
 
 
 def _card(node: NodeData, **places: Any) -> Card:

@@ -27,7 +27,7 @@ def check_shape(data: Any) -> TraceData:
 
 
 def check_references(trace: Trace) -> None:
-    """Check a trace's grammar, its references to nodes and stages, and that it has either an answer or an error.
+    """Check a trace's grammar and its references to nodes and stages, and that it has no answer if it has an error.
 
     Raises:
         ValueError: one of these is wrong. The message names the field.
@@ -58,8 +58,10 @@ def check_references(trace: Trace) -> None:
     for field, ids in named.items():
         if not known.issuperset(ids):
             raise ValueError(f"{field} must name nodes of the trace, got {sorted({*ids} - known)[0]}")
-    if (data["answer"] is None) == (data["error"] is None):
-        raise ValueError(f"trace.answer must be null if trace.error is not, and only then, got {data['answer']}")
+    if data["answer"] is not None and data["error"] is not None:
+        raise ValueError(f"trace.answer must be null if trace.error is not, got {data['answer']}")
+    if (data["answer"] is None) != (not data["answers"]):
+        raise ValueError(f"trace.answers must be empty if trace.answer is null, and only then, got {data['answers']}")
 
 
 def _checked(value: Any, kind: Any, field: str, or_null: str = "") -> Any:

@@ -6,7 +6,7 @@ when you add a field that readers need, remove a field, or change the meaning of
 
 from typing import NotRequired, TypedDict
 
-TRACE_VERSION = 5
+TRACE_VERSION = 6
 
 
 class NodeData(TypedDict):
@@ -188,7 +188,7 @@ class TraceData(TypedDict):
     prompt_tokens: int
     nodes: list[NodeData]  # parents before their children
     events: list[EventData]  # in the order in which they happened
-    answer: int | None  # the last node of the answer; None if and only if the search failed
+    answer: int | None  # the last node of the answer; None: the search failed or was still running
     answers: list[int]  # the last nodes of all returned answers, the best first
     usage: UsageData
-    error: ErrorData | None  # None if the search succeeded
+    error: ErrorData | None  # None: the search succeeded or was still running

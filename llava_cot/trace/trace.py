@@ -44,9 +44,14 @@ class Trace:
 
     @property
     def failure(self) -> str | None:
-        """The exception that ended a failed search, on one line; None if it succeeded."""
+        """The exception that ended a failed search, on one line; None if none did."""
         error = self.data["error"]
         return error and " ".join(f"{error['type']}: {error['message']}".split())
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the search was still running when the trace was made: it has neither an answer nor an error."""
+        return self.data["answer"] is None and self.data["error"] is None
 
     def events(self, *kinds: str) -> list[dict[str, Any]]:
         """Return the events of these kinds, e.g. ``"retraced"``, in order. ``trace.schema.EVENTS`` lists the kinds."""
@@ -82,6 +87,12 @@ class Trace:
         from llava_cot.report.html import to_html
 
         return to_html(self, image=image, question=question, gold=gold)
+
+    def to_fragment(self, *, image: "Images" = None, question: str | None = None, gold: str | None = None) -> str:
+        """Return the body of the page that ``to_html`` returns, for a page that has its style and its script."""
+        from llava_cot.report.html import to_fragment
+
+        return to_fragment(self, image=image, question=question, gold=gold)
 
     def to_tree(self) -> "Tree":
         """Return a tree that ``rich`` prints in a terminal."""

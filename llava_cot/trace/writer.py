@@ -43,15 +43,11 @@ def trace_data(
     """Return the data of a ``Trace``. ``TraceData`` describes each part.
 
     Args:
-        answers: the nodes that the search returned, the best first. They are ignored if the search failed.
+        answers: the nodes that the search returned, the best first; empty while it is running. They are ignored if the
+            search failed.
         answer: the one of ``answers`` that this trace is about; by default the first.
         error: the exception that ended a failed search.
-
-    Raises:
-        ValueError: there is neither an answer nor an error.
     """
-    if not answers and error is None:
-        raise ValueError("answers must not be empty for a search that did not fail, got none and no error")
     ids = [] if error else [*answers]
     return {
         "version": TRACE_VERSION,
@@ -67,7 +63,7 @@ def trace_data(
         "prompt_tokens": prompt_tokens,
         "nodes": [*nodes],
         "events": [*events],
-        "answer": None if error else ids[0] if answer is None else answer,
+        "answer": answer if ids and answer is not None else next(iter(ids), None),
         "answers": ids,
         "usage": cast(UsageData, asdict(usage)),
         "error": _described(error) if error else None,

@@ -78,7 +78,7 @@ def of_kind(kind):
         ([], "trace must be an object, got list"),
         (None, "trace must be an object, got NoneType"),
         ({}, f"trace.version must be {TRACE_VERSION}, got None"),
-        (at("version", value=3), "trace.version must be 5, got 3"),
+        (at("version", value=3), "trace.version must be 6, got 3"),
         (at("nodes", value=None), "trace.nodes must be a list, got None"),
         (at("nodes", 2, "text", value=...), "trace.nodes[2].text must be a string, but it is missing"),
         (at("nodes", 2, "tokens", value=[1, "2"]), "trace.nodes[2].tokens[1] must be an integer, got '2'"),
@@ -100,8 +100,9 @@ def of_kind(kind):
         (at("usage", value={}), "trace.usage.prompt_tokens must be an integer, but it is missing"),
         (at("answer", value=99), "trace.answer must name nodes of the trace, got 99"),
         (at("answers", value=[99]), "trace.answers must name nodes of the trace, got 99"),
-        (at("answer", value=None), "trace.answer must be null if trace.error is not, and only then, got None"),
-        (at("error", value={"type": "E", "message": ""}), "trace.answer must be null if trace.error is not, and only"),
+        (at("answer", value=None), "trace.answers must be empty if trace.answer is null, and only then, got [2"),
+        (at("answers", value=[]), "trace.answers must be empty if trace.answer is null, and only then, got []"),
+        (at("error", value={"type": "E", "message": ""}), "trace.answer must be null if trace.error is not, got 2"),
         (at("error", value="E"), "trace.error must be an object or null, got 'E'"),
     ],
 )
@@ -133,7 +134,7 @@ def test_files_of_one_and_of_many(tmp_path):
         ("1", "trace must be an object, got int"),
         ("[" * 100_000, "not JSON that can be read: it is nested too deeply"),
         (b"\xff", "not JSON: 'utf-8' codec can't decode byte"),
-        ('{"version": 1}', "trace.version must be 5, got 1"),
+        ('{"version": 1}', "trace.version must be 6, got 1"),
         ('{"trace": {}, "golf": "4"}', "fields must be trace, image, gold, id, got 'golf'"),
         ('{"trace": {}, "gold": [4]}', "gold must be a string or a number, got list"),
         ('{"trace": {}, "image": 4}', "image must be a string, got int"),
@@ -181,12 +182,14 @@ def test_a_failed_search_says_why_and_has_no_answer():
     assert trace.failure.startswith("RuntimeError: out of memory ") and two_retraces().failure is None
 
 
-def test_a_search_ends_with_an_answer_or_an_error():
+def test_a_search_without_an_answer_and_an_error_was_still_running():
     parts = dict(model="m", versions={}, question="?", search="mine", config={}, grammar=LLAVA_COT, seed=0, bos="one")
     parts |= dict(calibration=None, prompt_tokens=1, nodes=[], events=[], usage=Usage())
-    with pytest.raises(ValueError, match="answers must not be empty for a search that did not fail"):
-        trace_data(**parts, answers=[])
-    assert parse_trace(trace_data(**parts, answers=[5], error=KeyError("x"))).failure == "KeyError: 'x'"
+    trace = parse_trace(trace_data(**parts, answers=[]))
+    assert trace.is_running and trace.failure is None and trace.data["answers"] == []
+    assert parse_trace(trace.to_json()) == trace
+    failed = parse_trace(trace_data(**parts, answers=[5], error=KeyError("x")))
+    assert failed.failure == "KeyError: 'x'" and not failed.is_running and not two_retraces().is_running
 
 
 def test_it_needs_neither_torch_nor_numpy():
