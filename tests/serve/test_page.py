@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from itertools import pairwise
 
 import httpx
 import pytest
@@ -206,7 +207,7 @@ def test_text_is_shown_as_it_is_written_where_nothing_is_taken_back(site, tab, i
     tab.click("#submit")
     tab.wait(f"{IDLE} && document.querySelector('dd.answer')")
     shown = [part for part in tab.ask("shown") if part]
-    assert len(shown) > 10 and all(later.startswith(part) for part, later in zip(shown, shown[1:]))
+    assert len(shown) > 10 and all(later.startswith(part) for part, later in pairwise(shown))
     assert "<" not in shown[-1] and answer.stages["SUMMARY"].text in shown[-1]
     assert text(tab, "dd.answer") == answer.conclusion and tab.ask("written.hidden")
 
@@ -298,7 +299,8 @@ def test_images_are_pasted_and_dropped(tab, image):
         const transfer = new DataTransfer();
         transfer.items.add(new File([{data}], 'a.png', {{ type: 'image/png' }}));
         document.dispatchEvent(new ClipboardEvent('paste', {{ clipboardData: transfer, bubbles: true }}));
-        document.body.dispatchEvent(new DragEvent('drop', {{ dataTransfer: transfer, bubbles: true, cancelable: true }}));
+        const drop = {{ dataTransfer: transfer, bubbles: true, cancelable: true }};
+        document.body.dispatchEvent(new DragEvent('drop', drop));
     """)
     tab.wait("[...document.querySelectorAll('#images img')].filter((image) => image.naturalWidth).length === 2")
     tab.click("#images button")
