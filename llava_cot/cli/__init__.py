@@ -11,6 +11,12 @@ from llava_cot.cli import check, data, evaluate, plan, search, serve, train
 
 HELP = "Vision-language models that reason in stages: search, serving, data, training."
 
+# The extra that brings a package
+EXTRAS = {
+    **dict.fromkeys(("torch", "transformers"), "local"),
+    **dict.fromkeys(("fastapi", "starlette", "sse_starlette", "uvicorn", "h11", "prometheus_client"), "serve"),
+}
+
 app = typer.Typer(help=HELP, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 for part in (search, serve, plan, data, train, check, evaluate):
     app.add_typer(part.app)
@@ -24,8 +30,8 @@ def main() -> None:
     try:
         app()
     except (ValueError, TypeError, OSError, ImportError) as error:
-        if isinstance(error, ModuleNotFoundError) and error.name in ("torch", "transformers"):
-            error = ImportError(f"this command needs {error.name}: pip install 'llava-cot[local]'")
+        if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+            error = ImportError(f"this command needs {error.name}: pip install 'llava-cot[{EXTRAS[error.name]}]'")
         elif isinstance(error, ImportError) and error.name != "llava_cot_kernels._C":
             raise
         Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
