@@ -1,0 +1,71 @@
+"""Clients that go away, and servers that end."""
+
+import json
+import signal
+import socket
+from threading import Thread
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from helpers.serving import DEADLINE, messages_of, serving, world
+
+LONG = {"model": "tiny", "messages": messages_of(world(3)), "seed": 5, "llava_cot": {"settings": {"candidates": 8}}}
+
+
+def send(url, body):
+    """A connection on which a request has been sent."""
+    at, data = urlsplit(url), json.dumps(body).encode()
+    connection = socket.create_connection((at.hostname, at.port), DEADLINE)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {at.netloc}\r\nContent-Type: application/json\r\n"
+    connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    return connection
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_ends_its_search(server, stream):
+    before = server.metrics()
+    connection = send(server.url, {**LONG, "stream": stream})
+    while not server.metrics()["num_searches_running"]:
+        pass
+    connection.close()
+    after = server.wait_until_idle()
+    assert after["request_aborted_total"] == before["request_aborted_total"] + 1
+    assert after["generations_per_request_count"] == before["generations_per_request_count"]
+    server.assert_nothing_held()
+
+
+def test_sigterm_lets_what_is_in_flight_finish():
+    with serving("--drain", str(DEADLINE)) as served:
+        replies = []
+        thread = Thread(
+            target=lambda: replies.append(httpx.post(f"{served.url}/v1/chat/completions", json=LONG, timeout=DEADLINE))
+        )
+        thread.start()
+        while not served.metrics()["num_searches_running"]:
+            pass
+        served.process.send_signal(signal.SIGTERM)
+        thread.join(DEADLINE)
+        assert served.process.wait(DEADLINE) == 0
+        assert replies[0].status_code == 200 and replies[0].json()["choices"][0]["message"]["content"]
+
+
+def test_a_killed_server_ends_its_streams_with_an_error_and_starts_again():
+    with serving() as served:
+        connections = [send(served.url, {**LONG, "stream": True, "seed": seed}) for seed in range(50)]
+        heads = [connection.recv(1) for connection in connections]  # all streams have begun
+        assert all(heads)
+        served.process.kill()
+        served.process.wait(DEADLINE)
+        for connection in connections:
+            rest = b""
+            try:
+                while part := connection.recv(65536):
+                    rest += part
+            except ConnectionError:
+                pass
+            assert b"[DONE]" not in rest
+            connection.close()
+    with serving() as served:
+        ask = {**LONG, "model": "tiny:greedy", "llava_cot": {}}
+        assert httpx.post(f"{served.url}/v1/chat/completions", json=ask, timeout=DEADLINE).status_code == 200
