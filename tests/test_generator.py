@@ -549,7 +549,7 @@ def test_a_trace_is_json_and_holds_the_answer(tiny):
         raise AssertionError(f"{constant} is not JSON")
 
     trace = json.loads(answer.trace.to_json(), parse_constant=refuse)
-    assert (trace["version"], trace["search"], trace["seed"], trace["bos"]) == (5, "swires", 6, "one")
+    assert (trace["version"], trace["search"], trace["seed"], trace["bos"]) == (6, "swires", 6, "one")
     assert trace["config"]["scorer"] == "unsure" and trace["config"]["candidates"]["CAPTION"] == 4
     assert trace["usage"]["generated_tokens"] == sum(len(node["tokens"]) for node in trace["nodes"])
     nodes = {node["id"]: node for node in trace["nodes"]}

@@ -176,7 +176,7 @@ def node(id, parent, stage, text, score, **changes):
 
 def trace(nodes, answer, **changes):
     names = ("SUMMARY", "CONCLUSION")
-    made = dict(version=5, question="How many?", search="swires", seed=0, bos="one", model="m", prompt_tokens=9)
+    made = dict(version=6, question="How many?", search="swires", seed=0, bos="one", model="m", prompt_tokens=9)
     made |= dict(versions={}, calibration=None, answers=[] if answer is None else [answer], error=None)
     made |= dict(usage=asdict(Usage()))
     made |= dict(config=dict(temperature=0.6, top_k=0, top_p=0.9, min_p=0.0, scorer="confidence"), events=[])

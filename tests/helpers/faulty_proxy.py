@@ -27,7 +27,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return self.connection.close()
         if fault is None:
-            headers = {"authorization": self.headers.get("authorization", "")}
+            headers = {name: self.headers.get(name, "") for name in ("authorization", "content-type")}
             reply = httpx.request(method, self.server.target + self.path, content=body, headers=headers, timeout=300)
             fault = (reply.status_code, reply.content, {})
         status, content, headers = fault
