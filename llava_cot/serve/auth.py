@@ -23,7 +23,7 @@ SAFE = ("GET", "HEAD", "OPTIONS")
 LINGER = 2.0  # seconds
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 2**14
-CHALLENGE = {"WWW-Authenticate": 'Basic realm="llava-cot", Bearer'}
+CHALLENGE = {"WWW-Authenticate": 'Basic realm="llava-cot"'}  # Chromium asks for no key if Bearer is named here too
 CLOSE = {"Connection": "close"}  # the rest of the body is not read
 
 

@@ -129,7 +129,7 @@ def test_a_key_opens_each_route(guarded, header):
 def test_without_the_key_no_route_but_health_opens(guarded, headers, path):
     status, found, body = ask(guarded, path, *headers)
     assert status == 401
-    assert found["www-authenticate"] == 'basic realm="llava-cot", bearer'
+    assert found["www-authenticate"] == 'basic realm="llava-cot"'
     assert json.loads(body) == {
         "error": {
             "message": "The API key is missing or wrong.",
