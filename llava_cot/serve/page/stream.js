@@ -26,7 +26,8 @@ export async function get(path) {
 async function reach(path, options) {
   let response;
   try {
-    response = await fetch(path, options);
+    // The address of the page may have a key in it, which fetch refuses. The browser sends the key all the same.
+    response = await fetch(new URL(path, location.origin + location.pathname), options);
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ServerError("The server can't be reached.");
