@@ -17,7 +17,7 @@ PACKAGES = ("llava_cot", "llava_cot_kernels")
 BELOW: dict[str, set[str]] = {
     "cli": {"serve", "evaluate", "check", "generator", "train", "annotate", "report", "scoring.verifier"},
     "check": {"generator"},
-    "serve": {"generator", "scoring.reward_model"},
+    "serve": {"workers"},
     "evaluate": {"workers", "data", "report", "journal", "llava_cot"},
     "workers": {"generator", "data", "scoring.verifier", "workers.names", "workers.run"},
     "workers.names": {"scoring"},

@@ -120,7 +120,7 @@ class JudgeScorer:
             replies = yield [Expand(found.id, (0,), greedy, VERDICT_TOKENS, frozenset()) for found in read]
             return [_Verdict(self._read(drawn.text)) for (drawn,) in replies]
         number = len(self._ids[0])
-        sides = [(_logsumexp(found.wanted[:number]), _logsumexp(found.wanted[number:])) for found in read]
+        sides = [(logsumexp(found.wanted[:number]), logsumexp(found.wanted[number:])) for found in read]
         return [
             _Verdict(0.5 + 0.5 * math.tanh((for_it - against) / 2), math.exp(for_it) + math.exp(against))  # the sigmoid
             for for_it, against in sides
@@ -160,7 +160,8 @@ def _note(span: Span, verdicts: Sequence[_Verdict]) -> None:
         span.notes["label_mass"] = fmean(masses)
 
 
-def _logsumexp(logprobs: Sequence[float]) -> float:
+def logsumexp(logprobs: Sequence[float]) -> float:
+    """Return the log of the total probability of tokens with these log-probs."""
     most = max(logprobs)
     if most == -math.inf:
         return most

@@ -1,6 +1,5 @@
 """The application: routes, and what stands before them."""
 
-import logging
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
@@ -11,11 +10,12 @@ from fastapi.responses import JSONResponse, Response
 from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
 
+from llava_cot.core import Feature
 from llava_cot.generator import SwiresGenerator
 from llava_cot.scoring import Scorer
 from llava_cot.serve.auth import Guard
 from llava_cot.serve.body import parse_body
-from llava_cot.serve.chat import Chat, stops_of, to_json
+from llava_cot.serve.chat import Chat, stops_of
 from llava_cot.serve.continuation import Continuations
 from llava_cot.serve.decisions import Decisions
 from llava_cot.serve.errors import RequestError
@@ -31,8 +31,8 @@ from llava_cot.serve.responses import Responses, asked_in_responses
 from llava_cot.serve.running import ClientGone, unless_gone
 from llava_cot.serve.schema import ChatRequest, DecisionsRequest, ResponsesRequest
 from llava_cot.serve.validate import validated
+from llava_cot.trace.writer import to_json
 
-log = logging.getLogger(__name__)
 PING = 10  # seconds between comments that keep an idle stream open
 SEND_TIMEOUT = 30  # seconds that a client may take to read one event
 
@@ -75,7 +75,6 @@ def create_app(
 
     app = FastAPI(title="llava-cot", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.state.gate = gate
-    app.state.generator = generator
     app.add_middleware(gate.wrap)  # type: ignore[arg-type]
     app.add_middleware(Guard, keys=api_keys, host=host, limits=limits)  # type: ignore[arg-type]
     _add_errors(app, metrics)
@@ -129,7 +128,7 @@ def _add_status(
             "model": presets.name,
             "search": search,
             "grammar": generator.grammar.to_dict(),
-            "features": sorted(["seeds", "token_ids", "logprobs", "entropies"]),
+            "features": sorted(generator.engine.features - {Feature.EXTEND}),
             "eos_token_ids": sorted(generator.engine.eos_token_ids),
             "max_new_tokens": limits.max_new_tokens,
         }
@@ -141,11 +140,7 @@ def _add_status(
 
     @app.get("/v1/models/{id:path}")
     async def model(id: str) -> dict[str, Any]:
-        if id not in presets.searches:
-            raise RequestError(
-                404, f"model must be one that /v1/models lists, got {id[:200]!r}", "model", "model_not_found"
-            )
-        return described(id, presets.searches[id])
+        return described(id, presets.search_of(id))
 
 
 def _add_api(app: FastAPI, intake: Intake, metrics: Metrics) -> None:

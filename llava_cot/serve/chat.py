@@ -3,20 +3,22 @@
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from llava_cot.answer import Answer
-from llava_cot.search.events import Candidates, Retrace, StageFinal, TextDelta
+from llava_cot.search.events import Candidates, Event, Retrace, StageFinal, TextDelta
 from llava_cot.search.run import SearchRun
 from llava_cot.serve.errors import RequestError
 from llava_cot.serve.intake import Intake, Work
-from llava_cot.serve.metrics import Metrics
+from llava_cot.serve.metrics import Measured, Metrics
 from llava_cot.serve.reply import Texts, Tokens, described, logprobs_of, texts_of, total, usage_of
 from llava_cot.serve.running import answers, follow
 from llava_cot.serve.schema import ChatRequest
 from llava_cot.stages import Grammar
+from llava_cot.trace.writer import to_json
 
 EVENT_NAMES = {Candidates: "candidates", Retrace: "retrace", StageFinal: "stage_final", TextDelta: "text_delta"}
 
@@ -53,25 +55,18 @@ class Chat:
             with self._metrics.request(work.plan.name) as measured:
                 found: list[Answer | None] = [None] * len(work.seeds)
                 shown = [Shown(stops_of(request), self._generator.grammar) for _ in work.seeds]
-                async for item in follow(self._generator, work, self._look if wants_html else lambda run: None):
-                    index = item[0]
-                    if isinstance(item[1], Answer):
-                        found[index] = item[1]
-                        for delta in shown[index].rest(self._split(request, item[1])):
-                            yield _data(head, index, delta)
-                        yield self._last(request, head, index, item[1])
-                        continue
-                    event = item[1]
-                    if isinstance(event, TextDelta):
-                        measured.first_token()
-                        for delta in shown[index].add(event.text):
-                            yield _data(head, index, delta)
-                    progress: dict[str, Any] = {
-                        "event": {"type": EVENT_NAMES[type(event)], "index": index, **asdict(event)}
-                    }
-                    if item[2] is not None:
-                        progress["html"] = item[2]
-                    yield to_json({**head, "choices": [], "llava_cot": progress})
+                items = follow(self._generator, work, self._look if wants_html else lambda run: None)
+                async for index, item, html in narrated(items, shown, measured, partial(self._split, request)):
+                    if isinstance(item, dict):
+                        yield _data(head, index, item)
+                    elif isinstance(item, Answer):
+                        found[index] = item
+                        yield self._last(request, head, index, item)
+                    else:
+                        progress: dict[str, Any] = {"event": {"index": index, **named(item)}}
+                        if html is not None:
+                            progress["html"] = html
+                        yield to_json({**head, "choices": [], "llava_cot": progress})
                 done = [answer for answer in found if answer is not None]
                 measured.done(done)
             yield to_json({**head, "choices": [], "llava_cot": self._extension(request, id, done)})
@@ -146,13 +141,10 @@ class Shown:
         if all(not part.text for part in stages.values()):
             return []  # nothing says yet whether the model writes stages at all
         texts = texts_of(self._grammar, certain, ended=False)
-        return self._deltas(Texts(texts.reasoning, cut(texts.content, self._stops)))
+        return self.up_to(Texts(texts.reasoning, cut(texts.content, self._stops)))
 
-    def rest(self, texts: Texts) -> list[dict[str, str]]:
-        """Return the deltas up to the whole answer."""
-        return self._deltas(texts)
-
-    def _deltas(self, texts: Texts) -> list[dict[str, str]]:
+    def up_to(self, texts: Texts) -> list[dict[str, str]]:
+        """Return the deltas between what was shown and ``texts``."""
         deltas = []
         if texts.reasoning.startswith(self._reasoning) and (new := texts.reasoning[len(self._reasoning) :]):
             deltas.append({"reasoning": new, "reasoning_content": new})
@@ -161,6 +153,30 @@ class Shown:
             deltas.append({"content": new})
             self._content = texts.content
         return deltas
+
+
+Told = tuple[int, Event | Answer | dict[str, str], str | None]
+
+
+async def narrated(
+    items: AsyncGenerator[Told, None], shown: Sequence[Shown], measured: Measured, split: Callable[[Answer], Texts]
+) -> AsyncGenerator[Told, None]:
+    """Yield the items of ``follow``, each after the deltas that its text brings."""
+    async for index, item, html in items:
+        deltas: list[dict[str, str]] = []
+        if isinstance(item, TextDelta):
+            measured.first_token()
+            deltas = shown[index].add(item.text)
+        elif isinstance(item, Answer):
+            deltas = shown[index].up_to(split(item))
+        for delta in deltas:
+            yield index, delta, None
+        yield index, item, html
+
+
+def named(event: Event) -> dict[str, Any]:
+    """Return an event as JSON, with its type."""
+    return {"type": EVENT_NAMES[type(event)], **asdict(event)}
 
 
 def stops_of(request: ChatRequest) -> tuple[str, ...]:
@@ -193,10 +209,3 @@ def _held(text: str, marks: Sequence[str]) -> int:
 
 def _data(head: dict[str, Any], index: int, delta: dict[str, str]) -> str:
     return to_json({**head, "choices": [{"index": index, "delta": delta, "finish_reason": None, "logprobs": None}]})
-
-
-def to_json(data: Any) -> str:
-    """Return strict JSON on one line, in which infinities and NaN are strings, as in a trace."""
-    from llava_cot.trace.writer import to_json as write
-
-    return write(data)

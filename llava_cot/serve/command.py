@@ -12,7 +12,6 @@ import uvicorn
 from llava_cot.engine.config import EngineConfig
 from llava_cot.generator import SwiresGenerator
 from llava_cot.scoring import Scorer
-from llava_cot.scoring.reward_model import RewardModelScorer
 from llava_cot.serve.app import create_app
 from llava_cot.serve.auth import check_bind, read_keys
 from llava_cot.serve.fetch import Fetcher
@@ -20,8 +19,9 @@ from llava_cot.serve.gate import Gate
 from llava_cot.serve.limits import Limits
 from llava_cot.serve.presets import Presets
 from llava_cot.serve.protocol import with_header_timeout
+from llava_cot.workers.local import load_scorer
+from llava_cot.workers.names import REWARD
 
-REWARD = "reward:"
 ABORT_SECONDS = 5  # for responses to end after their searches were aborted
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def run(settings: ServeSettings) -> None:
     )
     scorers: dict[str, Scorer] = {}
     if settings.scorer is not None and settings.scorer.startswith(REWARD):
-        scorers[settings.scorer] = RewardModelScorer.from_pretrained(settings.scorer.removeprefix(REWARD))
+        scorers[settings.scorer] = load_scorer(settings.scorer)
     app = create_app(
         generator,
         name=name,

@@ -14,7 +14,7 @@ from llava_cot.serve.errors import RequestError
 from llava_cot.serve.intake import SAMPLING, Asked, Intake, Work, within
 from llava_cot.serve.metrics import Metrics
 from llava_cot.serve.reply import token_logprob
-from llava_cot.serve.running import as_request_error, submit_all
+from llava_cot.serve.running import ended
 from llava_cot.serve.schema import ChatRequest, Message
 
 
@@ -40,7 +40,7 @@ class Continuations:
         if extension.search is not None or extension.settings or extension.scorer is not None:
             message = "llava_cot must not have a search, settings or a scorer with output='raw'"
             raise RequestError(400, message, "llava_cot")
-        intake.presets.resolve(request.model, None, None)
+        intake.presets.search_of(request.model)
         messages, prefix = self._prefix(request)
         question, urls = intake.conversation(messages)
         if extension.seeds is None:
@@ -79,18 +79,11 @@ class Continuations:
 
     async def reply(self, request: ChatRequest, work: Work) -> dict[str, Any]:
         """Return the body of the reply."""
-        generator = self._generator
-        (run,) = submit_all(generator, work)
-        try:
-            with self._metrics.request("continuation") as measured:
-                await generator.aio.engine.run(run)
-                if error := generator.error_of(run):
-                    raise as_request_error(error) from error
-                measured.count(run.search.usage, "stop")
-            drawn = [node.continuation for node in run.result]
-            prompt = run.search.session.prompt_tokens
-        finally:
-            run.cancel()
+        with self._metrics.request(work.plan.name) as measured:
+            (run,) = await ended(self._generator, work)
+            measured.count(run.search.usage, "stop")
+        drawn = [node.continuation for node in run.result]
+        prompt = run.search.session.prompt_tokens
         tokens = sum(len(each.tokens) for each in drawn)
         return {
             "id": new_id("chatcmpl"),

@@ -10,10 +10,11 @@ import math
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from llava_cot.core import Continuation, Extend, Finish, Program
-from llava_cot.scoring.judge import label_tokens
+from llava_cot.scoring.judge import label_tokens, logsumexp
 from llava_cot.search.plan import Plan
 from llava_cot.search.sample import Limits as SearchLimits
 from llava_cot.search.search import Search
@@ -21,7 +22,7 @@ from llava_cot.search.tree import Node
 from llava_cot.serve.intake import Intake, Work, within
 from llava_cot.serve.metrics import Metrics
 from llava_cot.serve.responses import as_message
-from llava_cot.serve.running import as_request_error, submit_all
+from llava_cot.serve.running import ended
 from llava_cot.serve.schema import Choice, DecisionsRequest, InputMessage, Option, Predicate, Score
 
 MAX_QUESTIONS = 64
@@ -49,7 +50,7 @@ class Decisions:
             RequestError: it is wrong. The error names the field.
         """
         intake, generator = self._intake, self._generator
-        intake.presets.resolve(request.model, None, None)
+        intake.presets.search_of(request.model)
         within("questions must have", len(request.questions), 1, MAX_QUESTIONS, "entries")
         items = [InputMessage(role="user", content=request.input)] if isinstance(request.input, str) else request.input
         question, urls = intake.conversation([as_message(item) for item in items])
@@ -78,15 +79,9 @@ class Decisions:
 
     async def reply(self, request: DecisionsRequest, work: Decided) -> dict[str, Any]:
         """Return the body of the reply."""
-        (run,) = submit_all(self._generator, work)
-        try:
-            with self._metrics.request("decisions") as measured:
-                await self._generator.aio.engine.run(run)
-                if error := self._generator.error_of(run):
-                    raise as_request_error(error) from error
-                measured.count(run.search.usage, "stop")
-        finally:
-            run.cancel()
+        with self._metrics.request(work.plan.name) as measured:
+            (run,) = await ended(self._generator, work)
+            measured.count(run.search.usage, "stop")
         read = run.search.usage.prompt_tokens
         return {
             "model": work.model,
@@ -134,10 +129,8 @@ def _text(option: Option) -> str:
 
 def _probabilities(wanted: Sequence[float], groups: Sequence[Sequence[int]]) -> tuple[list[float], float]:
     """Return the probability of each label among the labels, and their total; a label may have several tokens."""
-    masses, at = [], 0
-    for group in groups:
-        masses.append(math.fsum(math.exp(logprob) for logprob in wanted[at : at + len(group)]))
-        at += len(group)
+    left = iter(wanted)
+    masses = [math.exp(logsumexp([*islice(left, len(group))])) for group in groups]
     total = math.fsum(masses)
     return [mass / total if total else 1 / len(masses) for mass in masses], total
 

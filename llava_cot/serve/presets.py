@@ -27,23 +27,31 @@ class Presets:
         self.name, self.default = name, default
         self.searches = {name: default, **{f"{name}:{search}": search for search in SEARCHES}}
 
+    def search_of(self, model: str) -> str:
+        """Return the search by which a model id answers.
+
+        Raises:
+            RequestError: there is no such model.
+        """
+        if model not in self.searches:
+            message = f"model must be one that /v1/models lists, got {model[:200]!r}"
+            raise RequestError(404, message, "model", "model_not_found")
+        return self.searches[model]
+
     def resolve(self, model: str, effort: Effort | None, search: str | None) -> tuple[str, Mapping[str, Any], bool]:
         """Return the search that a request asks for, its settings, and whether the request itself has named it.
 
         Raises:
             RequestError: there is no such model or search, or two of the three name one.
         """
-        if model not in self.searches:
-            raise RequestError(
-                404, f"model must be one that /v1/models lists, got {model!r}", "model", "model_not_found"
-            )
+        own = self.search_of(model)
         is_preset = model != self.name
         if effort is not None and (is_preset or search is not None):
             other = "llava_cot.search" if search is not None else f"the model {model!r}"
             message = f"reasoning_effort must not be given where {other} names the search, got {effort!r}"
             raise RequestError(400, message, "reasoning_effort")
         if search is not None:
-            if is_preset and search != self.searches[model]:
+            if is_preset and search != own:
                 message = f"llava_cot.search must not be another than that of the model {model!r}, got {search!r}"
                 raise RequestError(400, message, "llava_cot.search")
             if search not in SEARCHES:
@@ -52,4 +60,4 @@ class Presets:
             return search, {}, True
         if effort is not None:
             return *EFFORTS[effort], False
-        return self.searches[model], {}, False
+        return own, {}, False

@@ -2,12 +2,10 @@
 
 import time
 from collections.abc import AsyncGenerator, Iterator
-from dataclasses import asdict
 from typing import Any
 
 from llava_cot.answer import Answer
-from llava_cot.search.events import TextDelta
-from llava_cot.serve.chat import EVENT_NAMES, Shown, new_id, to_json
+from llava_cot.serve.chat import Shown, named, narrated, new_id
 from llava_cot.serve.errors import RequestError
 from llava_cot.serve.intake import Asked, Intake, Work
 from llava_cot.serve.metrics import Metrics
@@ -23,6 +21,7 @@ from llava_cot.serve.schema import (
     ResponsesRequest,
     TextPart,
 )
+from llava_cot.trace.writer import to_json
 
 
 def asked_in_responses(request: ResponsesRequest) -> Asked:
@@ -71,20 +70,15 @@ class Responses:
         try:
             with self._metrics.request(work.plan.name) as measured:
                 shown, parts = Shown((), self._generator.grammar), Parts(events, head)
-                async for item in follow(self._generator, work, lambda run: None):
-                    if isinstance(item[1], Answer):
-                        answer = item[1]
-                        for delta in shown.rest(_texts(answer)):
-                            for made in parts.add(delta):
-                                yield made
-                        continue
-                    event = item[1]
-                    if isinstance(event, TextDelta):
-                        measured.first_token()
-                        for delta in shown.add(event.text):
-                            for made in parts.add(delta):
-                                yield made
-                    yield events.make("llava_cot.event", llava_cot={"type": EVENT_NAMES[type(event)], **asdict(event)})
+                items = follow(self._generator, work, lambda run: None)
+                async for _, item, _ in narrated(items, [shown], measured, _texts):
+                    if isinstance(item, dict):
+                        for made in parts.add(item):
+                            yield made
+                    elif isinstance(item, Answer):
+                        answer = item
+                    else:
+                        yield events.make("llava_cot.event", llava_cot=named(item))
                 measured.done([answer])
             for made in parts.close():
                 yield made

@@ -14,8 +14,10 @@ from llava_cot.generator import SwiresGenerator
 from llava_cot.search.events import Event
 from llava_cot.search.run import SearchRun
 from llava_cot.search.stream import EventStream
+from llava_cot.searcher import cancel_all
 from llava_cot.serve.errors import RequestError
 from llava_cot.serve.intake import Work
+from llava_cot_kernels.page_pool import OutOfPages
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -33,18 +35,28 @@ ABOUT_REQUESTS = (
 
 async def answers(generator: SwiresGenerator, work: Work) -> list[Answer]:
     """Answer all seeds of ``work``. Cancelling this ends its searches."""
+    return [generator.answer_of(run) for run in await ended(generator, work)]
+
+
+async def ended(generator: SwiresGenerator, work: Work) -> list[SearchRun]:
+    """Run the searches of all seeds of ``work`` to their ends. Cancelling this ends them.
+
+    Raises:
+        RequestError: one of them failed. What is not the request's fault is in the log alone.
+    """
     runs = submit_all(generator, work)
     try:
         await asyncio.gather(*map(generator.aio.engine.run, runs))
-        return [answer_of(generator, run) for run in runs]
-    finally:
         for run in runs:
-            run.cancel()
+            check(generator, run)
+        return runs
+    finally:
+        cancel_all(runs)
 
 
 async def follow(
     generator: SwiresGenerator, work: Work, look: Callable[[SearchRun], str | None]
-) -> AsyncGenerator[tuple[int, Event, str | None] | tuple[int, Answer], None]:
+) -> AsyncGenerator[tuple[int, Event | Answer, str | None], None]:
     """Answer all seeds of ``work``, and yield their events as they happen, and each answer when it is there.
 
     An item begins with the index of the seed. ``look`` is called in the engine's thread after a step that brought
@@ -79,12 +91,12 @@ async def follow(
                 continue
             left -= 1
             await tasks[index]
-            yield index, answer_of(generator, runs[index])
+            check(generator, runs[index])
+            yield index, generator.answer_of(runs[index]), None
     finally:
         for task in tasks:
             task.cancel()
-        for run in runs:
-            run.cancel()
+        cancel_all(runs)
 
 
 def submit_all(
@@ -97,22 +109,15 @@ def submit_all(
             listener = {} if on_event is None else {"on_event": on_event[index]}
             runs.append(generator.submit(list(work.images), work.question, work.plan, seed=seed, **listener))
     except BaseException:
-        for run in runs:
-            run.cancel()
+        cancel_all(runs)
         raise
     return runs
 
 
-def answer_of(generator: SwiresGenerator, run: SearchRun) -> Answer:
-    """Return the answer of a search that has ended.
-
-    Raises:
-        RequestError: the search failed. What is not the request's fault is in the log alone.
-    """
-    error = generator.error_of(run)
-    if error is not None:
+def check(generator: SwiresGenerator, run: SearchRun) -> None:
+    """Raise ``RequestError`` if a search that has ended failed. What is not the request's fault is in the log alone."""
+    if error := generator.error_of(run):
         raise as_request_error(error) from error
-    return generator.answer_of(run)
 
 
 def as_request_error(error: Exception) -> RequestError:
@@ -121,7 +126,7 @@ def as_request_error(error: Exception) -> RequestError:
     module = frames[-1][0].f_globals.get("__name__", "") if frames else ""
     if isinstance(error, ValueError) and module in ABOUT_REQUESTS:
         return RequestError(400, str(error).replace("question", "messages", 1), "messages")
-    if type(error).__name__ == "OutOfPages":
+    if isinstance(error, OutOfPages):
         return RequestError(
             400, "the request needs more KV cache than this server has", "messages", "context_length_exceeded"
         )
