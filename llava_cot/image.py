@@ -124,6 +124,11 @@ def naming(name: str) -> Iterator[None]:
         raise ValueError(f"image must be a readable image, got {name}: {reason}") from None
 
 
+def data_uri(data: bytes, kind: str) -> str:
+    """Return the bytes of an image file of a format such as "png" as a data URI."""
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}"
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return a copy of ``image`` in RGB: upright, on white, in 8 bits. Raises what Pillow raises on a broken file."""
     if 0 in image.size:

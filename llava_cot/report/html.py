@@ -1,6 +1,5 @@
 """Show a trace as one HTML page that loads nothing. Stages are columns, rounds are rows, retraces are arrows."""
 
-from base64 import b64encode
 from html import escape
 from io import BytesIO
 from types import NoneType
@@ -102,13 +101,15 @@ def _pictures(image: "Images") -> str:
 
 
 def _data_url(small: "Image") -> str:
+    from llava_cot.image import data_uri
+
     small.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     for kind in ("png", "jpeg"):
         file = BytesIO()
         small.save(file, kind)
         if len(file.getvalue()) <= IMAGE_BYTES:
             break
-    return f"data:image/{kind};base64,{b64encode(file.getvalue()).decode()}"
+    return data_uri(file.getvalue(), kind)
 
 
 def _accounts(view: View) -> str:

@@ -1,6 +1,5 @@
 """The requests that are sent to a server, and the replies that come back."""
 
-import base64
 import io
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from llava_cot.core import SamplingParams
+from llava_cot.image import data_uri
 
 KNOWN = ("model", "messages", "max_tokens", "seed", "stop", "temperature", "top_p", "logprobs")  # to the openai package
 
@@ -183,4 +183,4 @@ def with_images(messages: Sequence[Mapping[str, Any]], images: Sequence[Image.Im
 def _data_uri(image: Image.Image) -> str:
     file = io.BytesIO()
     image.save(file, "PNG")  # without loss, so that the model sees the same pixels as here
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return data_uri(file.getvalue(), "png")

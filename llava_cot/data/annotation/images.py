@@ -1,6 +1,5 @@
 """Turn image files into data URLs for an endpoint, with their original bytes or as PNG."""
 
-import base64
 import io
 from dataclasses import dataclass
 from hashlib import sha256
@@ -8,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from llava_cot.image import is_plain, naming, to_rgb
+from llava_cot.image import data_uri, is_plain, naming, to_rgb
 
 SENT_AS_THEY_ARE = ("JPEG", "PNG", "WEBP")  # every endpoint reads these
 
@@ -43,4 +42,4 @@ def read_image(path: Path) -> SentImage:
         pixels.save(buffer, kind)
         sent = buffer.getvalue()
     assert kind is not None
-    return SentImage(f"data:image/{kind.lower()};base64,{base64.b64encode(sent).decode()}", sha256(data).hexdigest())
+    return SentImage(data_uri(sent, kind), sha256(data).hexdigest())
