@@ -11,7 +11,7 @@ from starlette.requests import Request
 
 from llava_cot.answer import Answer
 from llava_cot.generator import SwiresGenerator
-from llava_cot.search.events import Event
+from llava_cot.search.events import Event, TextDelta
 from llava_cot.search.run import SearchRun
 from llava_cot.search.stream import EventStream
 from llava_cot.searcher import cancel_all
@@ -60,7 +60,7 @@ async def follow(
     """Answer all seeds of ``work``, and yield their events as they happen, and each answer when it is there.
 
     An item begins with the index of the seed. ``look`` is called in the engine's thread after a step that brought
-    events, and what it returns comes with the last of them.
+    events other than new text, and what it returns comes with the last of them.
     """
     loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event | None, str | None]]()
     logs: list[list[Event]] = [[] for _ in work.seeds]
@@ -71,7 +71,8 @@ async def follow(
 
         def pass_on() -> None:
             events = seen.take()
-            shown = look(run) if events else None
+            has_news = any(not isinstance(event, TextDelta) for event in events)  # a trace has no unfinished text
+            shown = look(run) if has_news else None
             for event in events:
                 part = shown if event is events[-1] else None
                 loop.call_soon_threadsafe(queue.put_nowait, (index, event, part))
