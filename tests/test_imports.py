@@ -1,6 +1,7 @@
 """Imports point down: which layer of the packages may import which, held against the source of every module."""
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from graphlib import TopologicalSorter
@@ -169,3 +170,9 @@ def later():
     assert found["llava_cot.engine.engine"] == {"text", "train", "tools"}
     with pytest.raises(AssertionError, match=r"imports must be absolute, got from \. import text"):
         upward({"llava_cot.scoring.vote": "from . import text"})
+
+
+def test_names_of_test_files_are_unique():
+    """pytest imports each test file by its name alone, so that of two equal names it refuses the second."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
