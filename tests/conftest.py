@@ -153,7 +153,7 @@ def random_model():
     return build_random_mllama(**TINY_SHAPE, seed=0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def bare_generator(tiny):
     """A generator on any model; its processor only stands in for a tokenizer."""
     from llava_cot import EngineConfig, SwiresGenerator

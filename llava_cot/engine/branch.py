@@ -17,7 +17,8 @@ class Branch:
     ``seq`` is its sequence in the page pool, with the keys and values of every token up to here except the last, which
     is computed when the branch grows or is expanded. ``next_logits`` [V] is kept from the first expansion on, so that
     expanding a branch again computes nothing. Where pages are scarce, the branch may be evicted: ``seq`` is -1 then,
-    and its first ``computed`` tokens, counted from the start of the prompt, are recomputed when they are needed.
+    and its first ``computed`` tokens, counted from the start of the prompt, are recomputed when they are needed. A
+    growing branch whose sibling ``twin`` has drawn the same tokens has no pages either: the twin is computed for both.
     """
 
     parent: "Branch | None"
@@ -40,6 +41,7 @@ class Branch:
     top: dict[int, float] = field(default_factory=dict)  # log-probs of the most likely next tokens, where asked for
     wanted: tuple[float, ...] = ()
     computed: int = 0
+    twin: "Branch | None" = None
     is_released: bool = False
     _anchor: "Branch | None" = None
 

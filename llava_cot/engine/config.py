@@ -15,17 +15,21 @@ class EngineConfig:
         steps_per_look: steps between two looks of the host at what was drawn, where nothing but growing is to be done.
             Up to so many steps run in vain once all candidates have finished. None is 4 on CUDA and 1 on the CPU.
         compile: whether torch compiles the decoder layers.
+        draft_tokens: the most tokens that are drafted for a candidate in a step, from what the search drew before; 0
+            drafts nothing. None is 8 where a step takes no longer for it: on CUDA, and on the CPU for models so small
+            that they run on one thread.
         num_threads: CPU threads of a step. None is one thread for a model whose operators are too small for more, and
             as many as torch has been given for others.
 
     Raises:
-        ValueError: a number below 1.
+        ValueError: a number below 1, or ``draft_tokens`` below 0.
     """
 
     page_size: int = 16
     num_pages: int | None = None
     steps_per_look: int | None = None
     compile: bool = False
+    draft_tokens: int | None = None
     num_threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -34,3 +38,5 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
+        if self.draft_tokens is not None and self.draft_tokens < 0:
+            raise ValueError(f"draft_tokens must be >= 0, got {self.draft_tokens}")

@@ -1,7 +1,8 @@
 """The end of a step: a token for every growing branch, and whether the branch ends with it."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -9,9 +10,27 @@ import torch
 from llava_cot.core import Finish
 from llava_cot.engine.branch import Branch
 from llava_cot.engine.session import Slot
-from llava_cot_kernels.page_pool import PagePool
 from llava_cot_kernels.sampling import sample
 from llava_cot_kernels.stage_tags import StageTags
+
+
+class Draw(NamedTuple):
+    """A token that is to be drawn for ``slot``: after its own tokens and the first ``ahead`` of its draft."""
+
+    slot: Slot
+    row: int  # of the logits
+    tag_state: int
+    ahead: int = 0
+
+    @classmethod
+    def along(cls, slot: Slot, row: int, draft: Sequence[int], tags: StageTags) -> "Iterator[Draw]":
+        """One behind the tokens of ``slot``, from ``row``, and one behind each token of ``draft``, from later rows."""
+        state = slot.branch.tag_state
+        assert state is not None  # a branch that grows has one
+        yield cls(slot, row, state)
+        for ahead, token in enumerate(draft, 1):
+            state, _, _ = tags.advance(state, token)
+            yield cls(slot, row + ahead, state, ahead)
 
 
 class Candidates(NamedTuple):
@@ -51,23 +70,22 @@ class Drawn(NamedTuple):
         return [Row(*row) for row in zip(*self.integers.tolist(), *self.reals.tolist())]
 
 
-def candidates(rows: list[int], slots: list[Slot], device: torch.device) -> Candidates:
-    """``rows`` are those of the logits that each slot draws from."""
+def candidates(draws: Sequence[Draw], device: torch.device) -> Candidates:
+    """What the sampler is asked for ``draws``."""
 
     def column(values: Iterable[float], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(list(values), dtype=dtype, device=device)
 
-    params = [slot.request.params for slot in slots]
+    params = [draw.slot.request.params for draw in draws]
     return Candidates(
-        row=column(rows, torch.int64),
+        row=column((draw.row for draw in draws), torch.int64),
         temperature=column((p.temperature for p in params), torch.float32),
         top_k=column((p.top_k for p in params), torch.int64),
         top_p=column((p.top_p for p in params), torch.float32),
         min_p=column((p.min_p for p in params), torch.float32),
-        seed=column((slot.branch.seed for slot in slots), torch.int64),
-        position=column((slot.branch.length for slot in slots), torch.int64),
-        # A branch that grows has a state.
-        tag_state=column((slot.branch.tag_state for slot in slots), torch.int32),  # type: ignore[misc]
+        seed=column((draw.slot.branch.seed for draw in draws), torch.int64),
+        position=column((draw.slot.branch.length + draw.ahead for draw in draws), torch.int64),
+        tag_state=column((draw.tag_state for draw in draws), torch.int32),
     )
 
 
@@ -85,9 +103,9 @@ def draw(logits: torch.Tensor, candidates: Candidates, tags: StageTags) -> Drawn
     )
 
 
-def draw_rows(logits: torch.Tensor, rows: list[int], slots: list[Slot], tags: StageTags) -> list[Row]:
-    """Draw one token for each slot from its row of ``logits`` [R, V]; -1 where there is nothing to draw from."""
-    asked = candidates(rows, slots, logits.device)
+def draw_rows(logits: torch.Tensor, draws: Sequence[Draw], tags: StageTags) -> list[Row]:
+    """Make ``draws`` from ``logits`` [R, V]; the token is -1 where there is nothing to draw from."""
+    asked = candidates(draws, logits.device)
     try:
         return draw(logits, asked, tags).rows()
     except ValueError:  # on the CPU the sampler refuses all rows where one is bad
@@ -95,46 +113,59 @@ def draw_rows(logits: torch.Tensor, rows: list[int], slots: list[Slot], tags: St
         if not is_bad.any():
             raise
         drawn = draw(logits.masked_fill(is_bad.unsqueeze(1), 0.0), asked, tags).rows()
-        return [found._replace(token=-1) if is_bad[row] else found for row, found in zip(rows, drawn)]
+        return [found._replace(token=-1) if is_bad[ask.row] else found for ask, found in zip(draws, drawn)]
 
 
-def grow(slots: list[Slot], rows: list[Row], eos_token_ids: frozenset[int], tags: StageTags, pool: PagePool) -> None:
-    """Note the drawn tokens, and which branches end with them.
+def grow(
+    slot: Slot, rows: Sequence[Row], eos_token_ids: frozenset[int], tags: StageTags, draft: Sequence[int] = ()
+) -> int:
+    """Note the tokens of ``rows`` that were drawn after what the branch really has, and whether it ends with them.
+
+    The first row is drawn after its own tokens, and each other one after one more token of ``draft``. So a row counts
+    as long as what was drawn before it is the draft. Returns how many tokens were drawn.
 
     Raises:
         ValueError: there was nothing to draw from.
     """
-    for slot, row in zip(slots, rows, strict=True):
-        branch, request = slot.branch, slot.request
-        if row.token < 0:
-            place = f"after {len(branch.tokens)} tokens of a candidate"
-            raise ValueError(f"logits must have a finite largest value and no NaN, got others {place}")
-        branch.tokens.append(row.token)
-        branch.logprobs.append(row.logprob)
-        branch.sampling_logprobs.append(row.sampling_logprob)
-        branch.entropies.append(row.entropy)
-        branch.certainties.append(row.certainty)
-        branch.length += 1
-        branch.tag_state = row.tag_state
-        is_stop = row.tag >= 0 and (request.stops is None or row.tag in request.stops)
-        if is_stop:  # an EOS token may spell a tag
-            branch.tag, branch.overhang = row.tag, row.overhang
-        if row.token in eos_token_ids:
-            branch.finish = Finish.EOS
-        elif is_stop:
-            branch.finish = Finish.TAG
-        elif row.tag in request.trims:
-            branch.finish, branch.tag = Finish.TAG, row.tag
-            if row.overhang and len(branch.tokens) > 1:
-                _take_back(branch, tags, pool)
-        elif len(branch.tokens) == request.max_new_tokens:
-            branch.finish = Finish.LENGTH
+    count = 0
+    for row, guess in zip_longest(rows, draft):
+        _note(slot, row, eos_token_ids, tags)
+        count += 1
+        if slot.branch.finish is not None or row.token != guess:
+            break
+    return count
 
 
-def _take_back(branch: Branch, tags: StageTags, pool: PagePool) -> None:
+def _note(slot: Slot, row: Row, eos_token_ids: frozenset[int], tags: StageTags) -> None:
+    branch, request = slot.branch, slot.request
+    if row.token < 0:
+        place = f"after {len(branch.tokens)} tokens of a candidate"
+        raise ValueError(f"logits must have a finite largest value and no NaN, got others {place}")
+    branch.tokens.append(row.token)
+    branch.logprobs.append(row.logprob)
+    branch.sampling_logprobs.append(row.sampling_logprob)
+    branch.entropies.append(row.entropy)
+    branch.certainties.append(row.certainty)
+    branch.length += 1
+    branch.tag_state = row.tag_state
+    is_stop = row.tag >= 0 and (request.stops is None or row.tag in request.stops)
+    if is_stop:  # an EOS token may spell a tag
+        branch.tag, branch.overhang = row.tag, row.overhang
+    if row.token in eos_token_ids:
+        branch.finish = Finish.EOS
+    elif is_stop:
+        branch.finish = Finish.TAG
+    elif row.tag in request.trims:
+        branch.finish, branch.tag = Finish.TAG, row.tag
+        if row.overhang and len(branch.tokens) > 1:
+            _take_back(branch, tags)
+    elif len(branch.tokens) == request.max_new_tokens:
+        branch.finish = Finish.LENGTH
+
+
+def _take_back(branch: Branch, tags: StageTags) -> None:
     """Forget the last token, and the tag that it closed, or the next token would close it again."""
     for column in (branch.tokens, branch.logprobs, branch.sampling_logprobs, branch.entropies, branch.certainties):
         column.pop()
     branch.length -= 1
     branch.tag_state = tags.start_state
-    pool.truncate(branch.seq, branch.length - 1)

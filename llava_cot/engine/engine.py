@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from numbers import Integral
 
@@ -13,7 +13,8 @@ from llava_cot.core import Call, Expand, Extend, Feature, Finish, Usage
 from llava_cot.engine.branch import Branch
 from llava_cot.engine.call import call_together
 from llava_cot.engine.config import EngineConfig
-from llava_cot.engine.draw import Row, draw_rows, grow
+from llava_cot.engine.drafts import DRAFT_TOKENS, Drafts, drawing, may_draw
+from llava_cot.engine.draw import Draw, Row, draw_rows, grow
 from llava_cot.engine.extend import read_extensions
 from llava_cot.engine.follow import state_of
 from llava_cot.engine.graphs import MAX_EOS_TOKEN_IDS, Window
@@ -21,7 +22,7 @@ from llava_cot.engine.model import Prompt
 from llava_cot.engine.processors import LogitsProcessors
 from llava_cot.engine.runner import ModelRunner
 from llava_cot.engine.schedule import Schedule
-from llava_cot.engine.session import Extension, Job, Pending, Session
+from llava_cot.engine.session import Extension, Job, Pending, Session, Slot
 from llava_cot.engine.threads import threads_for
 from llava_cot_kernels.page_pool import OutOfPages
 from llava_cot_kernels.stage_tags import StageTags
@@ -75,8 +76,12 @@ class Engine:
             steps_per_look = CUDA_STEPS_PER_LOOK if self.view.device.type == "cuda" else 1
         self.window = Window(self.view, self.runner.recorder, self.tags, steps_per_look)
         self.schedule = Schedule(self.runner, self._decode_tokens)
-        self.num_threads = config.num_threads or threads_for(model, self.view.device)
+        threads = threads_for(model, self.view.device)
+        self.num_threads = config.num_threads or threads
         self.processors = LogitsProcessors(model)
+        # Small models spend a step on other things than its rows.
+        by_default = DRAFT_TOKENS if threads == 1 or self.view.device.type == "cuda" else 0
+        self.drafts = Drafts(by_default if config.draft_tokens is None else config.draft_tokens)
         self._state = state
 
     def _follow_model(self) -> None:
@@ -217,25 +222,28 @@ class Engine:
         try:
             schedule.admit()
             self._call()
-            if not self._window(schedule.runnable):
-                self._decode()
+            drafts = self.drafts.propose(schedule.runnable)
+            if drafts or not self._window(schedule.runnable):
+                self._decode(drafts)
         except Exception as error:  # such as torch.OutOfMemoryError
             schedule.fail_pass(error)
         schedule.advance()
         self._is_cut_short = is_nested
 
-    def _decode(self) -> None:
-        """Compute the last token of what grows or is expanded and all tokens of an extension, then draw one token for
-        everything that grows.
+    def _decode(self, drafts: dict[Branch, list[int]]) -> None:
+        """Compute the last token of what grows or is expanded and all tokens of an extension, then draw what comes next
+        for everything that grows: one token, or more where they are those of its draft.
         """
         while True:
             running = self.schedule.runnable
             try:
                 self._prepare(running)
-                logits, sources = self._compute(running)
+                logits, sources = self._compute(running, drafts)
                 break
             except OutOfPages:
-                self.schedule.relieve()
+                if not drafts:
+                    self.schedule.relieve()
+                drafts = {}
         for job in running:
             job.usage.steps += bool(job.slots or any(pending.parent for pending in job.pending))
             for pending in job.pending:
@@ -247,29 +255,81 @@ class Engine:
                     job.error = ValueError("logits must have no NaN, got some behind tokens that were given")
             self.schedule.release(job, is_forked=True)
             job.pending = []
-        slots = [slot for job in running for slot in job.slots]
-        if slots:
-            rows = [sources[slot.branch if slot.branch.tokens else slot.branch.parent] for slot in slots]
+        draws = [draw for job in running for draw in self._draws(job, sources, drafts)]
+        if draws:
             if not self.processors.is_empty:
-                prompts = [job.load()["input_ids"] for job in running for _ in job.slots]
-                logits, rows = self.processors.apply(logits, rows, slots, prompts), list(range(len(slots)))
-            self._grow(running, draw_rows(logits, rows, slots, self.tags))
+                logits, draws = self._process(running, logits, draws, drafts)
+            drawn = dict[Slot, list[Row]]()
+            for draw, row in zip(draws, draw_rows(logits, draws, self.tags)):
+                drawn.setdefault(draw.slot, []).append(row)
+            self._grow(running, drawn, drafts)
+            self._part([slot.branch for slot in drawn])
 
-    def _grow(self, running: list[Job], drawn: list[Row]) -> None:
+    def _draws(self, job: Job, sources: dict[Branch | None, int], drafts: dict[Branch, list[int]]) -> Iterator[Draw]:
+        for slot in drawing(job):
+            computed = slot.branch.twin or slot.branch
+            row = sources[computed if computed.tokens else computed.parent]
+            yield from Draw.along(slot, row, drafts.get(computed, ()), self.tags)
+
+    def _process(
+        self, running: list[Job], logits: torch.Tensor, draws: list[Draw], drafts: dict[Branch, list[int]]
+    ) -> tuple[torch.Tensor, list[Draw]]:
+        """Apply the logits processors: the logits [N, V] of N draws, and the draws from them."""
+        prompt_of = {slot: job.load()["input_ids"] for job in running for slot in job.slots}
+        paths = []
+        for draw in draws:
+            branch = draw.slot.branch
+            paths.append(branch.path() + list(drafts.get(branch.twin or branch, ()))[: draw.ahead])
+        prompts = [prompt_of[draw.slot] for draw in draws]
+        logits = self.processors.apply(logits, [draw.row for draw in draws], prompts, paths)
+        return logits, [draw._replace(row=row) for row, draw in enumerate(draws)]
+
+    def _grow(self, running: list[Job], drawn: dict[Slot, list[Row]], drafts: dict[Branch, list[int]]) -> None:
         """Note what all growing branches of ``running`` drew; those that end with it grow no more."""
-        rows, now, ends = iter(drawn), time.perf_counter(), self.eos_token_ids
+        now, ends = time.perf_counter(), self.eos_token_ids
         for job in running:
-            own = [next(rows) for _ in job.slots]
             try:
-                grow(job.slots, own, ends, self.tags, self.pool)
+                for slot in [slot for slot in job.slots if slot in drawn]:
+                    draft = drafts.get(slot.branch.twin or slot.branch, [])
+                    count = grow(slot, drawn[slot], ends, self.tags, draft)
+                    job.usage.generated_tokens += count
+                    job.usage.accepted_tokens += count - 1
+                    self.drafts.learn(slot, len(draft), count - 1)
             except ValueError as error:
                 job.error, job.slots = error, []
-            job.usage.generated_tokens += len(job.slots)
             job.tick(now)
             for slot in job.slots:
-                if slot.branch.finish is None and slot.request.limit and slot.request.limit.reached(job.usage):
-                    slot.branch.finish = Finish.STOPPED
+                branch, limit = slot.branch, slot.request.limit
+                if branch.finish is None and limit and limit.reached(job.usage):
+                    branch.finish = Finish.STOPPED
+                if branch.finish is not None:
+                    self.drafts.note(job, branch)
             job.slots = [slot for slot in job.slots if slot.branch.finish is None]
+
+    def _part(self, grown: Sequence[Branch]) -> None:
+        """Give pages of their own to branches that have finished, or have drawn other tokens than their twins.
+
+        Keys and values of drafts that were not drawn are forgotten.
+        """
+        firsts = dict[tuple[Branch, tuple[int, ...]], Branch]()
+        for branch in grown:
+            twin = branch.twin
+            if twin is None or (branch.finish is None and branch.tokens == twin.tokens):
+                continue
+            first = firsts.setdefault((twin, tuple(branch.tokens)), branch)
+            if first is not branch and branch.finish is None:
+                branch.twin = first
+            else:
+                self._give_pages(branch)
+        for branch in grown:
+            if branch.twin is None and self.pool.length(branch.seq) >= branch.length:
+                self.pool.truncate(branch.seq, branch.length - 1)
+
+    def _give_pages(self, branch: Branch) -> None:
+        """Let ``branch`` share the pages of its twin up to here, and write its own from here on."""
+        if branch.twin is not None:
+            (branch.seq,) = self.pool.fork(branch.twin.seq, 1)
+            branch.twin = None
 
     def _window(self, running: list[Job]) -> bool:
         """Let all branches grow by several tokens, if that is all there is to do; False if it takes a ``_decode``."""
@@ -278,14 +338,16 @@ class Engine:
             not slots
             or not self.processors.is_empty
             or any(job.pending for job in running)
-            or any(slot.branch.seq < 0 for slot in slots)
+            or any(slot.branch.twin is None and slot.branch.seq < 0 for slot in slots)
         ):
             return False
         left = [slot.request.max_new_tokens - len(slot.branch.tokens) for slot in slots]
         counts = [min(count, self.window.num_steps) for count in left]
-        seqs = [slot.branch.seq for slot in slots]
-        if max(counts) == 1:
+        if max(counts) == 1 or not all(may_draw(job, max(counts)) for job in running):
             return False
+        for slot in slots:
+            self._give_pages(slot.branch)
+        seqs = [slot.branch.seq for slot in slots]
         try:
             slot_mapping = self.runner.append(seqs, counts)
         except OutOfPages:
@@ -295,8 +357,7 @@ class Engine:
             for job in running:
                 job.usage.steps += bool(job.slots)
                 job.usage.decoded_tokens += len(job.slots)
-            grows = {slot.branch for job in running for slot in job.slots}
-            self._grow(running, [row for slot, row in zip(slots, rows) if slot.branch in grows])
+            self._grow(running, {slot: [row] for slot, row in zip(slots, rows)}, {})
         for slot in slots:
             if slot.branch.finish is not None:
                 self.pool.truncate(slot.branch.seq, slot.branch.length - 1)
@@ -323,25 +384,31 @@ class Engine:
                     pending.extension = self._extend(job, pending)
             self.schedule.release(job)
 
-    def _compute(self, running: list[Job]) -> tuple[torch.Tensor, dict[Branch | None, int]]:
-        """The logits to draw from, [R, V], and the row of each branch.
+    def _compute(
+        self, running: list[Job], drafts: dict[Branch, list[int]]
+    ) -> tuple[torch.Tensor, dict[Branch | None, int]]:
+        """The logits to draw from, [R, V], and the row behind the last token of each branch, where a draft goes on.
 
         Raises ``OutOfPages`` before anything has changed.
         """
         requests = [(job, pending) for job in running for pending in job.pending]
         opened = [(job, p.parent) for job, p in requests if isinstance(p.request, Expand) and p.parent and p.width]
         extensions = [(job, p.extension) for job, p in requests if p.extension]
-        rows = {slot.branch: job for job in running for slot in job.slots}
+        growing = [(job, slot.branch) for job in running for slot in drawing(job)]
+        rows = {branch: job for job, branch in growing if branch.twin is None}
         rows |= {branch: job for job, branch in opened if branch.next_logits is None}
-        tokens = {branch: branch.tokens[-1:] for branch in rows}
+        tokens = {branch: branch.tokens[-1:] + drafts.get(branch, []) for branch in rows}
         tokens |= {extension.branch: extension.unread for _, extension in extensions if extension.unread}
         logits = self.runner.decode(tokens) if tokens else None
         sources, at = dict[Branch | None, int](), 0
         for branch, new in tokens.items():
             at += len(new)
-            sources[branch] = at - 1
-        for job in rows.values():
-            job.usage.decoded_tokens += 1
+            sources[branch] = at - 1 - len(drafts.get(branch, ()))
+        for branch, job in rows.items():
+            job.usage.decoded_tokens += len(tokens[branch])
+            job.usage.drafted_tokens += len(drafts.get(branch, ()))
+        for job, branch in growing:
+            job.usage.shared_tokens += branch.twin is not None
         for job, extension in extensions:
             _count(job.usage, extension)
         read_extensions([extension for _, extension in extensions], logits, sources)
@@ -381,9 +448,13 @@ class Engine:
         # A sentence is looked for in new tokens alone: the parent may end with a full stop whose space was taken back.
         state = self.tags.start_state if request.trims else self._tag_state(parent)
         kids = [
-            job.add(Branch(parent, seq, parent.length, image=parent.image, seed=seed, tag_state=state))
-            for seq, seed in zip(self.pool.fork(parent.seq, len(request.seeds)), request.seeds)
+            job.add(Branch(parent, -1, parent.length, image=parent.image, seed=seed, tag_state=state))
+            for seed in request.seeds
         ]
+        for kid in kids[:1]:
+            (kid.seq,) = self.pool.fork(parent.seq, 1)
+        for kid in kids[1:]:
+            kid.twin = kids[0]
         job.usage.generations += len(kids)
         return kids
 

@@ -15,7 +15,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 
 from llava_cot.engine.batch import Batch, has_blind_rows, shared_prefixes
-from llava_cot.engine.draw import Candidates, Drawn, Row, candidates, draw
+from llava_cot.engine.draw import Candidates, Draw, Drawn, Row, candidates, draw
 from llava_cot.engine.model import ModelView
 from llava_cot.engine.session import Slot
 from llava_cot_kernels.stage_tags import StageTags
@@ -224,7 +224,7 @@ class StepBuffers:
             return torch.zeros(size, dtype=dtype, device=device)
 
         # Of idle rows too the parameters must be valid.
-        self.candidates = Candidates(*(column.new_zeros(rows) for column in candidates([], [], device)))
+        self.candidates = Candidates(*(column.new_zeros(rows) for column in candidates([], device)))
         self.candidates.top_p.fill_(1.0)
         self.token, self.offset, self.left = zeros(3, rows, dtype=torch.int64)  # offset: of its rotary positions
         self.image_group, self.prefix_group = zeros(2, rows, dtype=torch.int32)
@@ -293,7 +293,8 @@ class Window:
             is_blind = has_blind_rows(branches, image_group)
             shape = Shape.with_room(n, page_table.shape[1], num_segments, len(prefix_lens), is_blind)
             to, step = self._open(shape)
-            for buffer, values in zip(to.candidates, candidates([*range(n)], slots, torch.device("cpu"))):
+            draws = [next(Draw.along(slot, row, (), self.tags)) for row, slot in enumerate(slots)]
+            for buffer, values in zip(to.candidates, candidates(draws, torch.device("cpu"))):
                 _put(buffer[:n], values)
             _put(to.token[:n], [branch.tokens[-1] for branch in branches])
             _put(to.offset[:n], [branch.position_offset for branch in branches])

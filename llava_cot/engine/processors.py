@@ -11,7 +11,6 @@ from torch.nn.functional import pad
 from transformers import GenerationConfig, LogitsProcessorList
 
 from llava_cot.engine.generation_config import refuse
-from llava_cot.engine.session import Slot
 
 
 class LogitsProcessors:
@@ -47,20 +46,20 @@ class LogitsProcessors:
         self._given = given
 
     def apply(
-        self, logits: torch.Tensor, rows: Sequence[int], slots: Sequence[Slot], prompts: Sequence[torch.Tensor]
+        self, logits: torch.Tensor, rows: Sequence[int], prompts: Sequence[torch.Tensor], paths: Sequence[Sequence[int]]
     ) -> torch.Tensor:
-        """Return float32 [N, V]: for each slot its row of ``logits`` [R, V], processed.
+        """Return float32 [N, V]: for each of N texts its row of ``logits`` [R, V], processed.
 
-        ``prompts`` are the prompts of the slots, int64 [1, T].
+        A text is one of ``prompts``, int64 [1, T], and then the token ids of one of ``paths``.
         """
         scores, alike = logits[list(rows)].float(), defaultdict[tuple[int, int], list[int]](list)
         # The image token of Mllama has no logit. The processors of older transformers look for it all the same.
         beyond = max(0, self._model.config.image_token_id + 1 - scores.shape[1])
         scores = pad(scores, (0, beyond), value=-math.inf)
-        for at, (slot, prompt) in enumerate(zip(slots, prompts, strict=True)):
-            alike[prompt.shape[1], slot.branch.length].append(at)
+        for at, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
+            alike[prompt.shape[1], len(path)].append(at)
         for (length, _), places in alike.items():
-            ids = [prompts[at][0].tolist() + slots[at].branch.path() for at in places]
+            ids = [[*prompts[at][0].tolist(), *paths[at]] for at in places]
             processors = self._of(length, logits.device)
             scores[places] = processors(torch.tensor(ids, device=logits.device), scores[places])
         return scores[:, : logits.shape[1]]

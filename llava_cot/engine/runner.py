@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from llava_cot.engine.batch import Batch, has_blind_rows, shared_prefixes
 from llava_cot.engine.branch import Branch
 from llava_cot.engine.config import EngineConfig
-from llava_cot.engine.graphs import Replay, open_recorder
+from llava_cot.engine.graphs import ROWS, Replay, open_recorder
 from llava_cot.engine.model import ModelView
 from llava_cot.families import Prompt
 from llava_cot_kernels.page_pool import OutOfPages, PagePool
@@ -66,6 +66,11 @@ class ModelRunner:
         seqs, device = [branch.seq for branch in branches], self.view.device
         starts = [self.pool.length(seq) for seq in seqs]
         slots = self.append(seqs, counts)
+        if self.replays and len(seqs) < len(slots) <= ROWS[-1]:
+            # As sequences of one token, which share their pages: a pass stores all keys before it reads any.
+            branches = [branch for branch, count in zip(branches, counts) for _ in range(count)]
+            starts = [start + index for start, count in zip(starts, counts) for index in range(count)]
+            seqs, counts = [branch.seq for branch in branches], [1] * len(slots)
         group, cu_seqlens = self.view.images.segments(
             [branch.image for branch, count in zip(branches, counts) for _ in range(count)]
         )

@@ -11,6 +11,7 @@ import torch
 
 from llava_cot.core import Call, Expand, Extend, Release, Replies, Request, Usage
 from llava_cot.engine.branch import Branch
+from llava_cot.engine.history import History
 
 if TYPE_CHECKING:
     from llava_cot.engine.engine import Engine
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Slot:
-    """A growing branch and the request it answers."""
+    """A growing branch and the request it answers. ``reach`` is how many tokens are drafted for it at once."""
 
     branch: Branch
     request: Expand
+    reach: int = 1
 
 
 @dataclass(eq=False)
@@ -77,6 +79,7 @@ class Job:
     by_id: dict[int, Branch] = field(default_factory=dict)
     pending: list[Pending] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
+    history: History | None = None  # made when something is drafted for it
     error: Exception | None = None
     is_over: bool = False
     is_started: bool = False
@@ -138,7 +141,8 @@ class Job:
     def active(self) -> list[Branch]:
         """What is computed or forked next."""
         waiting = [p.extension.branch if p.extension else p.parent for p in self.pending]
-        return [slot.branch for slot in self.slots] + [branch for branch in waiting if branch is not None]
+        growing = [slot.branch for slot in self.slots if slot.branch.twin is None]
+        return growing + [branch for branch in waiting if branch is not None]
 
     def idle(self) -> list[Branch]:
         """Evictable branches: resident, and not an ancestor of an active one."""

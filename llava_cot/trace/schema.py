@@ -6,7 +6,7 @@ when you add a field that readers need, remove a field, or change the meaning of
 
 from typing import NotRequired, TypedDict
 
-TRACE_VERSION = 6
+TRACE_VERSION = 7
 
 
 class NodeData(TypedDict):
@@ -156,7 +156,10 @@ class UsageData(TypedDict):
 
     prompt_tokens: int
     recomputed_tokens: int
-    decoded_tokens: int
+    decoded_tokens: int  # tokens computed after the prompt, including drafts that were rejected
+    drafted_tokens: int  # tokens computed as drafts, before they were drawn
+    accepted_tokens: int  # drafts that were then drawn
+    shared_tokens: int  # tokens that were not computed, since a candidate with the same tokens was
     generated_tokens: int
     generations: int  # candidates drawn
     image_encodings: int

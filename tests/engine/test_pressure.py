@@ -22,7 +22,7 @@ TAGS = StageTags([b"a", b"b</", b"x>", b"</x", b">c"] * 20, ["</x>"])
 @pytest.fixture
 def make_engine(random_model):
     def make(num_pages=2000, page_size=1):
-        return Engine(random_model, TAGS, config=EngineConfig(page_size=page_size, num_pages=num_pages))
+        return Engine(random_model, TAGS, config=EngineConfig(page_size=page_size, num_pages=num_pages, draft_tokens=0))
 
     return make
 

@@ -132,8 +132,9 @@ def outcome(job: SearchRun) -> Any:
 
 
 @pytest.fixture(scope="module")
-def searches(tiny):
-    """Each with the outcome of its undisturbed twin and the most pages that one held."""
+def searches(tiny, bare_generator):
+    """Each with the outcome of its undisturbed twin, for which nothing is drafted, and the most pages that one held."""
+    tiny = bare_generator(tiny.model, draft_tokens=0)
     rng, found, judge = random.Random(6), [], JudgeScorer(tiny.processor)
     for kind in range(NUM_SEARCHES):
         asked = Asked(rng.randrange(len(SAMPLES)), _search(rng, judge, kind), rng.randrange(2**62))
@@ -173,7 +174,11 @@ def check(generator, job: SearchRun, twin: Any, asked: Asked, is_whole: bool, ta
         assert str(spare.error) == str(job.error)
     elif job.error or job.result:
         tally["failed" if job.error else "finished"] += 1
-        tally["computed again"] += job.search.usage.recomputed_tokens > 0
+        usage = job.search.usage
+        tally["computed again"] += usage.recomputed_tokens > 0
+        tally["drafts rejected"] += usage.drafted_tokens > usage.accepted_tokens
+        tally["drafts accepted"] += usage.accepted_tokens > 0
+        tally["computed for several"] += usage.shared_tokens > 0
         assert outcome(job) == twin
     else:
         assert job._is_cancelled or not is_whole
@@ -194,7 +199,12 @@ def schedule(make_generator, searches, rng: random.Random, tally: Counter) -> No
     page_size = rng.choice([1, 2, 4, 16])
     tokens = PAGE_SIZE * max(peak for *_, peak in chosen) * rng.choice([0.3, 0.7, 1.0, 1.3, 2.0, 8.0])
     num_pages, steps_per_look = max(1, int(tokens / page_size)), rng.choice([1, 1, 2, 3, 8])
-    generator = make_generator(page_size=page_size, num_pages=num_pages, steps_per_look=steps_per_look)
+    generator = make_generator(
+        page_size=page_size,
+        num_pages=num_pages,
+        steps_per_look=steps_per_look,
+        draft_tokens=rng.choice([0, 2, 8]),
+    )
     engine = generator.engine
     engine.runner.replays = rng.random() < 0.3  # as on CUDA
     jobs = [run_of(generator, asked) for asked, *_ in chosen]
@@ -218,6 +228,7 @@ def test_random_schedules(tiny, bare_generator, searches):
     # A schedule in which nothing happens shows nothing.
     for kind in (
         *("finished", "failed", "computed again", "out of pages", "cancelled", "closed"),
+        *("drafts rejected", "drafts accepted", "computed for several"),
         *("retraced", "budget spent", "candidates without score"),
     ):
         assert tally[kind] >= 3, f"{kind}: {tally}"
