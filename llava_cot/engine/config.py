@@ -17,6 +17,8 @@ class EngineConfig:
         compile: whether torch compiles the decoder layers.
         num_threads: CPU threads of a step. None is one thread for a model whose operators are too small for more, and
             as many as torch has been given for others.
+        canary: a debug flag: whether every pass checks that the pages it reads hold what was computed for the branches
+            that read them. A search whose pages do not ends with ``CanaryError``.
 
     Raises:
         ValueError: a number below 1.
@@ -27,6 +29,7 @@ class EngineConfig:
     steps_per_look: int | None = None
     compile: bool = False
     num_threads: int | None = None
+    canary: bool = False
 
     def __post_init__(self) -> None:
         check_kinds(self)
