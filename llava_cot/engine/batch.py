@@ -40,7 +40,7 @@ class Batch:
     """T tokens, filled by the runner and read by the cache and the attention.
 
     Decoding takes those of B sequences flattened to one row. A prefill has whole prompts with their images, padded on
-    the right to one length and flattened: all keys are at hand, and of these fields it has ``slot_mapping`` and ``masks``.
+    the right to one length and flattened: all keys are at hand, and it has only ``slot_mapping`` and ``masks``.
     """
 
     slot_mapping: torch.Tensor  # [T] int64, where each token's key and value go; -1: nowhere

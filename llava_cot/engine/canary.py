@@ -9,7 +9,6 @@ import torch
 
 from llava_cot.engine.batch import Batch, Trail
 from llava_cot.engine.branch import Branch
-from llava_cot_kernels.paged_kv import store_kv
 
 Read = tuple[Branch, int, Sequence[int]]  # a branch, how many tokens it has in the pages, and what a pass adds to them
 
@@ -27,9 +26,7 @@ class CanaryError(RuntimeError):
         expected, found: the word of the token and that of the slot; an unwritten slot has 0.
     """
 
-    def __init__(
-        self, branch: int, prompt: int, token: int, page: int, offset: int, expected: int, found: int
-    ) -> None:
+    def __init__(self, branch: int, prompt: int, token: int, page: int, offset: int, expected: int, found: int) -> None:
         super().__init__(branch, prompt, token, page, offset, expected, found)  # which copying and pickling need
         self.branch, self.prompt, self.token = branch, prompt, token
         self.page, self.offset, self.expected, self.found = page, offset, expected, found
@@ -55,8 +52,9 @@ class Canary:
         word[i] = word[i - 1] + term(token[i], i), where word[-1] is the prompt's own
 
     So a word stands for a prompt and all tokens up to its own, and candidates read those of the ancestors whose pages
-    they share. A slot has a word and its term. They lie in ``cache``, which is one layer of a KV cache: what stores
-    keys and copies pages stores and copies them too, with the slots and the pairs of pages that the model's have.
+    they share. A slot has a word and its term. They are written with the slot mapping that keys and values are stored
+    with. They lie in ``cache``, which has the shape of a KV cache of one layer, so that ``copy_pages`` copies them with
+    the same pairs of pages.
 
     A pass writes the words of its tokens. Then it compares what it reads: each word must be the one before it plus its
     own term, and the last one must be the word that the host and the tokens of the pass give, whatever the pages say.
@@ -64,15 +62,17 @@ class Canary:
     """
 
     def __init__(self, num_pages: int, page_size: int, device: torch.device) -> None:
-        self.cache = torch.zeros(2, 1, num_pages, page_size, 1, 2, device=device)  # words and terms, as two float32
-        self._slots = self.cache.view(torch.int64).view(2, num_pages, page_size)
+        # Words and terms, each as two float32. The last page is no branch's: slot -1, which is nowhere, is its last.
+        self.cache = torch.zeros(2, 1, num_pages + 1, page_size, 1, 2, dtype=torch.float32, device=device)
+        self._pages = self.cache.view(torch.int64).view(2, num_pages + 1, page_size)
+        self._slots = self._pages.view(2, -1).T
         self._page_size = page_size
         self._numbers = count()
         self._prompts = WeakKeyDictionary[Branch, tuple[int, list[int]]]()  # by root: its number and its words
         self._words = WeakKeyDictionary[Branch, list[int]]()  # of the own tokens of a branch, as far as they were read
 
     def prompt(self, root: Branch, token_ids: torch.Tensor) -> torch.Tensor:
-        """The words and terms of a prompt [T], int64 [T, 2] on the CPU. They are the same when it is prefilled again."""
+        """The words and terms of a prompt [T]: int64 [T, 2] on the CPU, the same when it is prefilled again."""
         token_ids = token_ids.cpu()
         terms = _term(token_ids, torch.arange(len(token_ids)))
         number = self._prompts[root][0] if root in self._prompts else next(self._numbers)
@@ -80,10 +80,9 @@ class Canary:
         self._prompts[root] = number, words.tolist()
         return torch.stack([words, terms], 1)
 
-    def write(self, words: torch.Tensor, terms: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-        """Write words and terms [T] of as many tokens into their slots; -1 is nowhere."""
-        key, value = (column.contiguous().view(torch.float32).view(-1, 1, 2) for column in (words, terms))
-        store_kv(key, value, self.cache[0, 0], self.cache[1, 0], slot_mapping)
+    def write(self, words: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        """Write the words and terms of T tokens, int64 [T, 2], into their slots [T]; -1 is nowhere."""
+        self._slots[slot_mapping] = words
 
     def trail(self, reads: Sequence[Read]) -> Trail:
         """What the canary needs in a pass that goes on from ``reads``."""
@@ -92,7 +91,7 @@ class Canary:
 
     @torch.inference_mode()
     def follow(self, token_ids: torch.Tensor, batch: Batch) -> None:
-        """Write the words of a pass's tokens [T] and compare all that it reads; the host is neither asked nor waited for.
+        """Write the words of a pass's tokens [T] and compare all that it reads, without waiting for the host.
 
         ``batch.trail`` has the outcome, and the words that the next pass goes on from.
         """
@@ -109,13 +108,13 @@ class Canary:
             sums = terms.cumsum(0)
             words = sums + (trail.words - (sums - terms)[cu_seqlens[:-1]])[row]
             last = words[cu_seqlens[1:] - 1]
-        self.write(words, terms, batch.slot_mapping)
+        self.write(torch.stack([words, terms], 1), batch.slot_mapping)
         trail.words.copy_(last)
         trail.is_broken.logical_or_(self._is_broken(batch.page_table, seq_lens, last))
 
     def _is_broken(self, page_table: torch.Tensor, seq_lens: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
         """Bool [B]: whether the words of each sequence are no chain that ends with ``last`` [B]."""
-        words, terms = self._slots.index_select(1, page_table.flatten()).view(2, len(seq_lens), -1)
+        words, terms = self._pages.index_select(1, page_table.flatten()).view(2, len(seq_lens), -1)
         index = torch.arange(words.shape[1], device=words.device)
         is_wrong = (words.diff() != terms[:, 1:]).logical_and_(index[1:] < seq_lens.unsqueeze(1))
         ends = words.gather(1, (seq_lens - 1).clamp_(min=0).unsqueeze(1)).squeeze(1)
@@ -162,7 +161,8 @@ class Canary:
         expected = [*prompt]
         for token in (*branch.path()[: length - len(prompt)], *new):
             expected.append(expected[-1] + _term(token, len(expected)))
-        found = self._slots[0, pages.long()].flatten().tolist()
-        at = next(index for index, word in enumerate(expected) if word != found[index])
+        found = self._pages[0, pages.long()].flatten().tolist()
+        differ = (index for index, pair in enumerate(zip(expected, found)) if pair[0] != pair[1])
+        at = next(differ, len(expected) - 1)
         page, offset = int(pages[at // self._page_size]), at % self._page_size
         return CanaryError(branch.id, number, at, page, offset, expected[at], found[at])

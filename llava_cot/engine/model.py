@@ -136,8 +136,7 @@ class ModelView:
         masks = Masks(partial(self.family.prefill_mask, inputs))
         batch = Batch(slots.to(self.device), masks=masks)
         if self.canary is not None and words is not None:
-            padded = pad_sequence(words, batch_first=True).flatten(0, 1).to(self.device)
-            self.canary.write(*padded.unbind(1), batch.slot_mapping)
+            self.canary.write(pad_sequence(words, batch_first=True).flatten(0, 1).to(self.device), batch.slot_mapping)
         cache = PagedCache(self.kv_cache, self.images, self.cross_layers, batch)
         positions, offsets = self.family.positions(self._model, inputs, lengths)
         logits = self._forward(cache, position_ids=positions, logits_to_keep=lengths - 1, **inputs)

@@ -60,7 +60,9 @@ class ModelRunner:
             for row in rows:
                 roots[row].seq = self.pool.create()
             slots = self.append([roots[row].seq for row in rows], counts)
-            words = self.canary and [self.canary.prompt(roots[row], prompts[row]["input_ids"][0]) for row in rows]
+            words = None
+            if self.canary is not None:
+                words = [self.canary.prompt(roots[row], prompts[row]["input_ids"][0]) for row in rows]
             found = self.view.prefill([prompts[row] for row in rows], [*slots.split(counts)], words)
             for row, prefilled in zip(rows, found):
                 root = roots[row]

@@ -1,7 +1,7 @@
 """Random schedules: searches of every kind together, which fork, prune, go back, fail, are cancelled, run out of pages.
 
 After each, every page is free, and a search that finished equals its undisturbed twin: the same search alone in an
-engine with pages enough.
+engine with pages enough. The canary looks at every page that is read.
 """
 
 import itertools
@@ -194,7 +194,7 @@ def schedule(make_generator, searches, rng: random.Random, tally: Counter) -> No
     page_size = rng.choice([1, 2, 4, 16])
     tokens = PAGE_SIZE * max(peak for *_, peak in chosen) * rng.choice([0.3, 0.7, 1.0, 1.3, 2.0, 8.0])
     num_pages, steps_per_look = max(1, int(tokens / page_size)), rng.choice([1, 1, 2, 3, 8])
-    generator = make_generator(page_size=page_size, num_pages=num_pages, steps_per_look=steps_per_look)
+    generator = make_generator(page_size=page_size, num_pages=num_pages, steps_per_look=steps_per_look, canary=True)
     engine = generator.engine
     engine.runner.replays = rng.random() < 0.3  # as on CUDA
     jobs = [run_of(generator, asked) for asked, *_ in chosen]
