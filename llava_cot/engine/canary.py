@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 from itertools import count
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 
 from llava_cot.engine.batch import Batch, Trail
 from llava_cot.engine.branch import Branch
-
-Read = tuple[Branch, int, Sequence[int]]  # a branch, how many tokens it has in the pages, and what a pass adds to them
 
 _Number = TypeVar("_Number", int, torch.Tensor)
 
@@ -37,6 +35,18 @@ class CanaryError(RuntimeError):
             f"{self.branch} of prompt {self.prompt}, the word {self.expected:#x}, but has {self.found:#x}: a page "
             "table, a slot mapping or a copy of a page is wrong, which is a bug of the engine"
         )
+
+
+class Read(NamedTuple):
+    """A row of a pass: ``branch`` has ``length`` tokens in the pages, behind which the row computes those of ``new``.
+
+    Where a branch has several rows, other rows of the pass compute the first ``ahead`` of them.
+    """
+
+    branch: Branch
+    length: int
+    new: Sequence[int] = ()
+    ahead: int = 0
 
 
 def _term(token: _Number, index: _Number) -> _Number:
@@ -86,8 +96,13 @@ class Canary:
 
     def trail(self, reads: Sequence[Read]) -> Trail:
         """What the canary needs in a pass that goes on from ``reads``."""
-        words = torch.tensor([self._word(branch, length) for branch, length, _ in reads], device=self.cache.device)
-        return Trail.behind(words)
+        words = []
+        for branch, length, new, ahead in reads:
+            word = self._word(branch, length)
+            for index, token in enumerate(new[:ahead], length):
+                word += _term(token, index)
+            words.append(word)
+        return Trail.behind(torch.tensor(words, device=self.cache.device))
 
     @torch.inference_mode()
     def follow(self, token_ids: torch.Tensor, batch: Batch) -> None:
@@ -133,12 +148,12 @@ class Canary:
     def find(self, reads: Sequence[Read], page_table: torch.Tensor) -> dict[Branch, CanaryError]:
         """The errors of the branches that a pass of ``reads`` without new tokens would read wrong words for."""
         last = self.trail(reads).words
-        seq_lens = torch.tensor([length for _, length, _ in reads], device=last.device)
+        seq_lens = torch.tensor([read.length for read in reads], device=last.device)
         is_broken = self._is_broken(page_table, seq_lens, last)
         if not is_broken.any():
             return {}
         rows = is_broken.nonzero().squeeze(1).tolist()
-        return {reads[row][0]: self._error(reads[row], page_table[row]) for row in rows}
+        return {reads[row].branch: self._error(reads[row], page_table[row]) for row in rows}
 
     def _word(self, branch: Branch, length: int) -> int:
         """The word after the first ``length`` tokens of a path, which are not taken back any more."""
@@ -153,7 +168,7 @@ class Canary:
         return words[length - first - 1]
 
     def _error(self, read: Read, pages: torch.Tensor) -> CanaryError:
-        branch, length, new = read
+        branch, length, new, _ = read
         root = branch
         while root.parent is not None:
             root = root.parent

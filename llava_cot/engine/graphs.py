@@ -383,7 +383,7 @@ class Window:
 
 def _reads(branches: list[Branch]) -> list[Read]:
     """Branches whose last token has not been computed."""
-    return [(branch, branch.length - 1, ()) for branch in branches]
+    return [Read(branch, branch.length - 1) for branch in branches]
 
 
 def _put(buffer: torch.Tensor, values: Any) -> None:

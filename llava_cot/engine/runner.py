@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from llava_cot.engine.batch import Batch, has_blind_rows, shared_prefixes
 from llava_cot.engine.branch import Branch
-from llava_cot.engine.canary import CanaryError
+from llava_cot.engine.canary import CanaryError, Read
 from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.graphs import Replay, open_recorder
 from llava_cot.engine.model import ModelView
@@ -73,7 +73,7 @@ class ModelRunner:
         branches, counts = [*tokens], [len(new) for new in tokens.values()]
         seqs, device = [branch.seq for branch in branches], self.view.device
         starts = [self.pool.length(seq) for seq in seqs]
-        reads = [*zip(branches, starts, tokens.values())]
+        reads = [*map(Read, branches, starts, tokens.values())]
         slots = self.append(seqs, counts)
         group, cu_seqlens = self.view.images.segments(
             [branch.image for branch, count in zip(branches, counts) for _ in range(count)]
@@ -114,7 +114,7 @@ class ModelRunner:
         found = [branch for branch in branches if branch.seq >= 0]
         if self.canary is None or not found:
             return {}
-        reads = [(branch, min(self.pool.length(branch.seq), branch.length), ()) for branch in found]
+        reads = [Read(branch, min(self.pool.length(branch.seq), branch.length)) for branch in found]
         return self.canary.find(reads, self.pool.page_table([branch.seq for branch in found]).to(self.view.device))
 
     def _is_too_much(self, prompts: list[Prompt]) -> bool:

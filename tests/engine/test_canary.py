@@ -12,11 +12,14 @@ from helpers.recording import Noting
 
 from llava_cot.core import Expand, Extend, SamplingParams
 from llava_cot.engine import runner
+from llava_cot.engine.batch import Batch
 from llava_cot.engine.branch import Branch
-from llava_cot.engine.canary import Canary, CanaryError
+from llava_cot.engine.canary import Canary, CanaryError, Read
 from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.engine import Engine
 from llava_cot.prompt import split_rows
+from llava_cot_kernels.page_pool import PagePool
+from llava_cot_kernels.paged_kv import copy_pages
 from llava_cot_kernels.stage_tags import StageTags
 
 WILD = SamplingParams(temperature=1.2)
@@ -294,6 +297,38 @@ def test_tokens_that_are_taken_back(open_engine):
     for one, other in zip(*(job.result for job in jobs), strict=True):
         assert one == pytest.approx(other, abs=1e-4)
     assert_nothing_held(engine)
+
+
+@pytest.mark.parametrize("is_split", [False, True])
+def test_a_pass_over_several_tokens_of_a_branch(is_split):
+    """As one row, or as a row for each of its tokens: all are written before one is read."""
+    canary, pool = Canary(20, PAGE, torch.device("cpu")), PagePool(20, PAGE)
+    root = Branch(None, pool.create(), 6)
+    slots, _ = pool.append([root.seq], [6])
+    canary.write(canary.prompt(root, torch.arange(6)), slots)
+    branches = [Branch(root, seq, 6) for seq in pool.fork(root.seq, 2)]
+    new = [[7, 8, 9], [7, 5, 4, 3, 2]]
+    slots, copies = pool.append([branch.seq for branch in branches], [3, 5])
+    copy_pages(canary.cache, copies)
+    rows = [Read(branch, 6, tokens) for branch, tokens in zip(branches, new)]
+    cu_seqlens = torch.tensor([0, 3, 8])
+    if is_split:
+        rows = [Read(b, n, t[: at + 1], at) for b, n, t, _ in rows for at in range(len(t))]
+        cu_seqlens = None
+    page_table = pool.page_table([row.branch.seq for row in rows])
+    seq_lens = torch.tensor([row.length + len(row.new) for row in rows], dtype=torch.int32)
+
+    def compute():
+        batch = Batch(slots, page_table, seq_lens, cu_seqlens, trail=canary.trail(rows))
+        canary.follow(torch.tensor([token for tokens in new for token in tokens]), batch)
+        canary.look(rows, page_table, batch.trail)
+
+    compute()
+    canary.write(torch.zeros(1, 2, dtype=torch.int64), slots[7:])
+    slots[7] = -1
+    with pytest.raises(CanaryError) as found:
+        compute()
+    assert (found.value.token, found.value.found) == (10, 0)
 
 
 def test_a_canary_that_is_off_costs_nothing(open_engine, monkeypatch):
