@@ -17,11 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
 
+from llava_cot import GreedyConfig
 from llava_cot.engine.plan import memory_plan
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 import bench_batch  # noqa: E402
+import bench_canary  # noqa: E402
 import bench_logprob_memory  # noqa: E402
 import bench_quantize  # noqa: E402
 import bench_search  # noqa: E402
@@ -238,6 +240,17 @@ def test_batch_keeps_its_rows_when_it_is_stopped(run, monkeypatch, tmp_path):
         run(bench_batch, "--questions", "1")
     (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert row["search"] == "greedy" and row["steps_ratio"] == 1.0
+
+
+def test_the_canary_is_timed_in_turns(run, monkeypatch):
+    orders = []
+    monkeypatch.setattr(bench_canary, "SEARCHES", {"greedy": GreedyConfig(max_new_tokens=3)})
+    turn = bench_canary.turn
+    monkeypatch.setattr(bench_canary, "turn", lambda by, *rest: orders.append([*by]) or turn(by, *rest))
+    _, rows = run(bench_canary, "--groups", "1", "2", "--turns", "3")  # whether it is fast enough is not of interest
+    assert [(row["search"], row["group"], len(row["ratios"])) for row in rows] == [("greedy", 1, 3), ("greedy", 2, 3)]
+    assert orders == 4 * [["off", "on"], ["on", "off"]]
+    assert all(row["on"] > 0 < row["off"] for row in rows)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -24,11 +24,23 @@ class Masks(dict[int, torch.Tensor | None]):
 
 
 @dataclass(frozen=True)
+class Trail:
+    """What the canary follows through the passes of B sequences; see ``Canary``."""
+
+    words: torch.Tensor  # [B] int64, of the last token of each sequence: before a pass, and then behind it
+    is_broken: torch.Tensor  # [B] bool, whether a wrong word was read; a pass sets it and never clears it
+
+    @classmethod
+    def behind(cls, words: torch.Tensor) -> "Trail":
+        return cls(words, torch.zeros_like(words, dtype=torch.bool))
+
+
+@dataclass(frozen=True)
 class Batch:
     """T tokens, filled by the runner and read by the cache and the attention.
 
     Decoding takes those of B sequences flattened to one row. A prefill has whole prompts with their images, padded on
-    the right to one length and flattened: all keys are at hand, and of these fields it has the first and the last.
+    the right to one length and flattened: all keys are at hand, and it has only ``slot_mapping`` and ``masks``.
     """
 
     slot_mapping: torch.Tensor  # [T] int64, where each token's key and value go; -1: nowhere
@@ -41,6 +53,7 @@ class Batch:
     image_cu_seqlens: torch.Tensor | None = None  # [G + 1] int32, the segments of the store; None where none is stored
     has_blind_rows: bool = False  # whether the image group of some rows is -1: they must pass cross-attention unchanged
     masks: Masks | None = None  # of a prefill
+    trail: Trail | None = None  # of a pass that reads pages, where the canary is on
 
     @property
     def is_prefill(self) -> bool:

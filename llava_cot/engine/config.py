@@ -20,6 +20,8 @@ class EngineConfig:
             that they run on one thread.
         num_threads: CPU threads of a step. None is one thread for a model whose operators are too small for more, and
             as many as torch has been given for others.
+        canary: a debug flag: whether every pass checks that the pages it reads hold what was computed for the branches
+            that read them. A search whose pages do not ends with ``CanaryError``.
 
     Raises:
         ValueError: a number below 1, or ``draft_tokens`` below 0.
@@ -31,6 +33,7 @@ class EngineConfig:
     compile: bool = False
     draft_tokens: int | None = None
     num_threads: int | None = None
+    canary: bool = False
 
     def __post_init__(self) -> None:
         check_kinds(self)

@@ -14,7 +14,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
-from llava_cot.engine.batch import Batch, has_blind_rows, shared_prefixes
+from llava_cot.engine.batch import Batch, Trail, has_blind_rows, shared_prefixes
+from llava_cot.engine.branch import Branch
+from llava_cot.engine.canary import Read
 from llava_cot.engine.draw import Candidates, Draw, Drawn, Row, candidates, draw
 from llava_cot.engine.model import ModelView
 from llava_cot.engine.session import Slot
@@ -171,6 +173,7 @@ class PassBuffers:
             if view.cross_layers
             else None,
             has_blind_rows=shape.has_blind_rows,
+            trail=Trail.behind(torch.zeros_like(self.token)) if view.canary is not None else None,
         )
         self.logits = torch.zeros(rows, view.vocab_size, dtype=view.dtype, device=device)
 
@@ -197,7 +200,12 @@ class Replay:
         _fill(to.batch.prefix_lens, batch.prefix_lens, 0)
         _fill(to.batch.image_cu_seqlens, batch.image_cu_seqlens, None)
         to.page_table[:n, :pages] = batch.page_table
+        if to.batch.trail is not None and batch.trail is not None:
+            to.batch.trail.words[:n] = batch.trail.words
+            to.batch.trail.is_broken.zero_()
         run()
+        if to.batch.trail is not None and batch.trail is not None:
+            batch.trail.is_broken.copy_(to.batch.trail.is_broken[:n])
         return to.logits[:n]
 
     def step(self, at: PassBuffers) -> None:
@@ -217,7 +225,9 @@ class StepBuffers:
     A row whose branch has finished is idle too: its token is neither computed, stored nor drawn again.
     """
 
-    def __init__(self, shape: Shape, num_steps: int, num_tags: int, device: torch.device) -> None:
+    def __init__(
+        self, shape: Shape, num_steps: int, num_tags: int, device: torch.device, *, has_trail: bool = False
+    ) -> None:
         rows = shape.rows
 
         def zeros(*size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -229,6 +239,7 @@ class StepBuffers:
         self.token, self.offset, self.left = zeros(3, rows, dtype=torch.int64)  # offset: of its rotary positions
         self.image_group, self.prefix_group = zeros(2, rows, dtype=torch.int32)
         self.ends = zeros(rows, num_tags + 1, dtype=torch.bool)  # by tag; the last column is for no tag
+        self.trail = Trail.behind(torch.zeros_like(self.token)) if has_trail else None
         self.slot_mapping = zeros(num_steps, rows, dtype=torch.int64)
         self.page_table = zeros(rows, shape.pages, dtype=torch.int32)
         self.image_cu_seqlens = zeros(shape.segments + 1, dtype=torch.int32)
@@ -274,12 +285,17 @@ class Window:
         Returns:
             for each step the ``Row`` of each branch; those behind its end mean nothing. While the host is busy with one
             step the device goes on with the next ones. To be read before the next call.
+
+        Raises:
+            CanaryError: behind the last step, if the canary is on and one of them has read a wrong word.
         """
         at = self._launch(slots, counts, slot_mapping, page_table)
         for index in range(max(counts)):
             for mark in at.marks[index : index + 1]:
                 mark.synchronize()
             yield Drawn(*(part[index, :, : len(slots)] for part in at.seen)).rows()
+        if self.view.canary is not None and at.trail is not None:
+            self.view.canary.look(_reads([slot.branch for slot in slots]), at.page_table, at.trail)
 
     @torch.inference_mode()
     def _launch(
@@ -300,6 +316,9 @@ class Window:
             _put(to.offset[:n], [branch.position_offset for branch in branches])
             _put(to.left, [*counts, *[0] * (len(to.left) - n)])
             _put(to.ends[:n], [self._ends(slot) for slot in slots])
+            if self.view.canary is not None and to.trail is not None:
+                _put(to.trail.words[:n], self.view.canary.trail(_reads(branches)).words)
+                to.trail.is_broken.zero_()
             places = torch.full_like(to.slot_mapping, -1, device="cpu")
             for row, of_branch in enumerate(slot_mapping.split(counts)):
                 places[: len(of_branch), row] = of_branch
@@ -323,7 +342,11 @@ class Window:
     def _open(self, shape: Shape) -> tuple[StepBuffers, Step]:
         """Buffers of this shape, whose rows are all idle or stale, and what runs a step on them."""
         return self.captured.get(
-            shape, lambda: StepBuffers(shape, self.num_steps, self.num_tags, self.view.device), self.step
+            shape,
+            lambda: StepBuffers(
+                shape, self.num_steps, self.num_tags, self.view.device, has_trail=self.view.canary is not None
+            ),
+            self.step,
         )
 
     def _ends(self, slot: Slot) -> list[bool]:
@@ -343,6 +366,7 @@ class Window:
             image_group=torch.where(alive, at.image_group, -1) if self.view.cross_layers else None,
             image_cu_seqlens=at.image_cu_seqlens if self.view.cross_layers else None,
             has_blind_rows=at.has_blind_rows,
+            trail=at.trail,
         )
         logits = self.view.decode(at.token, length + at.offset - 1, batch)
         drawn = draw(logits, at.candidates._replace(row=torch.where(alive, at.candidates.row, -1)), self.tags)
@@ -356,6 +380,11 @@ class Window:
         at.candidates.tag_state.copy_(tag_state)
         length.add_(1)
         at.step.add_(1)
+
+
+def _reads(branches: list[Branch]) -> list[Read]:
+    """Branches whose last token has not been computed."""
+    return [Read(branch, branch.length - 1) for branch in branches]
 
 
 def _put(buffer: torch.Tensor, values: Any) -> None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from llava_cot.engine.attention import NAME
 from llava_cot.engine.batch import Batch, Masks
 from llava_cot.engine.cache import PagedCache
+from llava_cot.engine.canary import Canary
 from llava_cot.engine.compile import compile_layers
 from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.images import ImageStore
@@ -108,6 +109,7 @@ class ModelView:
                 size = self.num_pages * page_bytes / 2**30
                 raise ValueError(f"num_pages must fit into memory, got {self.num_pages}: {size:.1f} GiB") from error
             self.images = ImageStore(num_cross, *heads, capacity, self.dtype, self.device)
+        self.canary = Canary(self.num_pages, page_size, self.device) if config.canary else None
         logger.info(
             "room for %d tokens in %d pages (%.2f GiB) and for %d image tokens (%.2f GiB)",
             *(self.num_pages * page_size, self.num_pages, self.num_pages * page_bytes / 2**30),
@@ -118,10 +120,14 @@ class ModelView:
         """How many tokens of the image store it takes."""
         return self.family.image_tokens(prompt)
 
-    def prefill(self, prompts: list[Prompt], slot_mappings: list[torch.Tensor]) -> list[Prefilled]:
+    def prefill(
+        self, prompts: list[Prompt], slot_mappings: list[torch.Tensor], words: list[torch.Tensor] | None = None
+    ) -> list[Prefilled]:
         """Run prompts with their images in one pass; of several the image inputs must have one shape.
 
-        ``slot_mappings`` are int64 [T] for each prompt: where the keys and values of its tokens go.
+        Args:
+            slot_mappings: int64 [T] for each prompt, where the keys and values of its tokens go.
+            words: int64 [T, 2] for each prompt, what the canary writes there.
         """
         prompts = [{name: tensor.to(self.device) for name, tensor in prompt.items()} for prompt in prompts]
         inputs = self.family.stack(prompts)
@@ -129,6 +135,8 @@ class ModelView:
         slots = pad_sequence(slot_mappings, batch_first=True, padding_value=-1).flatten()
         masks = Masks(partial(self.family.prefill_mask, inputs))
         batch = Batch(slots.to(self.device), masks=masks)
+        if self.canary is not None and words is not None:
+            self.canary.write(pad_sequence(words, batch_first=True).flatten(0, 1).to(self.device), batch.slot_mapping)
         cache = PagedCache(self.kv_cache, self.images, self.cross_layers, batch)
         positions, offsets = self.family.positions(self._model, inputs, lengths)
         logits = self._forward(cache, position_ids=positions, logits_to_keep=lengths - 1, **inputs)
@@ -144,6 +152,8 @@ class ModelView:
         self, token_ids: torch.Tensor, positions: torch.Tensor, batch: Batch, *, with_logits: bool = True
     ) -> torch.Tensor:
         """T tokens of B sequences, int64 [T], at their rotary positions, int64 [T]: their next-token logits [T, V]."""
+        if self.canary is not None and batch.trail is not None:
+            self.canary.follow(token_ids, batch)
         cache = PagedCache(self.kv_cache, self.images, self.cross_layers, batch)
         keep = 0 if with_logits else token_ids.new_empty(0)
         rows = {"input_ids": token_ids.unsqueeze(0), "position_ids": positions.unsqueeze(0)}

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from llava_cot.engine.batch import Batch, has_blind_rows, shared_prefixes
 from llava_cot.engine.branch import Branch
+from llava_cot.engine.canary import CanaryError, Read
 from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.graphs import ROWS, Replay, open_recorder
 from llava_cot.engine.model import ModelView
@@ -24,6 +25,7 @@ class ModelRunner:
 
     def __init__(self, model: PreTrainedModel, config: EngineConfig) -> None:
         self.view = ModelView(model, config)
+        self.canary = self.view.canary
         self.pool = PagePool(self.view.num_pages, config.page_size)
         self.recorder = open_recorder(self.view.device)
         self.replay = Replay(self.view, self.recorder)
@@ -39,7 +41,10 @@ class ModelRunner:
         slots, copies = self.pool.append(seqs, counts)
         self.peak_pages = max(self.peak_pages, self.pages_in_use)
         if len(copies):
-            copy_pages(self.view.kv_cache, copies.to(self.view.device))
+            copies = copies.to(self.view.device)
+            copy_pages(self.view.kv_cache, copies)
+            if self.canary is not None:
+                copy_pages(self.canary.cache, copies)
         return slots
 
     def prefill(self, roots: list[Branch], prompts: list[Prompt]) -> None:
@@ -55,7 +60,10 @@ class ModelRunner:
             for row in rows:
                 roots[row].seq = self.pool.create()
             slots = self.append([roots[row].seq for row in rows], counts)
-            found = self.view.prefill([prompts[row] for row in rows], [*slots.split(counts)])
+            words = None
+            if self.canary is not None:
+                words = [self.canary.prompt(roots[row], prompts[row]["input_ids"][0]) for row in rows]
+            found = self.view.prefill([prompts[row] for row in rows], [*slots.split(counts)], words)
             for row, prefilled in zip(rows, found):
                 root = roots[row]
                 root.next_logits, root.image, root.position_offset = prefilled
@@ -65,9 +73,11 @@ class ModelRunner:
         branches, counts = [*tokens], [len(new) for new in tokens.values()]
         seqs, device = [branch.seq for branch in branches], self.view.device
         starts = [self.pool.length(seq) for seq in seqs]
+        reads = [*map(Read, branches, starts, tokens.values())]
         slots = self.append(seqs, counts)
         if self.replays and len(seqs) < len(slots) <= ROWS[-1]:
             # As sequences of one token, which share their pages: a pass stores all keys before it reads any.
+            reads = [Read(b, start, new[: at + 1], at) for b, start, new, _ in reads for at in range(len(new))]
             branches = [branch for branch, count in zip(branches, counts) for _ in range(count)]
             starts = [start + index for start, count in zip(starts, counts) for index in range(count)]
             seqs, counts = [branch.seq for branch in branches], [1] * len(slots)
@@ -89,6 +99,7 @@ class ModelRunner:
             image_group=group,
             image_cu_seqlens=cu_seqlens,
             has_blind_rows=has_blind_rows(branches, group),
+            trail=None if self.canary is None else self.canary.trail(reads),
         )
         positions = [
             start + branch.position_offset + index
@@ -97,8 +108,20 @@ class ModelRunner:
         ]
         read = torch.tensor([[token for new in tokens.values() for token in new], positions], device=device)
         if self.replays and batch.cu_seqlens_q is None:
-            return self.replay.decode(read[0], read[1], batch)
-        return self.view.decode(read[0], read[1], batch, with_logits=with_logits)
+            logits = self.replay.decode(read[0], read[1], batch)
+        else:
+            logits = self.view.decode(read[0], read[1], batch, with_logits=with_logits)
+        if self.canary is not None and batch.page_table is not None and batch.trail is not None:
+            self.canary.look(reads, batch.page_table, batch.trail)
+        return logits
+
+    def broken(self, branches: list[Branch]) -> dict[Branch, CanaryError]:
+        """What the canary finds in the pages of ``branches`` that have some, between two passes."""
+        found = [branch for branch in branches if branch.seq >= 0]
+        if self.canary is None or not found:
+            return {}
+        reads = [Read(branch, min(self.pool.length(branch.seq), branch.length)) for branch in found]
+        return self.canary.find(reads, self.pool.page_table([branch.seq for branch in found]).to(self.view.device))
 
     def _is_too_much(self, prompts: list[Prompt]) -> bool:
         family = self.view.family

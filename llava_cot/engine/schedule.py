@@ -5,6 +5,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import TypeVar
 
 from llava_cot.core import Expand, Release
@@ -14,6 +15,7 @@ from llava_cot.engine.session import Job
 from llava_cot_kernels.page_pool import OutOfPages
 
 PROMPTS_PER_PREFILL = 16
+STEPS_PER_ROUND, BRANCHES_PER_ROUND = 4, 32  # of the canary, between two passes
 SHARED_PASS = "the forward pass that this search shared with others"
 
 T = TypeVar("T")
@@ -34,6 +36,7 @@ class Schedule:
         self.waiting, self.running = deque[Job](), list[Job]()
         self.jobs = dict[Job, None]()  # every job that was taken in and is not over, in their order
         self._is_crowded = False  # nobody is admitted before somebody has ended
+        self._steps = self._looked_at = 0  # of the canary: branches it has looked at since it began with the first
 
     @property
     def has_work(self) -> bool:
@@ -91,11 +94,26 @@ class Schedule:
 
     def advance(self) -> None:
         """Tell the owners of jobs that are ready. They may ask for more, open and close sessions, and step again."""
+        self._steps += 1
+        if self.runner.canary is not None and self._steps % STEPS_PER_ROUND == 0:
+            self._look_around()
         while ready := [job for job in self.jobs if job.is_ready and not job.is_over]:
             for job in ready:
                 if job.is_ready and not job.is_over:
                     self._tell(job)
         self.collect()
+
+    def _look_around(self) -> None:
+        """Let the canary look at the pages of a few branches in turn, whether a pass reads them or they wait.
+
+        A job with a broken branch ends. No other job reads what only that branch has.
+        """
+        branches = ((branch, job) for job in self.running for branch in job.branches)
+        turn = dict(islice(branches, self._looked_at, self._looked_at + BRANCHES_PER_ROUND))
+        self._looked_at = self._looked_at + len(turn) if len(turn) == BRANCHES_PER_ROUND else 0
+        for branch, error in self.runner.broken([branch for branch, job in turn.items() if not job.is_calling]).items():
+            if turn[branch].error is None:
+                self._fail(turn[branch], error)
 
     def _tell(self, job: Job) -> None:
         if job in self.running:

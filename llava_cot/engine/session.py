@@ -195,12 +195,13 @@ class Session:
         self._engine, self._job = engine, job
         self.root, self.usage = 0, job.usage
         self._done: Any = None
+        self._failure: Exception | None = None  # that ended it while nobody waited for an answer
         job.owner = weakref.ref(self)
 
     def ask(self, requests: Sequence[Request], done: Callable[[Replies], None]) -> None:
         """See ``llava_cot.core.Session.ask``. ``done`` runs in the thread that steps the engine."""
         if self._job.is_over:
-            raise ValueError("the session must be open to be asked, but it has been closed")
+            raise ValueError("the session must be open to be asked, but it has been closed") from self._failure
         if self._job.has_work:
             raise ValueError("the session must have answered before it is asked again")
         pending = [self._checked(request) for request in requests]
@@ -229,6 +230,8 @@ class Session:
         done, self._done = self._done, None
         if done is not None and (call := done()) is not None:
             call(replies)
+        elif isinstance(replies, Exception):
+            self._failure = replies
 
     def _checked(self, request: Request) -> Pending:
         """Raise for what would fail a whole step, and so other sessions."""

@@ -43,7 +43,7 @@ def draw(model, engine: Engine) -> list[list[int]]:
 
 
 def open_engine(model) -> Engine:
-    engine = Engine(model, TAGS, config=EngineConfig(page_size=4, num_pages=100, steps_per_look=4))
+    engine = Engine(model, TAGS, config=EngineConfig(page_size=4, num_pages=100, steps_per_look=4, canary=True))
     engine.runner.replays = True
     return engine
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from llava_cot import STAGES, SwiresConfig, TokenBeamConfig
+from llava_cot import STAGES, EngineConfig, SwiresConfig, SwiresGenerator, TokenBeamConfig
 from llava_cot.data import shapes
 from llava_cot.engine import draw, runner
 from llava_cot_kernels import OutOfPages
@@ -18,6 +18,14 @@ SAMPLE = shapes.sample(802_000)
 
 class Interruption(KeyboardInterrupt):
     pass
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny):
+    """With the canary, which must find nothing in what an interrupted step has left."""
+    calibrations = [*tiny.calibrations.values()]
+    config = EngineConfig(page_size=4, canary=True)
+    return SwiresGenerator(tiny.model, tiny.processor, calibrations=calibrations, engine=config)
 
 
 def _assert_nothing_held(generator):

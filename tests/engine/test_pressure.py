@@ -22,7 +22,8 @@ TAGS = StageTags([b"a", b"b</", b"x>", b"</x", b">c"] * 20, ["</x>"])
 @pytest.fixture
 def make_engine(random_model):
     def make(num_pages=2000, page_size=1):
-        return Engine(random_model, TAGS, config=EngineConfig(page_size=page_size, num_pages=num_pages, draft_tokens=0))
+        config = EngineConfig(page_size=page_size, num_pages=num_pages, draft_tokens=0, canary=True)
+        return Engine(random_model, TAGS, config=config)
 
     return make
 
@@ -122,9 +123,8 @@ def test_searches_pause_and_go_on(make_engine, ask, random_model, share, steps_p
     run(roomy, expected)
     started.clear()
     num_pages = int(share * roomy.runner.peak_pages)
-    crowded = Engine(
-        random_model, TAGS, config=EngineConfig(page_size=1, num_pages=num_pages, steps_per_look=steps_per_look)
-    )
+    config = EngineConfig(page_size=1, num_pages=num_pages, steps_per_look=steps_per_look, canary=True)
+    crowded = Engine(random_model, TAGS, config=config)
     found = [ask(counted(seed), seed) for seed in range(5)]
     paused = set()
     for _ in steps(crowded, found):

@@ -37,7 +37,7 @@ def mixed(seed):
 
 
 def run_mixed(model, inputs, replays):
-    engine = Engine(model, TAGS, config=EngineConfig(page_size=4, num_pages=400, steps_per_look=1))
+    engine = Engine(model, TAGS, config=EngineConfig(page_size=4, num_pages=400, steps_per_look=1, canary=replays))
     engine.runner.replays = replays
     jobs = [Job(split_rows(each, model.config)[0], mixed(seed)) for seed, each in enumerate(inputs)]
     run(engine, jobs)

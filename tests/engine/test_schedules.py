@@ -1,7 +1,7 @@
 """Random schedules: searches of every kind together, which fork, prune, go back, fail, are cancelled, run out of pages.
 
 After each, every page is free, and a search that finished equals its undisturbed twin: the same search alone in an
-engine with pages enough.
+engine with pages enough. The canary looks at every page that is read.
 """
 
 import itertools
@@ -203,6 +203,7 @@ def schedule(make_generator, searches, rng: random.Random, tally: Counter) -> No
         page_size=page_size,
         num_pages=num_pages,
         steps_per_look=steps_per_look,
+        canary=True,
         draft_tokens=rng.choice([0, 2, 8]),
     )
     engine = generator.engine

@@ -353,10 +353,10 @@ def test_a_prompt_that_cannot_be_prefilled_fails_alone(tiny, monkeypatch):
     expected = tiny.answer_batch(images, questions, "greedy", max_new_tokens=20)
     prefill = tiny.engine.view.prefill
 
-    def spoiling(prompts, slots):
+    def spoiling(prompts, *rest):
         if any(prompt["input_ids"].shape[1] == longest for prompt in prompts):
             raise RuntimeError("a prompt that the model does not take")
-        return prefill(prompts, slots)
+        return prefill(prompts, *rest)
 
     lengths = [answer.trace.data["prompt_tokens"] for answer in expected]
     longest = max(lengths)

@@ -62,7 +62,9 @@ def job_of(model, program, seed: int = 0) -> Job:
 
 
 def run_all(model, tags, programs, steps_per_look: int) -> tuple[list[Job], Engine]:
-    config = EngineConfig(page_size=4, num_pages=400, steps_per_look=steps_per_look, draft_tokens=0)
+    config = EngineConfig(
+        page_size=4, num_pages=400, steps_per_look=steps_per_look, draft_tokens=0, canary=steps_per_look > 1
+    )
     engine = Engine(model, tags, config=config)
     jobs = [job_of(model, program, seed) for seed, program in enumerate(programs)]
     run(engine, jobs)
@@ -135,7 +137,8 @@ def test_noted_steps_done_again_are_the_steps(monkeypatch, tags, family):
         inputs = [make_inputs(model, length=21 + seed, seed=seed) for seed in range(3)]
 
     def run_noted(steps_per_look: int, replays: bool) -> tuple[list[Job], Engine]:
-        engine = Engine(model, tags, config=EngineConfig(page_size=4, num_pages=400, steps_per_look=steps_per_look))
+        config = EngineConfig(page_size=4, num_pages=400, steps_per_look=steps_per_look, canary=replays)
+        engine = Engine(model, tags, config=config)
         engine.runner.replays = replays
         jobs = [Job(split_rows(each, model.config)[0], program) for each, program in zip(inputs, searches())]
         run(engine, jobs)
@@ -208,16 +211,18 @@ class _Watch(TorchDispatchMode):
         return found
 
 
+@pytest.mark.parametrize("canary", [False, True])
 @pytest.mark.parametrize("prefixes", [0, 2])
 @pytest.mark.parametrize("family", ["mllama", *FAMILIES])
-def test_a_step_needs_no_host(monkeypatch, tags, family, prefixes):
+def test_a_step_needs_no_host(monkeypatch, tags, family, prefixes, canary):
     """On tensors without data a value cannot be looked at, and what comes from the host is seen: it can be captured."""
     monkeypatch.setattr(backend, "available", lambda op, device_type: ("native",))
     model = build_random_mllama(**TINY_SHAPE, seed=0) if family == "mllama" else FAMILIES[family][0](seed=0)
-    view = ModelView(model.to("meta"), EngineConfig(num_pages=32))
+    view = ModelView(model.to("meta"), EngineConfig(num_pages=32, canary=canary))
     window = Window(view, Recorder(), tags.to("meta"), 4)
     shape = Shape(rows=8, pages=16, segments=4, prefixes=prefixes)
-    buffers, others = StepBuffers(shape, 4, len(tags.tags), view.device), graphs.PassBuffers(shape, view)
+    buffers = StepBuffers(shape, 4, len(tags.tags), view.device, has_trail=canary)
+    others = graphs.PassBuffers(shape, view)
     with torch.inference_mode(), _Watch() as watch:
         window.step(buffers)
         graphs.Replay(view, Recorder()).step(others)
