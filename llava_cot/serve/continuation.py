@@ -11,7 +11,7 @@ from llava_cot.search.search import Search, stop_tags
 from llava_cot.search.tree import Node
 from llava_cot.serve.chat import new_id, stops_of
 from llava_cot.serve.errors import RequestError
-from llava_cot.serve.intake import SAMPLING, Asked, Intake, Work, within
+from llava_cot.serve.intake import SAMPLING, Asked, Intake, Work, chat_conversation, within
 from llava_cot.serve.metrics import Metrics
 from llava_cot.serve.reply import token_logprob
 from llava_cot.serve.running import ended
@@ -42,7 +42,8 @@ class Continuations:
             raise RequestError(400, message, "llava_cot")
         intake.presets.search_of(request.model)
         messages, prefix = self._prefix(request)
-        question, urls = intake.conversation(messages)
+        conversation = chat_conversation(messages)
+        question, urls = intake.conversation(conversation)
         if extension.seeds is None:
             within("n", request.n, 1, limits.max_n)
             seeds = intake.seeds(request.seed, request.n)
@@ -75,7 +76,7 @@ class Continuations:
 
         config = SearchLimits(max_new_tokens=most, budget=budget)
         plan = Plan("continuation", config, policy)
-        return Work(request.model, plan, question, await intake.load(urls), (0,))
+        return Work(request.model, plan, question, await intake.load(urls), (0,), conversation.field)
 
     async def reply(self, request: ChatRequest, work: Work) -> dict[str, Any]:
         """Return the body of the reply."""

@@ -21,9 +21,9 @@ from llava_cot.search.search import Search
 from llava_cot.search.tree import Node
 from llava_cot.serve.intake import Intake, Work, within
 from llava_cot.serve.metrics import Metrics
-from llava_cot.serve.responses import as_message
+from llava_cot.serve.responses import input_conversation
 from llava_cot.serve.running import ended
-from llava_cot.serve.schema import Choice, DecisionsRequest, InputMessage, Option, Predicate, Score
+from llava_cot.serve.schema import Choice, DecisionsRequest, Option, Predicate, Score
 
 MAX_QUESTIONS = 64
 Question = Predicate | Choice | Score
@@ -52,8 +52,8 @@ class Decisions:
         intake, generator = self._intake, self._generator
         intake.presets.search_of(request.model)
         within("questions must have", len(request.questions), 1, MAX_QUESTIONS, "entries")
-        items = [InputMessage(role="user", content=request.input)] if isinstance(request.input, str) else request.input
-        question, urls = intake.conversation([as_message(item) for item in items])
+        conversation = input_conversation(request.input)
+        question, urls = intake.conversation(conversation)
         within("the text of questions", sum(len(asked(each)) for each in request.questions), 1, intake.limits.max_text)
         read: list[tuple[list[float], float]] = []
         labels = [labels_of(each) for each in request.questions]
@@ -75,7 +75,8 @@ class Decisions:
 
         budget = intake.budget({}, 1)
         plan = Plan("decisions", SearchLimits(max_new_tokens=1, budget=budget), policy)
-        return Decided(request.model, plan, question, await intake.load(urls), (0,), request.questions, read)
+        images = await intake.load(urls)
+        return Decided(request.model, plan, question, images, (0,), conversation.field, request.questions, read)
 
     async def reply(self, request: DecisionsRequest, work: Decided) -> dict[str, Any]:
         """Return the body of the reply."""

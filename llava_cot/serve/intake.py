@@ -1,6 +1,7 @@
 """Turn a request into the work that answers it, and check it against the server's limits before anything is queued."""
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -31,6 +32,23 @@ class Work:
     question: Question
     images: Sequence[Image.Image]
     seeds: tuple[int, ...]
+    field: str  # of the request, that has its conversation
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The messages of a request, in the terms of the chat API, and where they stand in the request, for errors."""
+
+    messages: Sequence[Message]
+    field: str  # that has all of them
+    fields: Sequence[str]  # that of each message
+    url: str  # of an image, in its part
+
+    def named(self, error: str) -> str:
+        """Return the text of an error of ``check_question`` by the request's own names."""
+        return re.sub(
+            r"question(?:\[(\d+)\])?", lambda at: self.fields[int(at[1])] if at[1] else self.field, error, count=1
+        )
 
 
 @dataclass(frozen=True)
@@ -38,7 +56,7 @@ class Asked:
     """What a request says in any of the APIs, in the terms of the chat API."""
 
     request: Request
-    messages: Sequence[Message]
+    conversation: Conversation
     n: int
     max_new_tokens: int | None
     max_name: str  # what the API calls that
@@ -69,30 +87,30 @@ class Intake:
         Raises:
             RequestError: it is wrong, or asks for more than a limit allows. The error names the field.
         """
-        question, urls = self.conversation(asked.messages)
+        question, urls = self.conversation(asked.conversation)
         plan = self.plan(asked, has_images=bool(urls))
         seeds = self.seeds(asked.request.seed, asked.n)
-        return Work(asked.request.model, plan, question, await self.load(urls), seeds)
+        return Work(asked.request.model, plan, question, await self.load(urls), seeds, asked.conversation.field)
 
     async def load(self, urls: Sequence[tuple[str, str]]) -> list[Image.Image]:
         """Return the images of these fields and URLs."""
         return await self._images.read(urls)
 
-    def conversation(self, messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    def conversation(self, asked: Conversation) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
         """Return the messages as ``SwiresGenerator.answer`` takes them, and the field and the URL of each image."""
-        limits = self.limits
-        within("messages", len(messages), 1, limits.max_messages)
+        limits, field = self.limits, asked.field
+        within(field, len(asked.messages), 1, limits.max_messages)
         urls: list[tuple[str, str]] = []
         found, characters = [], 0
-        for at, message in enumerate(messages):
+        for message, name in zip(asked.messages, asked.fields):
             parts: list[dict[str, str]] = []
             for place, part in enumerate([message.content] if isinstance(message.content, str) else message.content):
                 if isinstance(part, ImagePart):
                     if message.role != "user":
                         raise RequestError(
-                            400, f"messages must have images of the user alone, got {message.role}", "messages"
+                            400, f"{field} must have images of the user alone, got {message.role}", field
                         )
-                    urls.append((f"messages[{at}].content[{place}].image_url.url", part.image_url.url))
+                    urls.append((f"{name}.content[{place}].{asked.url}", part.image_url.url))
                     parts.append({"type": "image"})
                 else:
                     text = part if isinstance(part, str) else part.text
@@ -100,12 +118,12 @@ class Intake:
                     parts.append({"type": "text", "text": text})
             role = "system" if message.role == "developer" else message.role
             found.append({"role": role, "content": parts})
-        within("the text of messages", characters, 1, limits.max_text)
-        within("the images of messages", len(urls), 0, limits.max_images)
+        within(f"the text of {field}", characters, 1, limits.max_text)
+        within(f"the images of {field}", len(urls), 0, limits.max_images)
         try:
             check_question(found)
         except ValueError as error:
-            raise RequestError(400, str(error).replace("question", "messages", 1), "messages") from None
+            raise RequestError(400, asked.named(str(error)), field) from None
         return found, urls
 
     def plan(self, asked: Asked, *, has_images: bool) -> Plan:
@@ -146,7 +164,7 @@ class Intake:
         try:
             plan = self.generator.plan_of_stream(search, **given)
         except (ValueError, TypeError) as error:
-            raise RequestError(400, str(error), _field_in(str(error), request)) from None
+            raise RequestError(400, str(error), _field_in(str(error), asked)) from None
         # Each round draws a candidate at least. The bound on all of them takes a time that grows with the rounds.
         rounds = getattr(plan.config, "max_rounds", 1)
         within("llava_cot.settings.max_rounds", rounds, 1, limits.max_generations)
@@ -190,7 +208,12 @@ def asked_in_chat(request: ChatRequest) -> Asked:
         raise RequestError(400, "max_tokens and max_completion_tokens must not both be given", "max_tokens")
     most = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     name = "max_completion_tokens" if request.max_tokens is None else "max_tokens"
-    return Asked(request, request.messages, request.n, most, name, request.reasoning_effort)
+    return Asked(request, chat_conversation(request.messages), request.n, most, name, request.reasoning_effort)
+
+
+def chat_conversation(messages: Sequence[Message]) -> Conversation:
+    """Return the messages of a chat request as a conversation."""
+    return Conversation(messages, "messages", [f"messages[{at}]" for at in range(len(messages))], "image_url.url")
 
 
 def within(name: str, value: float, least: float, most: float, unit: str = "") -> None:
@@ -202,9 +225,9 @@ def within(name: str, value: float, least: float, most: float, unit: str = "") -
         raise RequestError(400, f"{words} from {least} to {most}{unit}, got {value}", param)
 
 
-def _field_in(message: str, request: Request) -> str | None:
-    """Return the field of ``request`` that the first word of an error names, if it names one."""
+def _field_in(message: str, asked: Asked) -> str | None:
+    """Return the field of the request that the first word of an error names, if it names one."""
     word = message.partition(" ")[0].partition("[")[0]
     if word == "max_new_tokens":
-        return "max_completion_tokens"
-    return f"llava_cot.settings.{word}" if word in request.llava_cot.settings else word or None
+        return asked.max_name
+    return f"llava_cot.settings.{word}" if word in asked.request.llava_cot.settings else word or None

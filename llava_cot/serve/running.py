@@ -48,7 +48,7 @@ async def ended(generator: SwiresGenerator, work: Work) -> list[SearchRun]:
     try:
         await asyncio.gather(*map(generator.aio.engine.run, runs))
         for run in runs:
-            check(generator, run)
+            check(generator, run, work.field)
         return runs
     finally:
         cancel_all(runs)
@@ -92,7 +92,7 @@ async def follow(
                 continue
             left -= 1
             await tasks[index]
-            check(generator, runs[index])
+            check(generator, runs[index], work.field)
             yield index, generator.answer_of(runs[index]), None
     finally:
         for task in tasks:
@@ -115,21 +115,25 @@ def submit_all(
     return runs
 
 
-def check(generator: SwiresGenerator, run: SearchRun) -> None:
+def check(generator: SwiresGenerator, run: SearchRun, field: str) -> None:
     """Raise ``RequestError`` if a search that has ended failed. What is not the request's fault is in the log alone."""
     if error := generator.error_of(run):
-        raise as_request_error(error) from error
+        raise as_request_error(error, field) from error
 
 
-def as_request_error(error: Exception) -> RequestError:
-    """Return what a client is told of an error. Texts of other libraries are not passed on."""
+def as_request_error(error: Exception, field: str) -> RequestError:
+    """Return what a client is told of an error. Texts of other libraries are not passed on.
+
+    Args:
+        field: that of the request which has the conversation.
+    """
     frames = [*traceback.walk_tb(error.__traceback__)]
     module = frames[-1][0].f_globals.get("__name__", "") if frames else ""
     if isinstance(error, ValueError) and module in ABOUT_REQUESTS:
-        return RequestError(400, str(error).replace("question", "messages", 1), "messages")
+        return RequestError(400, str(error).replace("question", field, 1), field)
     if isinstance(error, OutOfPages):
         return RequestError(
-            400, "the request needs more KV cache than this server has", "messages", "context_length_exceeded"
+            400, "the request needs more KV cache than this server has", field, "context_length_exceeded"
         )
     log.error("a search failed", exc_info=error)
     return RequestError(500, "the search failed; the server's log says why", None, "search_failed")

@@ -336,9 +336,11 @@ def test_an_image_is_refused_and_its_field_is_named(hostile, path, url, status, 
         found = post(hostile, {**GOOD, "messages": asked(url)})
     else:
         content = [{"type": "input_image", "image_url": url}, {"type": "input_text", "text": "How many?"}]
-        found = post(hostile, {"model": "tiny:greedy", "input": [{"role": "user", "content": content}]}, path)
+        items = [{"type": "reasoning"}, {"role": "user", "content": content}]
+        found = post(hostile, {"model": "tiny:greedy", "instructions": "Be brief.", "input": items}, path)
     refused(hostile, found, status, words)
-    assert found.json()["error"]["param"].endswith("content[0].image_url.url")
+    param = "messages[0].content[0].image_url.url" if path == CHAT else "input[1].content[0].image_url"
+    assert found.json()["error"]["param"] == param
 
 
 def test_good_images_do_not_hide_a_bad_one(hostile):
@@ -387,13 +389,18 @@ YES = {"type": "predicate", "instructions": "Is it red?"}
     [
         (RESPONSES, {"input": "a", "messages": []}, "messages is not a field"),
         (RESPONSES, {"input": 7}, "input"),
-        (RESPONSES, {"input": []}, "messages must be from 1 to 6, got 0"),
+        (RESPONSES, {"input": []}, "input must be from 1 to 6, got 0"),
         (RESPONSES, {"input": "a", "reasoning": {"effort": "extreme"}}, "reasoning.effort is wrong"),
         (RESPONSES, {"input": "a", "max_output_tokens": 301}, "max_output_tokens must be from 1 to 300"),
         (RESPONSES, {"input": "a", "llava_cot": {"output": "raw"}}, "llava_cot.output must be 'conclusion'"),
         (RESPONSES, {"input": "a", "previous_response_id": "resp_1"}, "previous_response_id is not a field"),
         (RESPONSES, {"input": "a", "store": True}, "store is wrong"),
-        (RESPONSES, {"input": "a" * 2001}, "the text of messages"),
+        (RESPONSES, {"input": "a" * 2001}, "the text of input"),
+        (RESPONSES, {"input": "a\ufdd0", "instructions": "b"}, "the text of input must be Unicode text"),
+        (RESPONSES, {"input": "a", "instructions": "a" * 2000}, "the text of input"),
+        (RESPONSES, {"input": [said("a", "assistant")]}, "input"),
+        (DECISIONS, {"input": [said("a", "assistant")], "questions": [YES]}, "input"),
+        (DECISIONS, {"input": "a" * 2001, "questions": [YES]}, "the text of input"),
         (DECISIONS, {"input": "a"}, "questions must be given"),
         (DECISIONS, {"input": "a", "questions": []}, "questions"),
         (DECISIONS, {"input": "a", "questions": [YES] * 65}, "questions must have from 1 to 64 entries"),
@@ -407,6 +414,7 @@ YES = {"type": "predicate", "instructions": "Is it red?"}
 def test_the_other_apis_refuse_too(hostile, path, body, words):
     found = post(hostile, {"model": "tiny", **body}, path)
     refused(hostile, found, 404 if "model must" in words else 400, words)
+    assert "messages" not in found.text or "messages" in body  # the client has sent none
 
 
 @pytest.mark.parametrize(
