@@ -11,6 +11,7 @@ from llava_cot.search.search import Search, stop_tags
 from llava_cot.search.tree import Node
 from llava_cot.serve.chat import new_id, stops_of
 from llava_cot.serve.errors import RequestError
+from llava_cot.serve.held import Holding
 from llava_cot.serve.intake import SAMPLING, Asked, Intake, Work, chat_conversation, within
 from llava_cot.serve.metrics import Metrics
 from llava_cot.serve.reply import token_logprob
@@ -28,8 +29,10 @@ class Continuations:
         self._intake, self._generator, self._metrics = intake, intake.generator, metrics
         self._tags = stop_tags(self._generator.grammar)
 
-    async def work(self, request: ChatRequest, asked: Asked) -> Work:
+    async def work(self, request: ChatRequest, asked: Asked, holding: Holding) -> Work:
         """Check a request with ``llava_cot.output`` "raw", and return its work: one run, with all of its seeds.
+
+        ``holding`` counts its images.
 
         Raises:
             RequestError: it is wrong. The error names the field.
@@ -76,7 +79,7 @@ class Continuations:
 
         config = SearchLimits(max_new_tokens=most, budget=budget)
         plan = Plan("continuation", config, policy)
-        return Work(request.model, plan, question, await intake.load(urls), (0,), conversation.field)
+        return Work(request.model, plan, question, await intake.load(urls, holding), (0,), conversation.field)
 
     async def reply(self, request: ChatRequest, work: Work) -> dict[str, Any]:
         """Return the body of the reply."""

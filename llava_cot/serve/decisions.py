@@ -19,6 +19,7 @@ from llava_cot.search.plan import Plan
 from llava_cot.search.sample import Limits as SearchLimits
 from llava_cot.search.search import Search
 from llava_cot.search.tree import Node
+from llava_cot.serve.held import Holding
 from llava_cot.serve.intake import Intake, Work, within
 from llava_cot.serve.metrics import Metrics
 from llava_cot.serve.responses import input_conversation
@@ -43,8 +44,8 @@ class Decisions:
     def __init__(self, intake: Intake, metrics: Metrics) -> None:
         self._intake, self._generator, self._metrics = intake, intake.generator, metrics
 
-    async def work(self, request: DecisionsRequest) -> Decided:
-        """Return the checked work of a request.
+    async def work(self, request: DecisionsRequest, holding: Holding) -> Decided:
+        """Return the checked work of a request, whose images ``holding`` counts.
 
         Raises:
             RequestError: it is wrong. The error names the field.
@@ -75,7 +76,7 @@ class Decisions:
 
         budget = intake.budget({}, 1)
         plan = Plan("decisions", SearchLimits(max_new_tokens=1, budget=budget), policy)
-        images = await intake.load(urls)
+        images = await intake.load(urls, holding)
         return Decided(request.model, plan, question, images, (0,), conversation.field, request.questions, read)
 
     async def reply(self, request: DecisionsRequest, work: Decided) -> dict[str, Any]:

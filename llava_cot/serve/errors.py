@@ -5,6 +5,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+RETRY = {"Retry-After": "2"}  # seconds, where it is not the request's fault
 MAX_MESSAGE = 1000  # characters
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 

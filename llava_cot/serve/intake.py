@@ -14,6 +14,7 @@ from llava_cot.scoring import SCORERS, Scorer
 from llava_cot.search import Budget, Plan
 from llava_cot.search.plan import settings_of
 from llava_cot.serve.errors import RequestError
+from llava_cot.serve.held import Holding
 from llava_cot.serve.images import ImageReader
 from llava_cot.serve.limits import Limits
 from llava_cot.serve.presets import PLAIN, Presets
@@ -81,8 +82,8 @@ class Intake:
         if scorer is not None and scorer not in self._scorers:
             raise ValueError(f"scorer must be one of {sorted(self._scorers)}, got {scorer!r}")
 
-    async def work(self, asked: Asked) -> Work:
-        """Return the work of a request.
+    async def work(self, asked: Asked, holding: Holding) -> Work:
+        """Return the work of a request, whose images ``holding`` counts.
 
         Raises:
             RequestError: it is wrong, or asks for more than a limit allows. The error names the field.
@@ -90,11 +91,17 @@ class Intake:
         question, urls = self.conversation(asked.conversation)
         plan = self.plan(asked, has_images=bool(urls))
         seeds = self.seeds(asked.request.seed, asked.n)
-        return Work(asked.request.model, plan, question, await self.load(urls), seeds, asked.conversation.field)
+        return Work(
+            asked.request.model, plan, question, await self.load(urls, holding), seeds, asked.conversation.field
+        )
 
-    async def load(self, urls: Sequence[tuple[str, str]]) -> list[Image.Image]:
-        """Return the images of these fields and URLs."""
-        return await self._images.read(urls)
+    async def load(self, urls: Sequence[tuple[str, str]], holding: Holding) -> list[Image.Image]:
+        """Return the images of these fields and URLs, which ``holding`` counts."""
+        return await self._images.read(urls, holding)
+
+    def close(self) -> None:
+        """End the threads that read images."""
+        self._images.close()
 
     def conversation(self, asked: Conversation) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
         """Return the messages as ``SwiresGenerator.answer`` takes them, and the field and the URL of each image."""

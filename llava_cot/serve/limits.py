@@ -13,6 +13,9 @@ class Limits:
 
     Attributes:
         max_queue: requests that wait or run.
+        max_held_bytes: bytes of bodies and image files that all requests hold at once. A request holds its body from
+            its first byte until its response has been sent, and its image files until they are decoded.
+        max_held_pixels: decoded pixels that all requests hold at once, at 4 bytes each.
         max_generations: candidates that one request may draw over all rounds of its search, times its ``n``.
         max_tokens: tokens that one request may draw over all its candidates.
         max_new_tokens: tokens of one answer.
@@ -39,6 +42,8 @@ class Limits:
     """
 
     max_queue: int = 128
+    max_held_bytes: int = 512 * MIB
+    max_held_pixels: int = 400_000_000
     max_generations: int = 256
     max_tokens: int = 131_072
     max_new_tokens: int = 2048
@@ -65,3 +70,7 @@ class Limits:
             value = getattr(self, field.name)
             if not 0 < value < float("inf"):
                 raise ValueError(f"{field.name} must be positive and finite, got {value}")
+        for all_of, one in (("max_held_bytes", "max_body_bytes"), ("max_held_pixels", "max_pixels")):
+            most, least = getattr(self, all_of), getattr(self, one)
+            if most < least:  # no request of that size would ever be let in
+                raise ValueError(f"{all_of} must be at least {one}={least}, got {most}")
