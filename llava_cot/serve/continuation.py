@@ -47,6 +47,7 @@ class Continuations:
         messages, prefix = self._prefix(request)
         conversation = chat_conversation(messages)
         question, urls = intake.conversation(conversation)
+        await intake.count(question, conversation.field)
         if extension.seeds is None:
             within("n", request.n, 1, limits.max_n)
             seeds = intake.seeds(request.seed, request.n)

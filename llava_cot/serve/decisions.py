@@ -58,20 +58,15 @@ class Decisions:
         within("the text of questions", sum(len(asked(each)) for each in request.questions), 1, intake.limits.max_text)
         read: list[tuple[list[float], float]] = []
         labels = [labels_of(each) for each in request.questions]
+        turns = await intake.count(question, conversation.field, turns=[asked(each) for each in request.questions])
 
         def policy(search: Search) -> Program[list[Node]]:
             ids = [label_tokens(generator.processor, each) for each in labels]
-            root, turns = search.session.root, [asked(each) for each in request.questions]
-            assert search.turn_tokens is not None
-            requests = [
-                Extend(
-                    root, tuple(search.turn_tokens(turn, ())), want=tuple(token for group in groups for token in group)
-                )
-                for turn, groups in zip(turns, ids)
-            ]
+            wanted = [tuple(token for group in groups for token in group) for groups in ids]
+            requests = [Extend(search.session.root, turn, want=want) for turn, want in zip(turns, wanted)]
             replies = yield requests
             read.extend(_probabilities(found.wanted, groups) for (found,), groups in zip(replies, ids))
-            none = Continuation(-1, root, finish=Finish.EOS)
+            none = Continuation(-1, search.session.root, finish=Finish.EOS)
             return [search.node(search.root, None, 1, 0, none, True)]
 
         budget = intake.budget({}, 1)

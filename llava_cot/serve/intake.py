@@ -1,5 +1,6 @@
 """Turn a request into the work that answers it, and check it against the server's limits before anything is queued."""
 
+import asyncio
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from llava_cot.question import Question, check_question
 from llava_cot.scoring import SCORERS, Scorer
 from llava_cot.search import Budget, Plan
 from llava_cot.search.plan import settings_of
-from llava_cot.serve.errors import RequestError
+from llava_cot.serve.errors import RequestError, as_request_error
 from llava_cot.serve.held import Holding
 from llava_cot.serve.images import ImageReader
 from llava_cot.serve.limits import Limits
@@ -90,10 +91,38 @@ class Intake:
         """
         question, urls = self.conversation(asked.conversation)
         plan = self.plan(asked, has_images=bool(urls))
+        await self.count(question, asked.conversation.field, answers=asked.n)
         seeds = self.seeds(asked.request.seed, asked.n)
         return Work(
             asked.request.model, plan, question, await self.load(urls, holding), seeds, asked.conversation.field
         )
+
+    async def count(
+        self, question: list[dict[str, Any]], field: str, *, answers: int = 1, turns: Sequence[str] = ()
+    ) -> list[tuple[int, ...]]:
+        """Check how many tokens of text a request makes the model read, and return those of ``turns``.
+
+        The conversation is read once for each of ``answers``, and ``turns`` of the user once after it.
+
+        Raises:
+            RequestError: they are too many, or a text can't be read.
+        """
+        text = "\n".join(part["text"] for message in question for part in message["content"] if "text" in part)
+
+        def read() -> tuple[int, list[tuple[int, ...]]]:  # it takes 0.1 s for the longest text
+            tokens = self.generator.prompt([], text)["input_ids"].shape[1]
+            return tokens, [tuple(self.generator.turn_tokens(turn, ())) for turn in turns]
+
+        try:
+            tokens, found = await asyncio.to_thread(read)
+        except Exception as error:
+            raise as_request_error(error, field) from error
+        total = answers * tokens + sum(map(len, found))
+        if total > self.limits.max_read_tokens:
+            after = f" and {len(turns)} questions" if turns else f", read for n={answers} answers,"
+            message = f"{field}{after} must have at most {self.limits.max_read_tokens} tokens of text, got {total}"
+            raise RequestError(400, message, field, "context_length_exceeded")
+        return found
 
     async def load(self, urls: Sequence[tuple[str, str]], holding: Holding) -> list[Image.Image]:
         """Return the images of these fields and URLs, which ``holding`` counts."""

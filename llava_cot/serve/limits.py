@@ -24,6 +24,8 @@ class Limits:
         max_stop: stop strings of one request.
         max_messages: messages of one request.
         max_text: characters of all texts of one request.
+        max_read_tokens: tokens of all texts that one request makes the model read. Each of its ``n`` answers reads its
+            conversation, and each of its questions is read after it. Images count nothing here.
         max_images: images of one request.
         max_pixels: decoded pixels of all images of one request.
         min_side: pixels of an image's shorter side, at least.
@@ -52,6 +54,7 @@ class Limits:
     max_stop: int = 4
     max_messages: int = 64
     max_text: int = 100_000
+    max_read_tokens: int = 65_536
     max_images: int = 8
     max_pixels: int = 50_000_000
     min_side: int = 8
