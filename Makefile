@@ -1,5 +1,5 @@
 # make demo    set everything up and answer a question about an image by SWIRES
-# make test    set everything up and run the tests      make lint    ruff and mypy
+# make test    set everything up and run the tests      make lint    ruff, mypy, hadolint
 # make test-full   the tests with whole grids of cases, where make test runs a part that covers every value
 # make bench   the search benchmark                     make info    what was built
 # make small-world  train the bundled models and the verifier again, calibrate them, and repeat the comparison
@@ -49,6 +49,7 @@ lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/hadolint Dockerfile
 
 bench: $(VENV)/.ready
 	$(VENV)/bin/python benchmarks/bench_search.py --questions 3

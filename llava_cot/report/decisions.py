@@ -51,7 +51,11 @@ def pools(trace: Trace, cards: Mapping[int, Card]) -> dict[tuple[int, int], Pool
 def retraces(
     trace: Trace, cards: Mapping[int, Card], headings: Sequence[str], pools: Mapping[tuple[int, int], Pool]
 ) -> list[Retrace]:
-    """Return the retraces. Each leads from the column of the decision before it to the column that is drawn next."""
+    """Return the retraces. Each leads from the column of the decision before it to the column that is drawn next.
+
+    If nothing is drawn there any more, because the search is at that point or its budget ended, it leads to where its
+    stage was drawn before. An answer that a spent budget finishes greedily is of no stage.
+    """
     events = trace.events("kept", "retraced", "generated")
     found, start = [], 0
     for place, event in enumerate(events):
@@ -61,7 +65,7 @@ def retraces(
             stage, to, round = event["stage"], event["to"], event["round"]
             drawn = (later["nodes"] for later in events[place + 1 :] if later["event"] == "generated")
             ids: Sequence[int] = next(drawn, ())
-            if not ids and trace.is_running:  # it is drawn again where it was drawn before
+            if not any(cards[id].stage for id in ids):
                 ids = [card.id for card in cards.values() if card.stage == to and card.column <= start][-1:]
             end = cards[ids[0]].column if ids else 0
             pool = pools.get((round - 1, start))

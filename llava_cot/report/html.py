@@ -2,6 +2,7 @@
 
 from html import escape
 from io import BytesIO
+from itertools import groupby
 from types import NoneType
 from typing import TYPE_CHECKING
 
@@ -177,8 +178,12 @@ def _cell(view: View, round: int, column: int) -> str:
     cards, pool = view.cells.get((round, column), []), view.pools.get((round, column))
     parts = [f'<p class="note">{escape(pool.verdict)}</p>'] if pool and pool.verdict else []
     if pool and pool.carried:
-        links = ", ".join(f"{_link(card)} {number(card.score)} (round {card.round})" for card in pool.carried)
-        parts.append(f'<p class="note carried">⤴ carried over into this pool: {links}</p>')
+        rounds = groupby(sorted(pool.carried, key=lambda card: card.round), lambda card: card.round)
+        links = "; ".join(
+            f"round {drawn}: " + ", ".join(f"{_link(card)} {number(card.score)}" for card in cards)
+            for drawn, cards in rounds
+        )
+        parts.append(f'<p class="note">⤴ carried over into this pool from {links}</p>')
     parts += [_card(view, card) for card in cards]
     return f'<section class="cell" data-round="{round}">{"".join(parts)}</section>'
 

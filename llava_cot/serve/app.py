@@ -14,13 +14,14 @@ from llava_cot.core import Feature
 from llava_cot.generator import SwiresGenerator
 from llava_cot.scoring import Scorer
 from llava_cot.serve.auth import Guard
-from llava_cot.serve.body import parse_body
+from llava_cot.serve.body import read_body
 from llava_cot.serve.chat import Chat, stops_of
 from llava_cot.serve.continuation import Continuations
 from llava_cot.serve.decisions import Decisions
 from llava_cot.serve.errors import RequestError
 from llava_cot.serve.fetch import Fetcher
 from llava_cot.serve.gate import Gate
+from llava_cot.serve.held import Held
 from llava_cot.serve.images import ImageReader
 from llava_cot.serve.intake import Intake, asked_in_chat, within
 from llava_cot.serve.limits import Limits
@@ -30,7 +31,6 @@ from llava_cot.serve.presets import Presets
 from llava_cot.serve.responses import Responses, asked_in_responses
 from llava_cot.serve.running import ClientGone, unless_gone
 from llava_cot.serve.schema import ChatRequest, DecisionsRequest, ResponsesRequest
-from llava_cot.serve.validate import validated
 from llava_cot.trace.writer import to_json
 
 PING = 10  # seconds between comments that keep an idle stream open
@@ -64,19 +64,20 @@ def create_app(
     """
     presets = Presets(name, search)
     intake = Intake(generator, presets, limits, ImageReader(limits, fetcher), scorers or {}, scorer)
-    gate = Gate(limits.max_queue)
-    metrics = Metrics(generator.engine, gate)
-    gate.on_refused = lambda status: metrics.rejected.labels(status).inc()
+    gate, held = Gate(limits.max_queue), Held(limits)
+    metrics = Metrics(generator.engine, gate, held)
+    gate.on_refused = metrics.refused
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         yield
+        intake.close()
         generator.aio.engine.close()
 
     app = FastAPI(title="llava-cot", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.state.gate = gate
     app.add_middleware(gate.wrap)  # type: ignore[arg-type]
-    app.add_middleware(Guard, keys=api_keys, host=host, limits=limits)  # type: ignore[arg-type]
+    app.add_middleware(Guard, keys=api_keys, host=host, limits=limits, held=held, on_refused=metrics.refused)  # type: ignore[arg-type]
     _add_errors(app, metrics)
     _add_status(app, generator, presets, gate, metrics, limits)
     _add_api(app, intake, metrics)
@@ -87,7 +88,7 @@ def create_app(
 def _add_errors(app: FastAPI, metrics: Metrics) -> None:
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:
-        metrics.rejected.labels(error.status).inc()
+        metrics.refused(error.status)
         return error.response()
 
     @app.exception_handler(HTTPException)
@@ -149,30 +150,30 @@ def _add_api(app: FastAPI, intake: Intake, metrics: Metrics) -> None:
 
     @app.post("/v1/chat/completions")
     async def complete(request: Request) -> Response:
-        asked = validated(ChatRequest, parse_body(await request.body(), intake.limits))
+        asked = await read_body(request, ChatRequest, intake.limits)
         in_chat = asked_in_chat(asked)
         if asked.llava_cot.output == "raw":
-            work = await continuations.work(asked, in_chat)
+            work = await continuations.work(asked, in_chat, request.state.holding)
             return _json(await unless_gone(request, continuations.reply(asked, work)))
         refuse_raw(asked)
         within("stop must have", len(stops_of(asked)), 0, intake.limits.max_stop, "entries")
-        work = await intake.work(in_chat)
+        work = await intake.work(in_chat, request.state.holding)
         if asked.stream:
             return _events(chat.stream(asked, work))
         return _json(await unless_gone(request, chat.reply(asked, work)))
 
     @app.post("/v1/responses")
     async def respond(request: Request) -> Response:
-        asked = validated(ResponsesRequest, parse_body(await request.body(), intake.limits))
-        work = await intake.work(asked_in_responses(asked))
+        asked = await read_body(request, ResponsesRequest, intake.limits)
+        work = await intake.work(asked_in_responses(asked), request.state.holding)
         if asked.stream:
             return _events(responses.stream(asked, work))
         return _json(await unless_gone(request, responses.reply(asked, work)))
 
     @app.post("/v1/decisions")
     async def decide(request: Request) -> Response:
-        asked = validated(DecisionsRequest, parse_body(await request.body(), intake.limits))
-        work = await decisions.work(asked)
+        asked = await read_body(request, DecisionsRequest, intake.limits)
+        work = await decisions.work(asked, request.state.holding)
         return _json(await unless_gone(request, decisions.reply(asked, work)))
 
 

@@ -6,7 +6,7 @@ import binascii
 import hmac
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from hashlib import sha256
 from ipaddress import ip_address
@@ -15,6 +15,7 @@ from pathlib import Path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llava_cot.serve.errors import RequestError
+from llava_cot.serve.held import Held, Holding
 from llava_cot.serve.limits import Limits
 
 KEYS = "LLAVA_COT_API_KEY"
@@ -92,13 +93,24 @@ class Guard:
     Args:
         keys: any of them is enough. Without any, every request has passed.
         host: the address that the server listens at.
+        held: what all requests hold. What this one holds is ``request.state.holding`` for the app.
+        on_refused: called with the status of each refused request.
 
     Raises:
         ValueError: a key is empty.
     """
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str], host: str, limits: Limits) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Iterable[str],
+        host: str,
+        limits: Limits,
+        held: Held,
+        on_refused: Callable[[int], None] = lambda status: None,
+    ) -> None:
         self.app, self.limits, self.loopback = app, limits, is_loopback(host)
+        self._held, self._on_refused = held, on_refused
         keys = list(keys)
         if not all(keys):
             raise ValueError("keys must not be empty strings")
@@ -109,17 +121,27 @@ class Guard:
             return await send({"type": "websocket.close", "code": 1008})
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        holding = self._held.holding()
+        scope.setdefault("state", {})["holding"] = holding
         try:
             try:
-                self._check(scope)
-            except RequestError:
-                await self._linger(scope, receive)
-                raise
-            replayed = await self._body(scope, receive)
-        except RequestError as error:
-            return await error.response()(scope, receive, send)
-        if replayed is not None:
-            await self.app(scope, replayed, send)
+                replayed = await self._admitted(scope, receive, holding)
+            except RequestError as error:
+                self._on_refused(error.status)
+                return await error.response()(scope, receive, send)
+            if replayed is not None:
+                await self.app(scope, replayed, send)
+        finally:
+            holding.close()
+
+    async def _admitted(self, scope: Scope, receive: Receive, holding: Holding) -> Receive | None:
+        """What the app receives, or None if the client has gone."""
+        try:
+            self._check(scope)
+        except RequestError:
+            await self._linger(scope, receive)
+            raise
+        return await self._body(scope, receive, holding)
 
     def _check(self, scope: Scope) -> None:
         _check_headers(scope)
@@ -153,7 +175,7 @@ class Guard:
         if not any(matches):
             raise RequestError(401, "The API key is missing or wrong.", None, "invalid_api_key", {**CHALLENGE, **CLOSE})
 
-    async def _body(self, scope: Scope, receive: Receive) -> Receive | None:
+    async def _body(self, scope: Scope, receive: Receive, holding: Holding) -> Receive | None:
         """What the app receives: the whole body, which is not held here. None if the client has gone."""
         most, seconds = self.limits.max_body_bytes, self.limits.max_body_seconds
         body = bytearray()
@@ -163,12 +185,16 @@ class Guard:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         return None
-                    body += message.get("body", b"")
-                    more = message.get("more_body", False)
-                    if len(body) > most:
+                    part, more = message.get("body", b""), message.get("more_body", False)
+                    try:
+                        if len(body) + len(part) > most:
+                            raise self._too_large()
+                        holding.add(bytes=len(part))
+                    except RequestError:
                         if more:
                             await self._linger(scope, receive)
-                        raise self._too_large()
+                        raise
+                    body += part
                     if not more:
                         return _replay(bytes(body), receive)
         except TimeoutError:

@@ -1,18 +1,37 @@
 """Parse the JSON body of a request strictly: what two parsers might read in two ways is refused."""
 
+import asyncio
 import json
 import math
 import re
 from typing import Any, NoReturn
 
+from starlette.requests import Request
+
 from llava_cot.serve.errors import RequestError
 from llava_cot.serve.limits import Limits
+from llava_cot.serve.validate import Model, validated
 
 MAX_DIGITS = 19  # of an integer: those of 2**63 - 1
 MAX_NUMBER = 40  # characters of a number with a fraction or an exponent
+LARGE = 2**18  # bytes of a body that the event loop does not parse itself
+PIECE = 2**20  # bytes that one call of a pattern goes over: the interpreter runs no other thread meanwhile
 
-_STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)  # possessive, so that it is linear
-_PUNCTUATION = re.compile(rb"[^\[\]{},:]+")
+# Possessive, so that they are linear. Both also match nothing.
+_BETWEEN = re.compile(rb'[^"\[\]{},]*+')
+_IN_STRING = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
+
+
+async def read_body(request: Request, model: type[Model], limits: Limits) -> Model:
+    """Return the body of ``request`` as ``model``. A large one is parsed in a thread, so that streams go on.
+
+    Raises:
+        RequestError: 400, see ``parse_body`` and ``validated``.
+    """
+    raw = await request.body()
+    if len(raw) < LARGE:
+        return validated(model, parse_body(raw, limits))
+    return await asyncio.to_thread(lambda: validated(model, parse_body(raw, limits)))
 
 
 def parse_body(raw: bytes, limits: Limits) -> dict[str, Any]:
@@ -40,7 +59,7 @@ def parse_body(raw: bytes, limits: Limits) -> dict[str, Any]:
         raise _refused(f"is not valid JSON{at}") from None
     if not isinstance(value, dict):
         raise _refused("must be a JSON object")
-    if "\\u" in text:
+    if b"\\u" in raw:
         _check_surrogates(value)
     return value
 
@@ -54,18 +73,37 @@ def _refuse(what: str) -> NoReturn:
 
 
 def _check_shape(raw: bytes, limits: Limits) -> None:
-    """Check what would cost the parser its stack or much memory, from the punctuation outside strings alone."""
-    marks = _PUNCTUATION.sub(b"", _STRING.sub(b"", raw))
-    if sum(marks.count(mark) for mark in (b",", b"[", b"{")) >= limits.max_json_values:
-        raise _refused(f"has more than {limits.max_json_values} values")
-    depth = 0
-    for mark in marks:
-        if mark in b"[{":
-            depth += 1
-            if depth > limits.max_json_depth:
-                raise _refused(f"is nested more than {limits.max_json_depth} deep")
-        elif mark in b"]}":
-            depth -= 1  # below 0 the parser stops before it gets further
+    """Check what would cost the parser its stack or much memory, from the strings and the marks between them alone."""
+    at = depth = values = strings = 0
+    while at < len(raw) and depth >= 0:  # below 0 the parser stops before it gets further
+        at = _BETWEEN.match(raw, at, at + PIECE).end()  # type: ignore[union-attr]
+        mark = raw[at : at + 1]
+        if mark == b'"':
+            at = _end_of_string(raw, at + 1)
+            strings += 1
+        elif mark in (b"]", b"}"):
+            depth -= 1
+            at += 1
+        elif mark in (b",", b"[", b"{"):
+            depth += mark != b","
+            values += 1
+            at += 1
+        # A value is a string at most, and has a key at most.
+        if values >= limits.max_json_values or strings > 2 * limits.max_json_values:
+            raise _refused(f"has more than {limits.max_json_values} values")
+        if depth > limits.max_json_depth:
+            raise _refused(f"is nested more than {limits.max_json_depth} deep")
+
+
+def _end_of_string(raw: bytes, at: int) -> int:
+    """Return the place after the quote that ends the string which has begun before ``at``."""
+    while at < len(raw):
+        at = _IN_STRING.match(raw, at, at + PIECE).end()  # type: ignore[union-attr]
+        if raw[at : at + 1] == b'"':
+            return at + 1
+        if raw[at : at + 1] == b"\\":  # what it escapes is in the next piece
+            at += 2
+    return at
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from llava_cot.search.search import Search, stop_tags
 from llava_cot.search.tree import Node
 from llava_cot.serve.chat import new_id, stops_of
 from llava_cot.serve.errors import RequestError
-from llava_cot.serve.intake import SAMPLING, Asked, Intake, Work, within
+from llava_cot.serve.held import Holding
+from llava_cot.serve.intake import SAMPLING, Asked, Intake, Work, chat_conversation, within
 from llava_cot.serve.metrics import Metrics
 from llava_cot.serve.reply import token_logprob
 from llava_cot.serve.running import ended
@@ -28,8 +29,10 @@ class Continuations:
         self._intake, self._generator, self._metrics = intake, intake.generator, metrics
         self._tags = stop_tags(self._generator.grammar)
 
-    async def work(self, request: ChatRequest, asked: Asked) -> Work:
+    async def work(self, request: ChatRequest, asked: Asked, holding: Holding) -> Work:
         """Check a request with ``llava_cot.output`` "raw", and return its work: one run, with all of its seeds.
+
+        ``holding`` counts its images.
 
         Raises:
             RequestError: it is wrong. The error names the field.
@@ -42,7 +45,9 @@ class Continuations:
             raise RequestError(400, message, "llava_cot")
         intake.presets.search_of(request.model)
         messages, prefix = self._prefix(request)
-        question, urls = intake.conversation(messages)
+        conversation = chat_conversation(messages)
+        question, urls = intake.conversation(conversation)
+        await intake.count(question, conversation.field)
         if extension.seeds is None:
             within("n", request.n, 1, limits.max_n)
             seeds = intake.seeds(request.seed, request.n)
@@ -75,7 +80,7 @@ class Continuations:
 
         config = SearchLimits(max_new_tokens=most, budget=budget)
         plan = Plan("continuation", config, policy)
-        return Work(request.model, plan, question, await intake.load(urls), (0,))
+        return Work(request.model, plan, question, await intake.load(urls, holding), (0,), conversation.field)
 
     async def reply(self, request: ChatRequest, work: Work) -> dict[str, Any]:
         """Return the body of the reply."""

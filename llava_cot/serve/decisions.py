@@ -19,11 +19,12 @@ from llava_cot.search.plan import Plan
 from llava_cot.search.sample import Limits as SearchLimits
 from llava_cot.search.search import Search
 from llava_cot.search.tree import Node
+from llava_cot.serve.held import Holding
 from llava_cot.serve.intake import Intake, Work, within
 from llava_cot.serve.metrics import Metrics
-from llava_cot.serve.responses import as_message
+from llava_cot.serve.responses import input_conversation
 from llava_cot.serve.running import ended
-from llava_cot.serve.schema import Choice, DecisionsRequest, InputMessage, Option, Predicate, Score
+from llava_cot.serve.schema import Choice, DecisionsRequest, Option, Predicate, Score
 
 MAX_QUESTIONS = 64
 Question = Predicate | Choice | Score
@@ -43,8 +44,8 @@ class Decisions:
     def __init__(self, intake: Intake, metrics: Metrics) -> None:
         self._intake, self._generator, self._metrics = intake, intake.generator, metrics
 
-    async def work(self, request: DecisionsRequest) -> Decided:
-        """Return the checked work of a request.
+    async def work(self, request: DecisionsRequest, holding: Holding) -> Decided:
+        """Return the checked work of a request, whose images ``holding`` counts.
 
         Raises:
             RequestError: it is wrong. The error names the field.
@@ -52,30 +53,26 @@ class Decisions:
         intake, generator = self._intake, self._generator
         intake.presets.search_of(request.model)
         within("questions must have", len(request.questions), 1, MAX_QUESTIONS, "entries")
-        items = [InputMessage(role="user", content=request.input)] if isinstance(request.input, str) else request.input
-        question, urls = intake.conversation([as_message(item) for item in items])
+        conversation = input_conversation(request.input)
+        question, urls = intake.conversation(conversation)
         within("the text of questions", sum(len(asked(each)) for each in request.questions), 1, intake.limits.max_text)
         read: list[tuple[list[float], float]] = []
         labels = [labels_of(each) for each in request.questions]
+        turns = await intake.count(question, conversation.field, turns=[asked(each) for each in request.questions])
 
         def policy(search: Search) -> Program[list[Node]]:
             ids = [label_tokens(generator.processor, each) for each in labels]
-            root, turns = search.session.root, [asked(each) for each in request.questions]
-            assert search.turn_tokens is not None
-            requests = [
-                Extend(
-                    root, tuple(search.turn_tokens(turn, ())), want=tuple(token for group in groups for token in group)
-                )
-                for turn, groups in zip(turns, ids)
-            ]
+            wanted = [tuple(token for group in groups for token in group) for groups in ids]
+            requests = [Extend(search.session.root, turn, want=want) for turn, want in zip(turns, wanted)]
             replies = yield requests
             read.extend(_probabilities(found.wanted, groups) for (found,), groups in zip(replies, ids))
-            none = Continuation(-1, root, finish=Finish.EOS)
+            none = Continuation(-1, search.session.root, finish=Finish.EOS)
             return [search.node(search.root, None, 1, 0, none, True)]
 
         budget = intake.budget({}, 1)
         plan = Plan("decisions", SearchLimits(max_new_tokens=1, budget=budget), policy)
-        return Decided(request.model, plan, question, await intake.load(urls), (0,), request.questions, read)
+        images = await intake.load(urls, holding)
+        return Decided(request.model, plan, question, images, (0,), conversation.field, request.questions, read)
 
     async def reply(self, request: DecisionsRequest, work: Decided) -> dict[str, Any]:
         """Return the body of the reply."""

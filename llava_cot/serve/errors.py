@@ -1,12 +1,29 @@
 """What a client is told when its request is refused."""
 
+import logging
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
 from starlette.responses import JSONResponse
 
+from llava_cot_kernels.page_pool import OutOfPages
+
+log = logging.getLogger(__name__)
+
+RETRY = {"Retry-After": "2"}  # seconds, where it is not the request's fault
 MAX_MESSAGE = 1000  # characters
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+# Whose errors of value say what is wrong with a request: these modules check prompts
+ABOUT_REQUESTS = (
+    "llava_cot.prompt",
+    "llava_cot.question",
+    "llava_cot.image",
+    "llava_cot.engine.schedule",
+    "llava_cot.engine.session",
+    "llava_cot.core",
+)
 
 
 class RequestError(Exception):
@@ -43,3 +60,21 @@ class RequestError(Exception):
     def response(self) -> JSONResponse:
         """The response, which is an ASGI app too."""
         return JSONResponse(self.body, self.status, self.headers)
+
+
+def as_request_error(error: Exception, field: str) -> RequestError:
+    """Return what a client is told of an error. Texts of other libraries are not passed on.
+
+    Args:
+        field: that of the request which has the conversation.
+    """
+    frames = [*traceback.walk_tb(error.__traceback__)]
+    module = frames[-1][0].f_globals.get("__name__", "") if frames else ""
+    if isinstance(error, ValueError) and module in ABOUT_REQUESTS:
+        return RequestError(400, str(error).replace("question", field, 1), field)
+    if isinstance(error, OutOfPages):
+        return RequestError(
+            400, "the request needs more KV cache than this server has", field, "context_length_exceeded"
+        )
+    log.error("a search failed", exc_info=error)
+    return RequestError(500, "the search failed; the server's log says why", None, "search_failed")

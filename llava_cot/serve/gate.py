@@ -5,9 +5,7 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from llava_cot.serve.errors import RequestError
-
-RETRY = {"Retry-After": "2"}  # seconds
+from llava_cot.serve.errors import RETRY, RequestError
 
 
 class Gate:

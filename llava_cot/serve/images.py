@@ -19,11 +19,13 @@ from PIL import Image
 from llava_cot.image import open_image
 from llava_cot.serve.errors import RequestError
 from llava_cot.serve.fetch import Fetcher, too_large
+from llava_cot.serve.held import Holding
 from llava_cot.serve.limits import Limits
 
 log = logging.getLogger(__name__)
 
 DECODERS = 2  # images decoded at a time; each may take some 15 bytes a pixel
+PIECE = 2**20  # characters of base64 decoded at a time, a multiple of 4: the interpreter runs no other thread meanwhile
 MAX_HEAD = 200  # characters of a data URI before its data
 MAX_SCANS = 100  # of a JPEG; a progressive one has about 10, and each costs a pass over all its pixels
 MAX_PARTS = 10_000  # segments of a JPEG or chunks of a PNG; writers of PNG make chunks of 8 KiB or more
@@ -42,21 +44,27 @@ class ImageReader:
         self.limits, self.fetcher = limits, fetcher
         self._pool = ThreadPoolExecutor(DECODERS, "images")
 
-    async def read(self, images: Sequence[tuple[str, str]]) -> list[Image.Image]:
+    async def read(self, images: Sequence[tuple[str, str]], holding: Holding) -> list[Image.Image]:
         """Return the images of one request in RGB, upright and on white.
 
         Args:
             images: the name of the field, such as "messages[0].content[1].image_url.url", and its URL, of each image.
+            holding: counts the files while they are read, and the pixels.
 
         Raises:
-            RequestError: 400 for what is no image that can be read, 413 for what is above a limit.
+            RequestError: 400 for what is no image that can be read, 413 for what is above a limit, and 429 if all
+                requests together hold too much.
         """
         limits, loop = self.limits, get_running_loop()
         if len(images) > limits.max_images:
             raise RequestError(413, f"A request may have at most {limits.max_images} images.", images[-1][0], "images")
-        files = []
+        files, size = [], 0
         for param, url in images:
-            if url[:5].lower() == "data:":
+            is_here = url[:5].lower() == "data:"
+            most = len(url) * 3 // 4 if is_here else limits.max_image_bytes
+            holding.add(bytes=most)
+            size += most
+            if is_here:
                 files.append(await loop.run_in_executor(self._pool, _data_of, param, url, limits))
             elif self.fetcher is not None and url[:8].lower() == "https://":
                 files.append(await self.fetcher.fetch(url, param))
@@ -69,8 +77,11 @@ class ImageReader:
             pixels += width * height
             if pixels > limits.max_pixels:
                 raise _too_many_pixels(param, limits)
+        holding.add(pixels=pixels)
         decode = [partial(_decoded, param, data) for (param, _), data in zip(images, files)]
-        return [await loop.run_in_executor(self._pool, each) for each in decode]
+        found = [await loop.run_in_executor(self._pool, each) for each in decode]
+        holding.add(bytes=-size)
+        return found
 
     def close(self) -> None:
         """Drop what waits for a thread, and end the threads."""
@@ -95,7 +106,10 @@ def _data_of(param: str, uri: str, limits: Limits) -> bytes:
     if len(uri) - start > 4 * -(-limits.max_image_bytes // 3):
         raise too_large(param, limits.max_image_bytes)
     try:
-        return binascii.a2b_base64(uri[start:].encode("ascii"), strict_mode=True)
+        if (len(uri) - start) % 4 or 0 <= uri.find("=", start) < len(uri) - 2:
+            raise binascii.Error("padding that is missing or not at the end")
+        pieces = (uri[at : at + PIECE].encode("ascii") for at in range(start, len(uri), PIECE))
+        return b"".join(binascii.a2b_base64(piece, strict_mode=True) for piece in pieces)
     except (binascii.Error, UnicodeEncodeError):
         raise _refused(param, "An image's base64 data is wrong.") from None
 

@@ -1,6 +1,8 @@
 """Turn a request into the work that answers it, and check it against the server's limits before anything is queued."""
 
+import asyncio
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -12,7 +14,8 @@ from llava_cot.question import Question, check_question
 from llava_cot.scoring import SCORERS, Scorer
 from llava_cot.search import Budget, Plan
 from llava_cot.search.plan import settings_of
-from llava_cot.serve.errors import RequestError
+from llava_cot.serve.errors import RequestError, as_request_error
+from llava_cot.serve.held import Holding
 from llava_cot.serve.images import ImageReader
 from llava_cot.serve.limits import Limits
 from llava_cot.serve.presets import PLAIN, Presets
@@ -31,6 +34,23 @@ class Work:
     question: Question
     images: Sequence[Image.Image]
     seeds: tuple[int, ...]
+    field: str  # of the request, that has its conversation
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The messages of a request, in the terms of the chat API, and where they stand in the request, for errors."""
+
+    messages: Sequence[Message]
+    field: str  # that has all of them
+    fields: Sequence[str]  # that of each message
+    url: str  # of an image, in its part
+
+    def named(self, error: str) -> str:
+        """Return the text of an error of ``check_question`` by the request's own names."""
+        return re.sub(
+            r"question(?:\[(\d+)\])?", lambda at: self.fields[int(at[1])] if at[1] else self.field, error, count=1
+        )
 
 
 @dataclass(frozen=True)
@@ -38,7 +58,7 @@ class Asked:
     """What a request says in any of the APIs, in the terms of the chat API."""
 
     request: Request
-    messages: Sequence[Message]
+    conversation: Conversation
     n: int
     max_new_tokens: int | None
     max_name: str  # what the API calls that
@@ -63,36 +83,70 @@ class Intake:
         if scorer is not None and scorer not in self._scorers:
             raise ValueError(f"scorer must be one of {sorted(self._scorers)}, got {scorer!r}")
 
-    async def work(self, asked: Asked) -> Work:
-        """Return the work of a request.
+    async def work(self, asked: Asked, holding: Holding) -> Work:
+        """Return the work of a request, whose images ``holding`` counts.
 
         Raises:
             RequestError: it is wrong, or asks for more than a limit allows. The error names the field.
         """
-        question, urls = self.conversation(asked.messages)
+        question, urls = self.conversation(asked.conversation)
         plan = self.plan(asked, has_images=bool(urls))
+        await self.count(question, asked.conversation.field, answers=asked.n)
         seeds = self.seeds(asked.request.seed, asked.n)
-        return Work(asked.request.model, plan, question, await self.load(urls), seeds)
+        return Work(
+            asked.request.model, plan, question, await self.load(urls, holding), seeds, asked.conversation.field
+        )
 
-    async def load(self, urls: Sequence[tuple[str, str]]) -> list[Image.Image]:
-        """Return the images of these fields and URLs."""
-        return await self._images.read(urls)
+    async def count(
+        self, question: list[dict[str, Any]], field: str, *, answers: int = 1, turns: Sequence[str] = ()
+    ) -> list[tuple[int, ...]]:
+        """Check how many tokens of text a request makes the model read, and return those of ``turns``.
 
-    def conversation(self, messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+        The conversation is read once for each of ``answers``, and ``turns`` of the user once after it.
+
+        Raises:
+            RequestError: they are too many, or a text can't be read.
+        """
+        text = "\n".join(part["text"] for message in question for part in message["content"] if "text" in part)
+
+        def read() -> tuple[int, list[tuple[int, ...]]]:  # it takes 0.1 s for the longest text
+            tokens = self.generator.prompt([], text)["input_ids"].shape[1]
+            return tokens, [tuple(self.generator.turn_tokens(turn, ())) for turn in turns]
+
+        try:
+            tokens, found = await asyncio.to_thread(read)
+        except Exception as error:
+            raise as_request_error(error, field) from error
+        total = answers * tokens + sum(map(len, found))
+        if total > self.limits.max_read_tokens:
+            after = f" and {len(turns)} questions" if turns else f", read for n={answers} answers,"
+            message = f"{field}{after} must have at most {self.limits.max_read_tokens} tokens of text, got {total}"
+            raise RequestError(400, message, field, "context_length_exceeded")
+        return found
+
+    async def load(self, urls: Sequence[tuple[str, str]], holding: Holding) -> list[Image.Image]:
+        """Return the images of these fields and URLs, which ``holding`` counts."""
+        return await self._images.read(urls, holding)
+
+    def close(self) -> None:
+        """End the threads that read images."""
+        self._images.close()
+
+    def conversation(self, asked: Conversation) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
         """Return the messages as ``SwiresGenerator.answer`` takes them, and the field and the URL of each image."""
-        limits = self.limits
-        within("messages", len(messages), 1, limits.max_messages)
+        limits, field = self.limits, asked.field
+        within(field, len(asked.messages), 1, limits.max_messages)
         urls: list[tuple[str, str]] = []
         found, characters = [], 0
-        for at, message in enumerate(messages):
+        for message, name in zip(asked.messages, asked.fields):
             parts: list[dict[str, str]] = []
             for place, part in enumerate([message.content] if isinstance(message.content, str) else message.content):
                 if isinstance(part, ImagePart):
                     if message.role != "user":
                         raise RequestError(
-                            400, f"messages must have images of the user alone, got {message.role}", "messages"
+                            400, f"{field} must have images of the user alone, got {message.role}", field
                         )
-                    urls.append((f"messages[{at}].content[{place}].image_url.url", part.image_url.url))
+                    urls.append((f"{name}.content[{place}].{asked.url}", part.image_url.url))
                     parts.append({"type": "image"})
                 else:
                     text = part if isinstance(part, str) else part.text
@@ -100,12 +154,12 @@ class Intake:
                     parts.append({"type": "text", "text": text})
             role = "system" if message.role == "developer" else message.role
             found.append({"role": role, "content": parts})
-        within("the text of messages", characters, 1, limits.max_text)
-        within("the images of messages", len(urls), 0, limits.max_images)
+        within(f"the text of {field}", characters, 1, limits.max_text)
+        within(f"the images of {field}", len(urls), 0, limits.max_images)
         try:
             check_question(found)
         except ValueError as error:
-            raise RequestError(400, str(error).replace("question", "messages", 1), "messages") from None
+            raise RequestError(400, asked.named(str(error)), field) from None
         return found, urls
 
     def plan(self, asked: Asked, *, has_images: bool) -> Plan:
@@ -146,7 +200,7 @@ class Intake:
         try:
             plan = self.generator.plan_of_stream(search, **given)
         except (ValueError, TypeError) as error:
-            raise RequestError(400, str(error), _field_in(str(error), request)) from None
+            raise RequestError(400, str(error), _field_in(str(error), asked)) from None
         # Each round draws a candidate at least. The bound on all of them takes a time that grows with the rounds.
         rounds = getattr(plan.config, "max_rounds", 1)
         within("llava_cot.settings.max_rounds", rounds, 1, limits.max_generations)
@@ -190,7 +244,12 @@ def asked_in_chat(request: ChatRequest) -> Asked:
         raise RequestError(400, "max_tokens and max_completion_tokens must not both be given", "max_tokens")
     most = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     name = "max_completion_tokens" if request.max_tokens is None else "max_tokens"
-    return Asked(request, request.messages, request.n, most, name, request.reasoning_effort)
+    return Asked(request, chat_conversation(request.messages), request.n, most, name, request.reasoning_effort)
+
+
+def chat_conversation(messages: Sequence[Message]) -> Conversation:
+    """Return the messages of a chat request as a conversation."""
+    return Conversation(messages, "messages", [f"messages[{at}]" for at in range(len(messages))], "image_url.url")
 
 
 def within(name: str, value: float, least: float, most: float, unit: str = "") -> None:
@@ -202,9 +261,9 @@ def within(name: str, value: float, least: float, most: float, unit: str = "") -
         raise RequestError(400, f"{words} from {least} to {most}{unit}, got {value}", param)
 
 
-def _field_in(message: str, request: Request) -> str | None:
-    """Return the field of ``request`` that the first word of an error names, if it names one."""
+def _field_in(message: str, asked: Asked) -> str | None:
+    """Return the field of the request that the first word of an error names, if it names one."""
     word = message.partition(" ")[0].partition("[")[0]
     if word == "max_new_tokens":
-        return "max_completion_tokens"
-    return f"llava_cot.settings.{word}" if word in request.llava_cot.settings else word or None
+        return asked.max_name
+    return f"llava_cot.settings.{word}" if word in asked.request.llava_cot.settings else word or None

@@ -13,6 +13,9 @@ class Limits:
 
     Attributes:
         max_queue: requests that wait or run.
+        max_held_bytes: bytes of bodies and image files that all requests hold at once. A request holds its body from
+            its first byte until its response has been sent, and its image files until they are decoded.
+        max_held_pixels: decoded pixels that all requests hold at once, at 4 bytes each.
         max_generations: candidates that one request may draw over all rounds of its search, times its ``n``.
         max_tokens: tokens that one request may draw over all its candidates.
         max_new_tokens: tokens of one answer.
@@ -21,6 +24,8 @@ class Limits:
         max_stop: stop strings of one request.
         max_messages: messages of one request.
         max_text: characters of all texts of one request.
+        max_read_tokens: tokens of all texts that one request makes the model read. Each of its ``n`` answers reads its
+            conversation, and each of its questions is read after it. Images count nothing here.
         max_images: images of one request.
         max_pixels: decoded pixels of all images of one request.
         min_side: pixels of an image's shorter side, at least.
@@ -39,6 +44,8 @@ class Limits:
     """
 
     max_queue: int = 128
+    max_held_bytes: int = 512 * MIB
+    max_held_pixels: int = 400_000_000
     max_generations: int = 256
     max_tokens: int = 131_072
     max_new_tokens: int = 2048
@@ -47,6 +54,7 @@ class Limits:
     max_stop: int = 4
     max_messages: int = 64
     max_text: int = 100_000
+    max_read_tokens: int = 65_536
     max_images: int = 8
     max_pixels: int = 50_000_000
     min_side: int = 8
@@ -65,3 +73,7 @@ class Limits:
             value = getattr(self, field.name)
             if not 0 < value < float("inf"):
                 raise ValueError(f"{field.name} must be positive and finite, got {value}")
+        for all_of, one in (("max_held_bytes", "max_body_bytes"), ("max_held_pixels", "max_pixels")):
+            most, least = getattr(self, all_of), getattr(self, one)
+            if most < least:  # no request of that size would ever be let in
+                raise ValueError(f"{all_of} must be at least {one}={least}, got {most}")

@@ -10,6 +10,7 @@ from llava_cot.answer import Answer
 from llava_cot.core import Usage
 from llava_cot.engine.engine import Engine
 from llava_cot.serve.gate import Gate
+from llava_cot.serve.held import Held
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 GENERATIONS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -18,7 +19,7 @@ GENERATIONS = (1, 2, 4, 8, 16, 32, 64, 128)
 class Metrics:
     """Counters of one server. Every name begins with ``llava_cot:``."""
 
-    def __init__(self, engine: Engine, gate: Gate) -> None:
+    def __init__(self, engine: Engine, gate: Gate, held: Held) -> None:
         self._registry = registry = CollectorRegistry()
 
         def gauge(name: str, words: str, read: Callable[[], float]) -> None:
@@ -32,6 +33,8 @@ class Metrics:
 
         pool = engine.pool
         gauge("num_requests_in_flight", "Requests that have been let in and not answered.", lambda: gate.in_flight)
+        gauge("held_bytes", "Bytes of bodies and image files that requests hold.", lambda: held.bytes)
+        gauge("held_pixels", "Decoded pixels that requests hold.", lambda: held.pixels)
         gauge("num_searches_running", "Searches that hold pages.", lambda: len(engine.schedule.running))
         gauge(
             "num_searches_waiting",
@@ -47,13 +50,17 @@ class Metrics:
         self._success = counter("request_success", "Requests that were answered.", ["finished_reason", "search"])
         self._aborted = counter("request_aborted", "Requests whose client had gone, or that a shutdown ended.")
         self._failed = counter("request_failed", "Requests whose search failed.")
-        self.rejected = counter("request_rejected", "Requests that were refused, by status.", ["status"])
+        self._rejected = counter("request_rejected", "Requests that were refused, by status.", ["status"])
         self._prompt_tokens = counter("prompt_tokens", "Tokens prefilled.")
         self._generation_tokens = counter("generation_tokens", "Tokens drawn, those of discarded candidates included.")
         self._retraces = counter("retraces", "Times that a search went back a stage.")
         self._latency = histogram("e2e_request_latency_seconds", "From the checked request to its last token.", SECONDS)
         self._first = histogram("time_to_first_token_seconds", "To the first text that stands.", SECONDS)
         self._generations = histogram("generations_per_request", "Candidates drawn for one request.", GENERATIONS)
+
+    def refused(self, status: int) -> None:
+        """Count a request that was refused."""
+        self._rejected.labels(status).inc()
 
     def text(self) -> bytes:
         """Return all of it in Prometheus' text format."""

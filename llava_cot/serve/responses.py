@@ -1,13 +1,13 @@
 """``POST /v1/responses``: the same searches in the shape of OpenAI's responses API."""
 
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any
 
 from llava_cot.answer import Answer
 from llava_cot.serve.chat import Shown, named, narrated, new_id
 from llava_cot.serve.errors import RequestError
-from llava_cot.serve.intake import Asked, Intake, Work
+from llava_cot.serve.intake import Asked, Conversation, Intake, Work
 from llava_cot.serve.metrics import Metrics
 from llava_cot.serve.reply import Texts, Tokens, described, texts_of
 from llava_cot.serve.running import answers, follow
@@ -26,16 +26,30 @@ from llava_cot.trace.writer import to_json
 
 def asked_in_responses(request: ResponsesRequest) -> Asked:
     """Read a request of the responses API."""
-    messages = [] if request.instructions is None else [Message(role="system", content=request.instructions)]
-    items = [InputMessage(role="user", content=request.input)] if isinstance(request.input, str) else request.input
-    messages += [as_message(item) for item in items if not isinstance(item, InputReasoning)]
     if request.llava_cot.output == "raw":
         raise RequestError(400, "llava_cot.output must be 'conclusion' in this API, got 'raw'", "llava_cot.output")
     effort = request.reasoning.effort if request.reasoning else None
-    return Asked(request, messages, 1, request.max_output_tokens, "max_output_tokens", effort)
+    conversation = input_conversation(request.input, request.instructions)
+    return Asked(request, conversation, 1, request.max_output_tokens, "max_output_tokens", effort)
 
 
-def as_message(item: InputMessage) -> Message:
+def input_conversation(
+    input: str | Sequence[InputMessage | InputReasoning], instructions: str | None = None
+) -> Conversation:
+    """Return the conversation of a request whose ``input`` has it, after its instructions. Reasoning is left out."""
+    messages, fields = list[Message](), list[str]()
+    if instructions is not None:
+        messages, fields = [Message(role="system", content=instructions)], ["instructions"]
+    if isinstance(input, str):
+        return Conversation([*messages, Message(role="user", content=input)], "input", [*fields, "input"], "image_url")
+    for at, item in enumerate(input):
+        if not isinstance(item, InputReasoning):
+            messages.append(_as_message(item))
+            fields.append(f"input[{at}]")
+    return Conversation(messages, "input", fields, "image_url")
+
+
+def _as_message(item: InputMessage) -> Message:
     """Return a message of the responses API as one of the chat API."""
     if isinstance(item.content, str):
         return Message(role=item.role, content=item.content)

@@ -1,8 +1,6 @@
 """Run the searches of one request, and end them when the client has gone."""
 
 import asyncio
-import logging
-import traceback
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import TypeVar
@@ -15,22 +13,10 @@ from llava_cot.search.events import Event, TextDelta
 from llava_cot.search.run import SearchRun
 from llava_cot.search.stream import EventStream
 from llava_cot.searcher import cancel_all
-from llava_cot.serve.errors import RequestError
+from llava_cot.serve.errors import as_request_error
 from llava_cot.serve.intake import Work
-from llava_cot_kernels.page_pool import OutOfPages
 
-log = logging.getLogger(__name__)
 Result = TypeVar("Result")
-
-# Whose errors of value say what is wrong with a request: these modules check prompts
-ABOUT_REQUESTS = (
-    "llava_cot.prompt",
-    "llava_cot.question",
-    "llava_cot.image",
-    "llava_cot.engine.schedule",
-    "llava_cot.engine.session",
-    "llava_cot.core",
-)
 
 
 async def answers(generator: SwiresGenerator, work: Work) -> list[Answer]:
@@ -48,7 +34,7 @@ async def ended(generator: SwiresGenerator, work: Work) -> list[SearchRun]:
     try:
         await asyncio.gather(*map(generator.aio.engine.run, runs))
         for run in runs:
-            check(generator, run)
+            check(generator, run, work.field)
         return runs
     finally:
         cancel_all(runs)
@@ -92,7 +78,7 @@ async def follow(
                 continue
             left -= 1
             await tasks[index]
-            check(generator, runs[index])
+            check(generator, runs[index], work.field)
             yield index, generator.answer_of(runs[index]), None
     finally:
         for task in tasks:
@@ -115,24 +101,10 @@ def submit_all(
     return runs
 
 
-def check(generator: SwiresGenerator, run: SearchRun) -> None:
+def check(generator: SwiresGenerator, run: SearchRun, field: str) -> None:
     """Raise ``RequestError`` if a search that has ended failed. What is not the request's fault is in the log alone."""
     if error := generator.error_of(run):
-        raise as_request_error(error) from error
-
-
-def as_request_error(error: Exception) -> RequestError:
-    """Return what a client is told of an error. Texts of other libraries are not passed on."""
-    frames = [*traceback.walk_tb(error.__traceback__)]
-    module = frames[-1][0].f_globals.get("__name__", "") if frames else ""
-    if isinstance(error, ValueError) and module in ABOUT_REQUESTS:
-        return RequestError(400, str(error).replace("question", "messages", 1), "messages")
-    if isinstance(error, OutOfPages):
-        return RequestError(
-            400, "the request needs more KV cache than this server has", "messages", "context_length_exceeded"
-        )
-    log.error("a search failed", exc_info=error)
-    return RequestError(500, "the search failed; the server's log says why", None, "search_failed")
+        raise as_request_error(error, field) from error
 
 
 async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:

@@ -52,6 +52,7 @@ class Served:
         found = self.wait_until_idle()
         assert found["kv_cache_usage_perc"] == 0
         assert found["num_images_held"] == 0
+        assert found["held_bytes"] == found["held_pixels"] == 0
 
 
 @contextmanager

@@ -60,7 +60,7 @@ def test_it_shows_every_candidate_and_what_became_of_it(page, trace):
         assert f"seed {node['seed']}" in shown and f"{len(node['tokens'])} token" in shown
         assert re.sub(r"… [\d,]+ more characters", "", shown).find(node["text"].strip()) > 0
     assert states["winner"] == 4 and states["kept"] > 0 and states["pruned"] > 0
-    assert parsed.text.count("⤴ carried over into this pool: ") == 2  # of captions and of reasonings
+    assert parsed.text.count("⤴ carried over into this pool from round ") == 2  # of captions and of reasonings
     assert parsed.text.count("⤴ also in the pool of round 3") == 8
     assert "answer4 & 5gold9 & 10 ≠ not the same" in parsed.text
 

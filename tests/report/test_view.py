@@ -11,6 +11,7 @@ from llava_cot.core import Finish
 from llava_cot.report.numbers import number
 from llava_cot.report.view import read
 from llava_cot.search import SwiresConfig
+from llava_cot.search.budget import Budget
 from llava_cot.search.events import Retrace
 from llava_cot.search.swires import swires
 from llava_cot.trace import parse_trace
@@ -92,6 +93,18 @@ def test_too_few_closed_candidates_are_a_reason_of_their_own():
 
 
 GO_BACK = {"CAPTION": "CAPTION"}
+
+
+@pytest.mark.parametrize("reserve", [0, 0.3])
+@pytest.mark.parametrize("tokens", range(13, 60, 3))
+def test_a_retrace_points_at_its_stage_wherever_the_budget_ends(tokens, reserve):
+    def script(stage, round, parent, index):
+        return Draft(-0.4 if stage == "REASONING" else 0.9 - index / 10)
+
+    budget = Budget(generated_tokens=tokens, reserve=reserve)
+    shown = read(trace_of(run(swires, lambda scorer: SwiresConfig(scorer=scorer, cutoff=0.5), script, budget=budget)))
+    assert shown.retraces
+    assert {(retrace.to, retrace.start, retrace.end) for retrace in shown.retraces} == {("CAPTION", 2, 1)}
 
 
 def test_a_watcher_is_told_too():

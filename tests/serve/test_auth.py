@@ -12,6 +12,7 @@ import uvicorn
 
 from llava_cot.serve import auth
 from llava_cot.serve.auth import Guard, check_bind, is_loopback, read_keys
+from llava_cot.serve.held import Held
 from llava_cot.serve.limits import Limits
 from llava_cot.serve.protocol import with_header_timeout
 
@@ -33,9 +34,9 @@ async def echo(scope, receive, send):
 
 
 @contextmanager
-def serving(keys=(), limits=LIMITS, host="127.0.0.1", protocol=PATIENT) -> Iterator[int]:
+def serving(keys=(), limits=LIMITS, host="127.0.0.1", protocol=PATIENT, held=None) -> Iterator[int]:
     listener = socket.create_server(("127.0.0.1", 0))
-    guard = Guard(echo, keys, host, limits)
+    guard = Guard(echo, keys, host, limits, held or Held(limits))
     config = uvicorn.Config(guard, log_level="critical", lifespan="off", http=protocol)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -283,6 +284,25 @@ def test_a_slow_body_is_given_up():
         assert ask(port)[0] == 200
 
 
+def test_all_requests_together_hold_at_most_so_many_bytes():
+    limits = Limits(max_body_bytes=1000, max_body_seconds=600.0, max_held_bytes=1000)
+    held = Held(limits)
+    with serving(limits=limits, held=held) as port:
+        with socket.create_connection(("127.0.0.1", port)) as slow:
+            slow.sendall(
+                f"POST /x HTTP/1.1\r\nHost: localhost\r\n{JSON}\r\nContent-Length: 900\r\n\r\n".encode() + b"a" * 700
+            )
+            while held.bytes < 700:
+                pass
+            status, headers, body = ask(port, "/x", JSON, method="POST", body=b"a" * 700)
+            assert status == 429 and headers["retry-after"]
+            assert json.loads(body)["error"]["code"] == "memory_full"
+            assert ask(port, "/x", JSON, method="POST", body=b"a" * 300)[0] == 200
+        while held.bytes:
+            pass
+        assert ask(port, "/x", JSON, method="POST", body=b"a" * 1000)[0] == 200
+
+
 @pytest.mark.parametrize("start", [b"", b"G", b"GET / HTTP/1.1\r\nHost: local", b"POST / HTTP/1.1\r\nX: 1\r\n"])
 def test_slow_headers_are_given_up(start):
     with serving(protocol=with_header_timeout(0.2)) as port:
@@ -330,7 +350,7 @@ def test_a_client_that_goes_before_its_body_is_there_gets_no_app():
 
         sent: list = []
         scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"host", b"localhost")]}
-        await Guard(app, (), "127.0.0.1", LIMITS)(scope, receive, send)
+        await Guard(app, (), "127.0.0.1", LIMITS, Held(LIMITS))(scope, receive, send)
         return sent
 
     import asyncio
@@ -341,7 +361,7 @@ def test_a_client_that_goes_before_its_body_is_there_gets_no_app():
 
 def test_an_empty_key_would_be_no_lock():
     with pytest.raises(ValueError, match="keys must not be empty"):
-        Guard(echo, ["key", ""], "127.0.0.1", LIMITS)
+        Guard(echo, ["key", ""], "127.0.0.1", LIMITS, Held(LIMITS))
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,16 @@
 """The JSON of a request: what is refused, with which words, and that nothing of it costs much."""
 
+import asyncio
 import json
 
 import pytest
+from starlette.requests import Request
 
-from llava_cot.serve.body import parse_body
+from llava_cot.serve import body
+from llava_cot.serve.body import LARGE, parse_body, read_body
 from llava_cot.serve.errors import RequestError
 from llava_cot.serve.limits import Limits
+from llava_cot.serve.schema import TextPart
 
 LIMITS = Limits(max_json_depth=4, max_json_values=50)
 
@@ -71,9 +75,11 @@ def test_json_is_read_as_python_reads_it(value, ascii_only):
         (b'{"a": [[[[1]]]]}', "is nested more than 4 deep"),
         (b'{"a": ' + b'{"a": ' * 10 + b"1" + b"}" * 11, "is nested more than 4 deep"),
         (b"[" * 49, "is nested more than 4 deep"),
-        (b"[" * 10**6, "has more than 50 values"),
+        (b"[" * 10**6, "is nested more than 4 deep"),
+        (b"[1," * 10 + b"]," * 10**6, "is nested more than 4 deep"),
         (b'{"a": [' + b"[]," * 60 + b"[]]}", "has more than 50 values"),
         (b'{"a": [' + b"1," * 60 + b"1]}", "has more than 50 values"),
+        (b'{"a": ' + b'""' * 10**6 + b"}", "has more than 50 values"),
         (b'{"a": "\\"' + b'\\\\" [[[[[[', "is nested more than 4 deep"),  # the string ends before the brackets
         (b'{"a": "' + b"\\" * 10**6, "is not valid JSON"),
     ],
@@ -81,6 +87,42 @@ def test_json_is_read_as_python_reads_it(value, ascii_only):
 )
 def test_what_is_refused(raw, words):
     assert words in refusal(raw)
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 7])
+def test_a_body_is_gone_over_in_pieces(monkeypatch, piece):
+    monkeypatch.setattr(body, "PIECE", piece)
+    for value in ({}, {"a": [1, 'ä\\ " \\" [{[{[{[{', {"b": {"c": "\\\\" * 9 + '"'}}], "]": "{"}):
+        for ascii_only in (True, False):
+            assert parse_body(json.dumps(value, ensure_ascii=ascii_only).encode(), LIMITS) == value
+    assert "is nested more than 4 deep" in refusal(b'{"a": "\\"' + b'\\\\" [[[[[[')
+    assert "is not valid JSON" in refusal(b'{"a": "' + b"\\" * 9)
+
+
+def test_streams_go_on_while_a_large_body_is_parsed():
+    text = "x" * LARGE
+
+    async def count(raw: bytes) -> int:
+        """How many times other tasks run meanwhile."""
+
+        async def receive() -> dict:
+            return {"type": "http.request", "body": raw}
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                ticks += 1
+                await asyncio.sleep(0)
+
+        ticks, task = 0, asyncio.create_task(tick())
+        request = Request({"type": "http", "headers": []}, receive)
+        asked = await read_body(request, TextPart, LIMITS)
+        task.cancel()
+        assert asked.type == "text"
+        return ticks
+
+    assert asyncio.run(count(b'{"type": "text", "text": "a"}')) == 0
+    assert asyncio.run(count(b'{"type": "text", "text": "' + text.encode() + b'"}')) > 0
 
 
 def test_a_key_that_stands_twice_is_quoted_in_part():
@@ -92,4 +134,5 @@ def test_two_megabytes_are_one_pass():
     """Each of these takes a quadratic reader, or one that backtracks, more than a lifetime."""
     quotes = b'{"a": "' + b'\\"' * (2**20) + b'"}'
     assert parse_body(quotes, LIMITS) == {"a": '"' * (2**20)}
-    assert "is not valid JSON" in refusal(b'{"a": ' + b'"' * (2 * 2**20))
+    assert "has more than 50 values" in refusal(b'{"a": ' + b'"' * (2 * 2**20))
+    assert "is not valid JSON" in refusal(b'{"a": ' + b"]" * (2 * 2**20))

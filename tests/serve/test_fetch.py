@@ -10,6 +10,7 @@ import pytest
 
 from llava_cot.serve.errors import RequestError
 from llava_cot.serve.fetch import MAX_HOPS, Fetcher, is_public, parse_host, parse_url
+from llava_cot.serve.held import Held
 from llava_cot.serve.images import ImageReader
 from llava_cot.serve.limits import Limits
 
@@ -283,7 +284,7 @@ def test_a_reader_with_a_fetcher_takes_https_alone():
     async def refusal(url: str) -> str:
         fetcher = Fetcher(["images.test"], 1000, 5.0, resolver=resolver)
         with pytest.raises(RequestError) as caught:
-            await ImageReader(Limits(), fetcher).read([(PARAM, url)])
+            await ImageReader(Limits(), fetcher).read([(PARAM, url)], Held(Limits()).holding())
         return caught.value.message
 
     for url in ("http://images.test/a.png", "file:///etc/passwd", "/etc/passwd", " https://images.test/", ""):

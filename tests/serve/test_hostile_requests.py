@@ -20,6 +20,7 @@ LIMITS = {
     "max_n": 4,
     "max_messages": 6,
     "max_text": 2000,
+    "max_read_tokens": 400,
     "max_images": 2,
     "max_pixels": 500_000,
     "max_image_bytes": 100_000,
@@ -217,6 +218,10 @@ CHANGES = [
     ({"messages": []}, "messages must be from 1 to 6, got 0"),
     ({"messages": [said("a")] * 7}, "messages must be from 1 to 6, got 7"),
     ({"messages": [said("a" * 2001)]}, "the text of messages must be from 1 to 2000, got 2001"),
+    ({"messages": [said("red " * 400)]}, "n=1 answers, must have at most 400 tokens of text, got"),
+    ({"messages": [said("red " * 100)], "n": 4}, "n=4 answers, must have at most 400 tokens of text, got"),
+    ({"messages": [said("<|eot_id|>" * 150)]}, "n=1 answers, must have at most 400 tokens of text, got"),
+    ({**RAW, "messages": [said("red " * 400)]}, "must have at most 400 tokens of text, got"),
     ({"messages": [said("")]}, "messages"),
     ({"messages": [{"role": "user", "content": []}]}, "messages"),
     ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
@@ -336,9 +341,11 @@ def test_an_image_is_refused_and_its_field_is_named(hostile, path, url, status, 
         found = post(hostile, {**GOOD, "messages": asked(url)})
     else:
         content = [{"type": "input_image", "image_url": url}, {"type": "input_text", "text": "How many?"}]
-        found = post(hostile, {"model": "tiny:greedy", "input": [{"role": "user", "content": content}]}, path)
+        items = [{"type": "reasoning"}, {"role": "user", "content": content}]
+        found = post(hostile, {"model": "tiny:greedy", "instructions": "Be brief.", "input": items}, path)
     refused(hostile, found, status, words)
-    assert found.json()["error"]["param"].endswith("content[0].image_url.url")
+    param = "messages[0].content[0].image_url.url" if path == CHAT else "input[1].content[0].image_url"
+    assert found.json()["error"]["param"] == param
 
 
 def test_good_images_do_not_hide_a_bad_one(hostile):
@@ -355,7 +362,8 @@ BODIES = [
     (b"[]", "must be a JSON object"),
     (b"{", "is not valid JSON"),
     (b"model=tiny&messages=hello", "is not valid JSON"),
-    (b"[" * 100_000, "has more than"),
+    (b"[" * 100_000, "is nested more than 16 deep"),
+    (b"[" + b'""' * 200_000, "has more than 50000 values"),
     (b'{"a":' * 1000, "is nested more than 16 deep"),
     (b'{"model": "tiny", "metadata": ' + b"[" * 20 + b"]" * 20 + b"}", "is nested more than 16 deep"),
     (b'{"metadata": [' + b"0," * 60_000 + b"0]}", "has more than 50000 values"),
@@ -387,19 +395,26 @@ YES = {"type": "predicate", "instructions": "Is it red?"}
     [
         (RESPONSES, {"input": "a", "messages": []}, "messages is not a field"),
         (RESPONSES, {"input": 7}, "input"),
-        (RESPONSES, {"input": []}, "messages must be from 1 to 6, got 0"),
+        (RESPONSES, {"input": []}, "input must be from 1 to 6, got 0"),
         (RESPONSES, {"input": "a", "reasoning": {"effort": "extreme"}}, "reasoning.effort is wrong"),
         (RESPONSES, {"input": "a", "max_output_tokens": 301}, "max_output_tokens must be from 1 to 300"),
         (RESPONSES, {"input": "a", "llava_cot": {"output": "raw"}}, "llava_cot.output must be 'conclusion'"),
         (RESPONSES, {"input": "a", "previous_response_id": "resp_1"}, "previous_response_id is not a field"),
         (RESPONSES, {"input": "a", "store": True}, "store is wrong"),
-        (RESPONSES, {"input": "a" * 2001}, "the text of messages"),
+        (RESPONSES, {"input": "a" * 2001}, "the text of input"),
+        (RESPONSES, {"input": "a\ufdd0", "instructions": "b"}, "the text of input must be Unicode text"),
+        (RESPONSES, {"input": "a", "instructions": "a" * 2000}, "the text of input"),
+        (RESPONSES, {"input": [said("a", "assistant")]}, "input"),
+        (DECISIONS, {"input": [said("a", "assistant")], "questions": [YES]}, "input"),
+        (DECISIONS, {"input": "a" * 2001, "questions": [YES]}, "the text of input"),
         (DECISIONS, {"input": "a"}, "questions must be given"),
         (DECISIONS, {"input": "a", "questions": []}, "questions"),
         (DECISIONS, {"input": "a", "questions": [YES] * 65}, "questions must have from 1 to 64 entries"),
         (DECISIONS, {"input": "a", "questions": [{**YES, "type": "essay"}]}, "questions[0]"),
         (DECISIONS, {"input": "a", "questions": [{**YES, "x": 1}]}, "x is not a field"),
         (DECISIONS, {"input": "a", "questions": [{**YES, "instructions": "a" * 2001}]}, "the text of questions"),
+        (DECISIONS, {"input": "a", "questions": [YES] * 40}, "input and 40 questions must have at most 400 tokens"),
+        (RESPONSES, {"input": "red " * 400}, "input, read for n=1 answers, must have at most 400 tokens"),
         (DECISIONS, {"input": "a", "questions": [{**YES, "type": "choice", "choices": [{"value": "a"}]}]}, "choices"),
         (DECISIONS, {"input": "a", "questions": [YES], "model": "other"}, "model must be one that"),
     ],
@@ -407,6 +422,7 @@ YES = {"type": "predicate", "instructions": "Is it red?"}
 def test_the_other_apis_refuse_too(hostile, path, body, words):
     found = post(hostile, {"model": "tiny", **body}, path)
     refused(hostile, found, 404 if "model must" in words else 400, words)
+    assert "messages" not in found.text or "messages" in body  # the client has sent none
 
 
 @pytest.mark.parametrize(

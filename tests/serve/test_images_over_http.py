@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import logging
+import re
 import struct
 import zlib
 
@@ -11,11 +12,15 @@ import pytest
 from PIL import Image, features
 
 from llava_cot.image import open_image
+from llava_cot.serve import images
 from llava_cot.serve.errors import RequestError
+from llava_cot.serve.held import Held
 from llava_cot.serve.images import MAX_SCANS, ImageReader
 from llava_cot.serve.limits import Limits
 
 LIMITS = Limits(max_images=3, max_pixels=20_000, max_image_bytes=30_000)
+HELD = Held(LIMITS)
+BASE64 = re.compile("(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{3}=|[A-Za-z0-9+/]{2}==)?")
 PARAM = "messages[0].content[1].image_url.url"
 SECRET = "SECRET-WORD"
 
@@ -34,7 +39,7 @@ def uri(data: bytes, kind: str = "image/png") -> str:
 def read(*urls: str, limits: Limits = LIMITS) -> list[Image.Image]:
     reader = ImageReader(limits)
     try:
-        return asyncio.run(reader.read([(PARAM, url) for url in urls]))
+        return asyncio.run(reader.read([(PARAM, url) for url in urls], Held(limits).holding()))
     finally:
         reader.close()
 
@@ -100,6 +105,55 @@ def test_the_first_frame_the_orientation_and_a_white_ground():
     assert first.getpixel((0, 0)) == (255, 0, 0)
     assert upright.size == (20, 40)
     assert white.getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("piece", [4, 8])
+@pytest.mark.parametrize(
+    "text", ["", "A", "AA==AA", "AAAA=", "AAAA==", "AAAA====", "A===", "=", "AAA=AAAA", "AA\n==", "ä"]
+)
+def test_base64_is_read_in_pieces(monkeypatch, piece, text):
+    monkeypatch.setattr(images, "PIECE", piece)
+    for good in range(1, 20):
+        data = base64.b64encode(bytes(range(good))).decode()
+        assert images._data_of(PARAM, f"data:;base64,{data}", LIMITS) == bytes(range(good))
+        if not BASE64.fullmatch(data + text):
+            with pytest.raises(RequestError, match="base64 data is wrong"):
+                images._data_of(PARAM, f"data:;base64,{data + text}", LIMITS)
+        else:
+            assert images._data_of(PARAM, f"data:;base64,{data + text}", LIMITS) == base64.b64decode(data + text)
+
+
+def test_all_requests_together_hold_at_most_so_many_pixels_and_bytes():
+    image = uri(encoded("PNG", (100, 80)))
+    limits = Limits(max_pixels=10_000, max_held_pixels=20_000, max_held_bytes=2**26)
+
+    async def run() -> None:
+        held, reader = Held(limits), ImageReader(limits)
+        first, second, third = held.holding(), held.holding(), held.holding()
+        await reader.read([(PARAM, image)], first)
+        await reader.read([(PARAM, image)], second)
+        assert (held.pixels, held.bytes) == (16_000, 0)  # files are held only until they are decoded
+        with pytest.raises(RequestError) as caught:
+            await reader.read([(PARAM, image)], third)
+        assert (caught.value.status, caught.value.code) == (429, "memory_full")
+        assert caught.value.headers["Retry-After"]
+        third.close()
+        first.close()
+        assert (held.pixels, held.bytes) == (8_000, 0)
+        await reader.read([(PARAM, image)], held.holding())
+        held.holding().add(bytes=held.max_bytes)
+        with pytest.raises(RequestError, match="as much memory as they may"):
+            await reader.read([(PARAM, image)], held.holding())
+        reader.close()
+
+    asyncio.run(run())
+
+
+def test_a_limit_of_all_requests_lets_the_largest_one_in():
+    with pytest.raises(ValueError, match="max_held_pixels must be at least max_pixels=50000000, got 7"):
+        Limits(max_held_pixels=7)
+    with pytest.raises(ValueError, match="max_held_bytes must be at least max_body_bytes=33554432, got 7"):
+        Limits(max_held_bytes=7)
 
 
 def test_what_follows_an_image_is_not_read():
@@ -254,11 +308,11 @@ def test_no_image_is_held_after_a_refusal():
 
     async def run() -> weakref.ref:
         reader = ImageReader(LIMITS)
-        (image,) = await reader.read([(PARAM, uri(GOOD["PNG"]))])
+        (image,) = await reader.read([(PARAM, uri(GOOD["PNG"]))], HELD.holding())
         held = weakref.ref(image)
         del image
         with pytest.raises(RequestError):
-            await reader.read([(PARAM, uri(GOOD["PNG"])), (PARAM, uri(GOOD["PNG"][:70]))])
+            await reader.read([(PARAM, uri(GOOD["PNG"])), (PARAM, uri(GOOD["PNG"][:70]))], HELD.holding())
         reader.close()
         return held
 

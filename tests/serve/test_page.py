@@ -11,6 +11,7 @@ def test_its_headers_and_its_names(server):
     assert page.headers["content-type"] == "text/html; charset=utf-8" and page.headers["cache-control"] == "no-store"
     policy = dict(part.split(" ", 1) for part in page.headers["content-security-policy"].split("; "))
     assert policy["default-src"] == "'none'" and policy["script-src"] == policy["style-src"] == "'self'"
+    assert not any("unsafe" in sources for sources in policy.values())
     assert policy["base-uri"] == policy["form-action"] == policy["frame-ancestors"] == "'none'"
     for name in ("page.js", "trace.js", "trace.css", "searches.json"):
         file = httpx.get(f"{server.url}/page/{name}")

@@ -101,6 +101,12 @@ def test_a_search_with_two_retraces_is_seen_live(tiny, tab, image, tmp_path):
     assert {retraces for _, retraces, is_running, _ in live if is_running} == {0, 1, 2}
     assert all(answer is None for *_, is_running, answer in live if is_running)
     assert sum(is_running for *_, is_running, _ in live) >= 6  # a stage at a time
+    board = "getComputedStyle(document.querySelector('.board')).gridTemplateColumns.split(' ').length"
+    assert tab.ask(board) == 4
+    lefts = tab.ask(
+        "[...document.querySelectorAll('.retrace p')].map((part) => parseFloat(getComputedStyle(part).left))"
+    )
+    assert all(left > 0 for left in lefts)
     assert text(tab, "#status") == f"Answered: {expected.conclusion}"
 
     texts = tab.ask("[...document.querySelectorAll('.card .text')].map((part) => part.textContent)")
@@ -271,6 +277,10 @@ def check_that_markup_does_nothing(tab):
     tab.ask(f"result.insertAdjacentHTML('beforeend', {json.dumps(HOSTILE)})")
     tab.wait("violations.length")
     assert tab.ask("ran") == [] and tab.ask("violations.splice(0)") == ["script-src-attr"]
+    tab.ask("result.insertAdjacentHTML('beforeend', '<p id=styled style=\"display: none\">')")
+    tab.wait("violations.length")
+    assert tab.ask("getComputedStyle(styled).display") == "block"
+    assert tab.ask("violations.splice(0)") == ["style-src-attr"]
     tab.events[:] = [event for event in tab.events if event["method"] != "Log.entryAdded"]
 
 

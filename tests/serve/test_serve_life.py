@@ -3,12 +3,17 @@
 import json
 import signal
 import socket
+import threading
 from threading import Thread
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 from helpers.serving import DEADLINE, messages_of, serving, world
+from starlette.testclient import TestClient
+
+from llava_cot import SwiresGenerator
+from llava_cot.serve.app import create_app
 
 LONG = {"model": "tiny", "messages": messages_of(world(3)), "seed": 5, "llava_cot": {"settings": {"candidates": 8}}}
 
@@ -48,6 +53,18 @@ def test_sigterm_lets_what_is_in_flight_finish():
         thread.join(DEADLINE)
         assert served.process.wait(DEADLINE) == 0
         assert replies[0].status_code == 200 and replies[0].json()["choices"][0]["message"]["content"]
+
+
+def test_an_application_that_ends_ends_its_threads(tiny):
+    before = {*threading.enumerate()}
+    app = create_app(SwiresGenerator(tiny.model, tiny.processor), name="tiny")
+    with TestClient(app, "http://localhost") as client:
+        assert client.post("/v1/chat/completions", json={**LONG, "model": "tiny:greedy", "llava_cot": {}}).is_success
+        started = {*threading.enumerate()} - before
+        assert any(thread.name.startswith("images") for thread in started)
+    for thread in started:
+        thread.join(DEADLINE)
+        assert not thread.is_alive(), thread
 
 
 def test_a_killed_server_ends_its_streams_with_an_error_and_starts_again():

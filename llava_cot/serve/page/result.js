@@ -2,6 +2,11 @@
 
 import follow from "./trace.js";
 
+// Where a trace's style attributes place its columns and arrows. Scripts may set these, and the page's policy allows no
+// style attributes. A quote in a text is escaped, so the pattern finds attributes alone.
+const PLACES = ["columns", "middle"];
+const STYLE = / style="--(columns|middle): ([\d.]+%?)"/g;
+
 export class Result {
   #root;
   #moves = new AbortController();
@@ -19,7 +24,12 @@ export class Result {
   show(html, { isLive }) {
     const before = this.#state();
     const template = document.createElement("template");
-    template.innerHTML = html;
+    template.innerHTML = html.replaceAll(STYLE, ' data-$1="$2"');
+    for (const name of PLACES) {
+      for (const part of template.content.querySelectorAll(`[data-${name}]`)) {
+        part.style.setProperty(`--${name}`, part.dataset[name]);
+      }
+    }
     this.#moves.abort();
     this.#root.replaceChildren(template.content);
     this.#root.classList.toggle("live", isLive);

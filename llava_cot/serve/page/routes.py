@@ -18,12 +18,11 @@ OWN = ("form.css", "page.js", "stream.js", "result.js", "images.js", "history.js
 OF_TRACES = ("page.css", "trace.css")  # of llava_cot.report
 CANDIDATES = ("candidates", "n", "num_beams")  # what searches call the number of candidates that they draw at once
 
-# Style attributes place the columns and the arrows of a trace; everything else comes from files of this server.
+# Everything comes from files of this server.
 POLICY = {
     "default-src": "'none'",
     "script-src": "'self'",
     "style-src": "'self'",
-    "style-src-attr": "'unsafe-inline'",
     "img-src": "'self' data: blob:",
     "connect-src": "'self'",
     "base-uri": "'none'",
