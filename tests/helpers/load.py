@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 import httpx
+
 from helpers.hostile import BODIES, CHAT, GOOD, IMAGES, WRONG, asked, error_of
 from helpers.serving import DEADLINE, messages_of, world
 
@@ -185,10 +186,24 @@ async def load(url, requests, leaving=0, hostile=(), seed=0):
     bodies = [request.body() for request in requests]
     leavers = draw.sample(range(len(requests)), leaving)
     stay = len(requests) - leaving
-    work = [leave(at, marks[draw.randrange(stay)]) if at in leavers else ask(at) for at in range(len(requests))]
+    work = [leave(at, marks[draw.randrange(stay // 2)]) if at in leavers else ask(at) for at in range(len(requests))]
     work += map(attack, hostile)
     draw.shuffle(work)
     async with clients_of(url) as http, asyncio.TaskGroup() as group:
         for each in work:
             group.create_task(each)
     return outcome
+
+
+def faults(outcome, requests, expected):
+    """What is not as it must be, in words. ``expected`` is what ``twins`` returned."""
+    found = {at: read(reply) for at, reply in outcome.replies.items()}
+    differ = [
+        at for at, (said, tokens) in found.items() if said != expected[at][0] or tokens not in (None, expected[at][1])
+    ]
+    words = [f"the answer of {requests[at]} is not that of its twin" for at in differ]
+    if len(found) + outcome.gone != len(requests):
+        words.append(f"of {len(requests)} clients, {len(found)} were answered and {outcome.gone} have gone")
+    if not set(outcome.refused) <= {400, 404, 413}:
+        words.append(f"hostile requests got {dict(outcome.refused)}")
+    return words
