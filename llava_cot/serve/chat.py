@@ -14,7 +14,7 @@ from llava_cot.search.run import SearchRun
 from llava_cot.serve.errors import RequestError
 from llava_cot.serve.intake import Intake, Work
 from llava_cot.serve.metrics import Measured, Metrics
-from llava_cot.serve.reply import Texts, Tokens, described, logprobs_of, texts_of, total, usage_of
+from llava_cot.serve.reply import Texts, Tokens, described, logprobs_of, texts_in, texts_of, total, usage_of
 from llava_cot.serve.running import answers, follow
 from llava_cot.serve.schema import ChatRequest
 from llava_cot.stages import Grammar
@@ -131,16 +131,18 @@ class Shown:
 
     def __init__(self, stops: Sequence[str], grammar: Grammar) -> None:
         self._stops, self._grammar = stops, grammar
+        self._beginnings = {mark[:end] for mark in (*grammar.all_tags, *stops) for end in range(1, len(mark))}
+        self._longest = max(map(len, self._beginnings), default=0)
         self._text, self._reasoning, self._content = "", "", ""
 
     def add(self, text: str) -> list[dict[str, str]]:
         """Return the deltas that new text of the model brings. What may still become a tag is held back."""
         self._text += text
-        certain = self._text[: len(self._text) - _held(self._text, (*self._grammar.all_tags, *self._stops))]
+        certain = self._text[: len(self._text) - self._held()]
         stages = self._grammar.parse(certain, ended=False)
         if all(not part.text for part in stages.values()):
             return []  # nothing says yet whether the model writes stages at all
-        texts = texts_of(self._grammar, certain, ended=False)
+        texts = texts_in(self._grammar, certain, stages)
         return self.up_to(Texts(texts.reasoning, cut(texts.content, self._stops)))
 
     def up_to(self, texts: Texts) -> list[dict[str, str]]:
@@ -153,6 +155,11 @@ class Shown:
             deltas.append({"content": new})
             self._content = texts.content
         return deltas
+
+    def _held(self) -> int:
+        """Return how many characters at the end of the text may be the beginning of a tag or of a stop."""
+        lengths = range(min(self._longest, len(self._text)), 0, -1)
+        return next((length for length in lengths if self._text[-length:] in self._beginnings), 0)
 
 
 Told = tuple[int, Event | Answer | dict[str, str], str | None]
@@ -195,16 +202,6 @@ def reason_of(answer: Answer) -> str:
 
 def new_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex}"
-
-
-def _held(text: str, marks: Sequence[str]) -> int:
-    """Return how many characters at the end of ``text`` may be the beginning of one of ``marks``."""
-    longest = max(map(len, marks), default=1) - 1
-    for length in range(min(longest, len(text)), 0, -1):
-        tail = text[-length:]
-        if any(mark.startswith(tail) for mark in marks if len(mark) > length):
-            return length
-    return 0
 
 
 def _data(head: dict[str, Any], index: int, delta: dict[str, str]) -> str:

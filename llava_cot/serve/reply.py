@@ -1,12 +1,12 @@
 """What the server says of a finished search, in the terms that all of its APIs share."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from llava_cot.answer import Answer
 from llava_cot.core import Usage
-from llava_cot.stages import Grammar
+from llava_cot.stages import Grammar, StageText
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,11 @@ class Texts:
 
 def texts_of(grammar: Grammar, text: str, *, ended: bool) -> Texts:
     """Split an answer, or what there is of it so far."""
-    stages = grammar.parse(text, ended=ended)
+    return texts_in(grammar, text, grammar.parse(text, ended=ended))
+
+
+def texts_in(grammar: Grammar, text: str, stages: Mapping[str, StageText]) -> Texts:
+    """As ``texts_of``, where the stages of ``text`` are known."""
     content = grammar.conclusion_of(text, stages).text
     before = [stage.text for name, stage in stages.items() if name != grammar.conclusion and stage.text]
     return Texts("\n\n".join(before), content)

@@ -1,6 +1,7 @@
 """Run the searches of one request, and end them when the client has gone."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import TypeVar
@@ -16,6 +17,7 @@ from llava_cot.searcher import cancel_all
 from llava_cot.serve.errors import as_request_error
 from llava_cot.serve.intake import Work
 
+TEXTS = 250  # pieces of new text a second that all streams together send; each keeps the engine's thread waiting
 Result = TypeVar("Result")
 
 
@@ -46,17 +48,23 @@ async def follow(
     """Answer all seeds of ``work``, and yield their events as they happen, and each answer when it is there.
 
     An item begins with the index of the seed. ``look`` is called in the engine's thread after a step that brought
-    events other than new text, and what it returns comes with the last of them.
+    events other than new text, and what it returns comes with the last of them. The more searches run, the more new
+    text comes at once: one that runs alone yields the text of each step.
     """
     loop, queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event | None, str | None]]()
     logs: list[list[Event]] = [[] for _ in work.seeds]
     runs = submit_all(generator, work, [events.append for events in logs])
 
     async def watch(index: int, run: SearchRun) -> None:
-        seen = EventStream(run, logs[index], generator.detokeniser())
+        seen, due = EventStream(run, logs[index], generator.detokeniser()), 0.0
 
         def pass_on() -> None:
-            events = seen.take()
+            nonlocal due
+            now = time.monotonic()
+            if now < due and not logs[index] and not run.done:
+                return
+            if events := seen.take():
+                due = now + len(generator.engine.schedule.running) / TEXTS
             has_news = any(not isinstance(event, TextDelta) for event in events)  # a trace has no unfinished text
             shown = look(run) if has_news else None
             for event in events:

@@ -72,7 +72,10 @@ def trace_data(
 
 def to_json(data: Any, indent: int | None = None) -> str:
     """Return ``data`` as strict JSON, in which inf, -inf and NaN are the strings "inf", "-inf" and "nan"."""
-    return json.dumps(_finite(data), indent=indent, allow_nan=False)
+    try:  # nearly all data is finite, and to look at each value takes most of the time
+        return json.dumps(data, indent=indent, allow_nan=False)
+    except (TypeError, ValueError):
+        return json.dumps(_finite(data), indent=indent, allow_nan=False)
 
 
 def _described(error: BaseException) -> ErrorData:

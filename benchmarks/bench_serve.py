@@ -1,0 +1,166 @@
+"""The server under load, its speed beside ``answer_batch``, and its memory.
+
+    python benchmarks/bench_serve.py --threads 1
+    python benchmarks/bench_serve.py --threads 1 --parts throughput --searches greedy --turns 9
+
+``load`` sends all clients at once, with every search and half of them as streams. A tenth goes away at a random moment,
+and a twentieth is hostile. Once the server has a place for every client, once for a third of them. Every answer must be
+that of ``answer_batch``, and at the end the server must hold nothing.
+
+``throughput`` asks the same questions of the server, all at once, and of ``answer_batch`` in this process. Both take
+turns. Figures are medians, and the ratio is the server's speed over that of ``answer_batch``.
+
+``memory`` sends many requests, and reads the resident memory of the server after each hundred, once it is idle.
+"""
+
+import argparse
+import asyncio
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_search import environment
+from timing import Results
+
+from llava_cot import SwiresGenerator
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from helpers.load import MAX_NEW_TOKENS, SEARCHES, Ask, asks, faults, hostile_bodies, load, read, twins
+from helpers.serving import Served, serving, world
+
+PARTS = ("load", "throughput", "memory")
+LEAVING, HOSTILE = 10, 20  # one of so many clients
+LEAST_RATIO = 0.9
+SHORT = ("greedy", "sample", "best_of_n")  # whose searches take a few tens of ms
+AT_ONCE, EVERY = 50, 100  # requests
+MAX_GROWTH = 0.02  # of the resident memory, after a quarter of the requests
+
+
+def bench_load(generator: SwiresGenerator, clients: int, seed: int) -> list[dict[str, Any]]:
+    """Return a row for each size of the queue. ``missed`` names what is not as it must be."""
+    leaving, hostile = clients // LEAVING, clients // HOSTILE
+    requests = asks(clients - hostile, seed)
+    expected, rows = twins(generator, requests), []
+    print(f"| places | answered | gone | hostile | 429 | seconds |\n|{' --- |' * 6}")
+    for places in (clients, clients // 3):
+        with serving("--limit", f"max_queue={places}") as served:
+            start = time.perf_counter()
+            outcome = asyncio.run(load(served.url, requests, leaving, hostile_bodies(hostile, seed), seed))
+            seconds = time.perf_counter() - start
+            served.assert_nothing_held()
+            tracebacks = sum("Traceback" in line for line in served.lines)
+        missed = faults(outcome, requests, expected) + [f"the log has {tracebacks} tracebacks"] * bool(tracebacks)
+        row: dict[str, Any] = {"part": "load", "clients": clients, "places": places, "seconds": seconds}
+        row |= {"answered": len(outcome.replies), "gone": outcome.gone, "refused": dict(outcome.refused)}
+        rows.append(row | {"waited": outcome.waited, "missed": missed})
+        refused = ", ".join(f"{count}x {status}" for status, count in sorted(outcome.refused.items()))
+        cells = [places, len(outcome.replies), outcome.gone, refused, outcome.waited, f"{seconds:.1f}"]
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    return rows
+
+
+def bench_throughput(
+    generator: SwiresGenerator, served: Served, search: str, questions: int, turns: int, stream: bool
+) -> dict[str, Any]:
+    """Return the row of one search."""
+    requests = [Ask(at, search, 0, stream) for at in range(questions)]
+    samples = [world(at) for at in range(questions)]
+    images, texts = [sample.image for sample in samples], [sample.question for sample in samples]
+
+    def by_server() -> list[Any]:
+        outcome = asyncio.run(load(served.url, requests))
+        return [outcome.replies[at] for at in range(questions)]
+
+    def by_batch() -> list[Any]:
+        return generator.answer_batch(images, texts, search, seed=0, max_new_tokens=MAX_NEW_TOKENS)
+
+    calls: dict[str, Callable[[], list[Any]]] = {"server": by_server, "batch": by_batch}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(turns + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            found = call()
+            if turn:  # the first one is the warm-up
+                seconds[name].append(time.perf_counter() - start)
+            if name == "server":
+                drawn = [read(reply)[0].drawn for reply in found]
+            elif drawn != [answer.usage.generated_tokens for answer in found]:
+                raise SystemExit(f"{search}: the server draws other tokens than answer_batch")
+    server, batch = (statistics.median(seconds[name]) for name in calls)
+    row = {"part": "throughput", "search": search, "stream": stream, "questions": questions, "tokens": sum(drawn)}
+    row |= {"seconds": seconds, "server": server, "batch": batch, "ratio": batch / server}
+    way = "stream" if stream else "whole"
+    print(
+        f"| {search} | {way} | {server:.2f} | {batch:.2f} | {sum(drawn) / server:.0f} | {batch / server:.2f} |",
+        flush=True,
+    )
+    return row
+
+
+def bench_memory(served: Served, requests: int) -> dict[str, Any]:
+    """Return the row of the server's memory."""
+    sizes = [served.resident_bytes()]
+    print(f"| requests | resident MiB |\n| --- | --- |\n| 0 | {sizes[0] / 2**20:.1f} |")
+    for start in range(0, requests, EVERY):
+        for part in range(start, start + EVERY, AT_ONCE):
+            outcome = asyncio.run(load(served.url, asks(AT_ONCE, part, SHORT), AT_ONCE // LEAVING, (), part))
+            assert len(outcome.replies) + outcome.gone == AT_ONCE
+        served.assert_nothing_held()
+        sizes.append(served.resident_bytes())
+        print(f"| {start + EVERY} | {sizes[-1] / 2**20:.1f} |", flush=True)
+    warm = sizes[max(1, len(sizes) // 4) :]
+    third = max(1, len(warm) // 3)
+    growth = statistics.median(warm[-third:]) / statistics.median(warm[:third]) - 1
+    return {"part": "memory", "requests": requests, "every": EVERY, "resident_bytes": sizes, "growth": growth}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="*", choices=PARTS, default=PARTS)
+    parser.add_argument("--clients", type=int, default=200, help="of the load")
+    parser.add_argument("--questions", type=int, default=64, help="asked at once to measure the throughput")
+    parser.add_argument("--searches", nargs="*", choices=SEARCHES, default=("greedy", "best_of_n", "swires"))
+    parser.add_argument("--turns", type=int, default=5, help="that server and batch take; medians are shown")
+    parser.add_argument("--requests", type=int, default=2000, help="while the memory is read")
+    parser.add_argument("--seed", type=int, default=0, help="of who asks what, and of who goes when")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="write the figures as JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    generator = SwiresGenerator.from_pretrained("tiny")
+    results = Results(args.json, benchmark="bench_serve", **environment(args.threads, "cpu"), seed=args.seed)
+    missed: list[str] = []
+    if "load" in args.parts:
+        for row in bench_load(generator, args.clients, args.seed):
+            results.add(row)
+            missed += row["missed"]
+    if "throughput" in args.parts:
+        print(f"\n| search | reply | server, s | batch, s | server, tokens/s | ratio |\n|{' --- |' * 6}")
+        with serving("--limit", f"max_queue={args.questions}") as served:
+            for search in args.searches:
+                for stream in (False, True):
+                    row = bench_throughput(generator, served, search, args.questions, args.turns, stream)
+                    results.add(row)
+                    if row["ratio"] < LEAST_RATIO:
+                        missed.append(f"{search} has {row['ratio']:.2f} of the throughput of answer_batch")
+    if "memory" in args.parts:
+        print()
+        with serving() as served:
+            row = bench_memory(served, args.requests)
+        results.add(row)
+        print(f"\nThe memory grew by {row['growth']:.2%} after a quarter of the requests.")
+        if row["growth"] > MAX_GROWTH:
+            missed.append(f"the memory grew by {row['growth']:.2%}")
+    for line in missed:
+        print(f"target missed: {line}")
+    if missed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
