@@ -2,7 +2,8 @@
 
 ``python benchmarks/bench_batch.py --threads 1`` asks 64 questions in groups of 1, 8 and 64, in one process and on one
 engine. Ratios are against the groups of 1. The answers are compared token for token before anything is printed. A
-forward step is one pass of the model over all active branches. Prefills, one for each question, are not counted.
+forward step is one pass of the model over all active branches, and a row is one token of such a pass. Prefills, one for
+each question, are not counted. SWIRES is also run by an engine that drafts nothing.
 
 The shares are parts of the time of a step: matrix products (by torch's profiler), our attention, our sampler and the
 other ops. The rest is the host's: transformers' modules and the engine. Ops this small look longer while they are
@@ -36,6 +37,7 @@ SEARCHES = {
     "swires (published)": SwiresConfig.published(max_new_tokens=MAX_NEW_TOKENS),
     "best of 4": BestOfNConfig(n=4, max_new_tokens=MAX_NEW_TOKENS),
 }
+WITHOUT_DRAFTS = "swires (published)"  # is also run without them
 MATRIX_OPS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
 OWN_OPS = {
     "llava_cot_kernels::paged_attention": "attention",
@@ -55,6 +57,7 @@ class Figures:
     seconds: float
     tokens_per_second: float  # drawn, including tokens of candidates that were not kept
     forward_steps: int
+    rows: int  # tokens of all forward steps
     longest: int  # forward steps of the longest search of each group, summed over groups
     speedup: float  # over one at a time
     shares: dict[str, float]  # shares of the time of a step, in the last group
@@ -108,7 +111,7 @@ def shares_of_steps(generator: SwiresGenerator, samples: Sequence[Any], search: 
     return {**shares, "host": 1 - sum(shares.values())}
 
 
-def bench(generator: SwiresGenerator, name: str, samples: Sequence[Any]) -> Iterator[Figures]:
+def bench(generator: SwiresGenerator, name: str, samples: Sequence[Any], label: str = "") -> Iterator[Figures]:
     search, alone, alone_seconds = SEARCHES[name], list[Answer](), 0.0
     for group in [group for group in GROUPS if group <= len(samples)]:
         groups = [samples[start : start + group] for start in range(0, len(samples), group)]
@@ -126,7 +129,8 @@ def bench(generator: SwiresGenerator, name: str, samples: Sequence[Any]) -> Iter
         shares = shares_of_steps(generator, groups[-1], search)
         tokens = sum(answer.usage.generated_tokens for answer in answers)
         speedup = alone_seconds / seconds
-        row = Figures(name, group, seconds, tokens / seconds, len(steps), sum(longest), speedup, shares)
+        counts = (len(steps), sum(steps), sum(longest))
+        row = Figures(label or name, group, seconds, tokens / seconds, *counts, speedup, shares)
         print(_row(row), flush=True)
         yield row
 
@@ -172,7 +176,7 @@ def _row(row: Figures) -> str:
     shares = " | ".join(f"{share:.0%}" for share in row.shares.values())
     return (
         f"| {row.search} | {row.group} | {row.seconds:.2f} s | {row.speedup:.2f}x | {row.tokens_per_second:.0f} | "
-        f"{row.forward_steps} ({row.steps_ratio:.2f}x) | {shares} |"
+        f"{row.forward_steps} ({row.steps_ratio:.2f}x) | {row.rows} | {shares} |"
     )
 
 
@@ -187,7 +191,7 @@ def main() -> None:
     samples = [shapes.sample(seed) for seed in range(807_000, 807_000 + args.questions)]
     ask(generator, samples[:2], "greedy")  # warm
     columns = ["search", "at once", "wall time", "speed-up", "tokens/s", "forward steps (over the longest alone's)"]
-    columns += ["matrix work", "attention", "drawing", "other ops", "host"]
+    columns += ["rows", "matrix work", "attention", "drawing", "other ops", "host"]
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     results = Results(
         args.json,
@@ -197,7 +201,11 @@ def main() -> None:
         max_new_tokens=MAX_NEW_TOKENS,
     )
     rows = list[Figures]()
-    for row in (row for name in SEARCHES for row in bench(generator, name, samples)):
+    plain = SwiresGenerator.from_pretrained("tiny", engine=EngineConfig(draft_tokens=0))
+    ask(plain, samples[:2], "greedy")  # warm
+    runs = [bench(generator, name, samples) for name in SEARCHES]
+    runs.append(bench(plain, WITHOUT_DRAFTS, samples, f"{WITHOUT_DRAFTS}, no drafts"))
+    for row in (row for run in runs for row in run):
         rows.append(row)
         results.add({**asdict(row), "steps_ratio": row.steps_ratio})
     print("\n| pages | wall time | tokens drawn | tokens recomputed |\n| --- | --- | --- | --- |")

@@ -9,9 +9,11 @@ cut at 24 / 96 / 160 / 16 tokens. The peers are transformers' own:
   tokens, finds no tags and scores nothing, but it decodes as many tokens in the same batches.
 - published: every candidate is a ``generate`` call at batch 1, from pixels. The text is decoded after every token.
 
-The engine runs all questions as one continuous batch, which the loops cannot. All run in one process on the same
-weights. Each way runs once before it is timed: the engine runs the very same search, and the loops run one question
-with 2 tokens a stage. The seconds of that first run, with compilation and captures, are reported beside the timed ones.
+The engine runs all questions as one continuous batch, which the loops cannot. With ``--drafts`` it also runs with
+drafts, which a model of this size does without on a CPU. Random weights repeat nothing, so that row says what drafts
+cost where they do not help. All run in one process on the same weights. Each way runs once before it is timed: the
+engine runs the very same search, and the loops run one question with 2 tokens a stage. The seconds of that first run,
+with compilation and captures, are reported beside the timed ones.
 
 The answers are compared token for token. On the CPU they must be equal; otherwise the figures of the loop are an error.
 In bfloat16 the share of equal tokens, up to the first that differs, is reported. A way that fails leaves its error in
@@ -43,6 +45,7 @@ from static_decode import StaticDecoder, prefill
 from timing import Results, check_device
 
 from llava_cot import EngineConfig, SwiresConfig, SwiresGenerator, tiny_path
+from llava_cot.engine.drafts import DRAFT_TOKENS
 
 ROOT = Path(__file__).parents[1]
 STAGE_TOKENS = {"SUMMARY": 24, "CAPTION": 96, "REASONING": 160, "CONCLUSION": 16}
@@ -248,13 +251,16 @@ def bench(args: argparse.Namespace, model, ways: Ways) -> list[dict[str, Any]]:
     )
     expected: list[list[int]] = []  # the engine's tokens
 
-    def engine() -> dict[str, Any]:
+    def engine(draft_tokens: int | None = None) -> dict[str, Any]:
         num_pages = args.questions * pages_needed(config)
-        generator = SwiresGenerator(model, processor, engine=EngineConfig(PAGE_SIZE, num_pages, compile=args.compile))
+        settings = EngineConfig(PAGE_SIZE, num_pages, compile=args.compile, draft_tokens=draft_tokens)
+        generator = SwiresGenerator(model, processor, engine=settings)
         first, _ = run_engine(generator, questions, config)
         found, tokens = run_engine(generator, questions, config)
-        expected.extend(tokens)
-        return {"first_run": "the same search", "first_seconds": first["seconds"], **found, "agreement": 1.0}
+        if not expected:
+            expected.extend(tokens)
+        same = agreement(tokens, expected)
+        return {"first_run": "the same search", "first_seconds": first["seconds"], **found, "agreement": same}
 
     def loop(open_way, is_compared: bool) -> dict[str, Any]:
         tokenizer, looped = processor.tokenizer, questions[: args.looped or args.questions]
@@ -273,6 +279,8 @@ def bench(args: argparse.Namespace, model, ways: Ways) -> list[dict[str, Any]]:
     static = {"decoders": {}, "max_new_tokens": config.max_new_tokens, "compile": args.compile}
     opened = {"cached": CachedWay, "published": PublishedWay, "static": partial(StaticWay, **static)}
     calls: dict[str, Callable[[], dict[str, Any]]] = {"engine": engine}
+    if args.drafts:
+        calls["engine, drafts"] = partial(engine, DRAFT_TOKENS)
     calls |= {LOOPS[name]: partial(loop, opened[name], name != "static") for name in args.peers}
     rows = []
     for way, call in calls.items():
@@ -323,6 +331,7 @@ def main():
     parser.add_argument("--questions", type=int, default=2)
     parser.add_argument("--looped", type=int, help="questions for the loops, which run them one by one; default: all")
     parser.add_argument("--peers", nargs="*", choices=LOOPS, help="loops to run; default: all (no static on the CPU)")
+    parser.add_argument("--drafts", action="store_true", help="also run the engine with drafts")
     parser.add_argument("--rounds", type=int, default=1, help="rounds of SWIRES; no stage closes here, so none passes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

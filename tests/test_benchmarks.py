@@ -230,8 +230,8 @@ def test_throughput_asks_in_turn_what_does_not_fit_together(run, small, monkeypa
 def test_batch_keeps_its_rows_when_it_is_stopped(run, monkeypatch, tmp_path):
     shares = dict.fromkeys(("matrix", "attention", "drawing", "other_ops", "host"), 0.2)
 
-    def stopped(generator, name, samples):
-        yield bench_batch.Figures(name, 1, 1.0, 1.0, 1, 1, 1.0, shares)
+    def stopped(generator, name, samples, label=""):
+        yield bench_batch.Figures(name, 1, 1.0, 1.0, 1, 1, 1, 1.0, shares)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(bench_batch, "bench", stopped)

@@ -198,6 +198,7 @@ def _usage(usage: UsageData) -> list[str]:
     return [
         count(usage["prompt_tokens"], "prompt token"),
         f"{count(usage['decoded_tokens'], 'token')} computed after the prompt",
+        *([f"{count(drafted, 'token')} drafted"] if (drafted := usage["drafted_tokens"]) else []),
         *(f"{count(number, 'candidate')} {what}" for what, number in asked.items() if number),
         f"{usage['steps']:,} forward passes",
         count(usage["image_encodings"], "image encoding"),

@@ -15,7 +15,7 @@ from llava_cot.serve.intake import Work
 async def texts_of_all(generator, number):
     """The pieces of text of each of ``number`` streams that run at once."""
     sample, plan = world(3), generator.plan("greedy", max_new_tokens=64)
-    work = Work("tiny", plan, sample.question, [sample.image], (0,))
+    work = Work("tiny", plan, sample.question, [sample.image], (0,), "messages")
 
     async def pieces():
         items = running.follow(generator, work, lambda run: None)
