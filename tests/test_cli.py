@@ -170,7 +170,7 @@ def test_a_report_of_many_traces(run, tmp_path):
     traces.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     status, out, err = run("report", str(traces))
     assert status == 0 and "swires 3 50.0% of 2 3 3 153 86%" in " ".join(out.split())
-    assert err == "failed: traces.jsonl, line 4: trace.version must be 6, got 1\n"
+    assert err == "failed: traces.jsonl, line 4: trace.version must be 7, got 1\n"
     assert not out_folder.exists()
     assert run("report", str(traces), "--html", str(out_folder))[:2] == (status, out)
     assert sorted(page.name for page in out_folder.iterdir()) == [*(f"0000{n}.html" for n in (1, 2, 3)), "index.html"]

@@ -47,7 +47,7 @@ def test_every_trace_in_order_and_what_is_wrong_with_the_others(folder):
     assert errors[0].startswith("not JSON, column 2: Unterminated string")
     assert errors[1] == "gold must be a string or a number, got list"
     assert errors[2] == "not JSON that can be read: it is nested too deeply"
-    assert errors[3] == "trace.version must be 6, got 2"
+    assert errors[3] == "trace.version must be 7, got 2"
     assert "can't decode" in errors[4]
     assert read_rows(folder / "a.jsonl") == rows[:-1]
 
