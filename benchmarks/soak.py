@@ -8,7 +8,6 @@ third of the readings after the warm-up (the first quarter of the answers) is co
 
 import argparse
 import gc
-import itertools
 import statistics
 import sys
 import time
@@ -21,11 +20,12 @@ from timing import Results
 
 from llava_cot import BestOfNConfig, EngineConfig, GreedyConfig, SwiresConfig, SwiresGenerator, TokenBeamConfig
 from llava_cot.data import shapes
+from llava_cot.search.run import SearchRun
 from llava_cot.searcher import cancel_all
 
 GROUP, EVERY = 50, 500  # answers
 QUESTIONS = 200  # that differ
-NUM_PAGES = 700
+NUM_PAGES = 280  # of 4 tokens; a group would use about 400
 MAX_GROWTH = 0.02
 SEARCHES = (
     GreedyConfig(max_new_tokens=12),
@@ -41,9 +41,12 @@ def resident_bytes() -> int:
     return int(status.split("VmRSS:")[1].split()[0]) * 1024
 
 
-def answer_group(generator: SwiresGenerator, first: int) -> list[weakref.ref]:
-    """Answer the questions from number ``first`` on, all at once. Returns references to their sessions."""
-    runs = []
+def answer_group(generator: SwiresGenerator, first: int) -> tuple[list[weakref.ref], int]:
+    """Answer the questions from number ``first`` on, all at once.
+
+    Returns references to their sessions, and how many of them computed tokens again.
+    """
+    runs: list[SearchRun] = []
     try:
         for number in range(first, first + GROUP):
             sample = shapes.sample(800_000 + number % QUESTIONS)
@@ -57,7 +60,8 @@ def answer_group(generator: SwiresGenerator, first: int) -> list[weakref.ref]:
         generator.wait(rest)
         for run in rest:
             generator.answer_of(run)  # its trace too
-        return [weakref.ref(run.search.session) for run in runs]
+        again = sum(run.search.usage.recomputed_tokens > 0 for run in runs)
+        return [weakref.ref(run.search.session) for run in runs], again
     finally:
         cancel_all(runs)
 
@@ -92,17 +96,19 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     generator = SwiresGenerator.from_pretrained("tiny", engine=EngineConfig(page_size=4, num_pages=NUM_PAGES))
     results = Results(args.json, **environment(args.threads, "cpu"), answers=args.answers, max_growth=MAX_GROWTH)
-    print("| answers | resident MiB | seconds |\n| --- | --- | --- |")
-    start, sizes = time.perf_counter(), list[int]()
+    print("| answers | resident MiB | searches that computed again | seconds |\n| --- | --- | --- | --- |")
+    start, sizes, again = time.perf_counter(), list[int](), 0
     for done in range(args.every, args.answers + 1, args.every):
         groups = range(done - args.every, done, GROUP)
-        sessions = [*itertools.chain.from_iterable(answer_group(generator, first) for first in groups)]
+        found = [answer_group(generator, first) for first in groups]
+        sessions = [session for group, _ in found for session in group]
+        again += sum(count for _, count in found)
         if any((left := held(generator, sessions)).values()):
             sys.exit(f"after {done} answers something is held: {left}")
         sizes.append(resident_bytes())
         seconds = time.perf_counter() - start
-        results.add({"answers": done, "resident_bytes": sizes[-1], "seconds": seconds})
-        print(f"| {done} | {sizes[-1] / 2**20:.1f} | {seconds:.0f} |", flush=True)
+        results.add({"answers": done, "resident_bytes": sizes[-1], "seconds": seconds, "computed_again": again})
+        print(f"| {done} | {sizes[-1] / 2**20:.1f} | {again} | {seconds:.0f} |", flush=True)
     grown = growth(sizes)
     print(f"resident memory grew by {grown:.2%} after the first quarter of the answers")
     if grown > MAX_GROWTH:
