@@ -52,7 +52,7 @@ def replay(
         name,
         device=device,
         quantize=quantize,
-        bos=record.trace.data["bos"],
+        bos=record.trace.data["bos"],  # type: ignore[arg-type]  # it is checked there
         grammar=record.trace.grammar,
         system=system,
     )

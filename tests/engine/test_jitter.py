@@ -29,7 +29,7 @@ MILD = SamplingParams(temperature=0.5)  # candidates share their first tokens, a
 NO_TAG: frozenset[int] = frozenset()
 PROMPTS, PATHS, PATH = 4, 3, 26  # prompts, paths of each, and tokens of a path
 SHARED = 7  # tokens that the paths of a prompt have in common
-FLOOR = 1e-6  # nats: a few ulp of the largest logits, where SDPA happened to be exact
+FLOOR = 1e-6  # nats, about an ulp of the lowest log-probs: for where SDPA happens to be more exact than that
 SCHEDULES = 12
 
 Found = list[tuple[tuple[int, ...], tuple[float, ...]]]  # paths, and the log-probs of the last tokens of each
@@ -152,23 +152,17 @@ def run(engine: Engine, readers: Sequence[Reader]) -> list[Found]:
 
 def read(paths, rng: random.Random, root: int) -> Program:
     """Read ``paths`` in random cuts, one or more of them at a time. What they share is read once, or once for each."""
-    found: Found = []
-    ends = {path: (root, 0) for path in paths}
+    ends, found = dict.fromkeys(paths, root), {path: () for path in paths}
     if rng.random() < 0.5:
-        common = paths[0][:SHARED]
-        ((given,),) = yield rng.randrange(3), [Extend(root, common)]
-        found.append((common, given.logprobs))
-        ends = {path: (given.id, SHARED) for path in paths}
-    while ends:
-        some = rng.sample([*ends], rng.randrange(1, len(ends) + 1))
-        pieces = {path: path[ends[path][1] :][: rng.randrange(1, 12)] for path in some}
-        replies = yield rng.choice([0, 0, 2, 9]), [Extend(ends[path][0], piece) for path, piece in pieces.items()]
-        for (path, piece), (given,) in zip(pieces.items(), replies):
-            end = ends.pop(path)[1] + len(piece)
-            found.append((path[:end], given.logprobs))
-            if end < len(path):
-                ends[path] = given.id, end
-    return found
+        ((given,),) = yield rng.randrange(3), [Extend(root, paths[0][:SHARED])]
+        ends, found = dict.fromkeys(paths, given.id), dict.fromkeys(paths, given.logprobs)
+    while growing := [path for path in paths if len(found[path]) < len(path)]:
+        some = rng.sample(growing, rng.randrange(1, len(growing) + 1))
+        requests = [Extend(ends[path], path[len(found[path]) :][: rng.randrange(1, 12)]) for path in some]
+        replies = yield rng.choice([0, 0, 2, 9]), requests
+        for path, (given,) in zip(some, replies):
+            ends[path], found[path] = given.id, found[path] + given.logprobs
+    return [*found.items()]
 
 
 def grow(rng: random.Random, root: int) -> Program:
@@ -229,15 +223,13 @@ def test_random_schedules_are_as_good_as_sdpa(world):
 
 def in_fixed_cuts(paths, cuts: Sequence[int], stalls: Sequence[int], root: int) -> Program:
     """Read ``paths`` side by side, each in these cuts."""
-    found: Found = []
-    ends, start = [root for _ in paths], 0
+    ends, found, start = [root for _ in paths], [() for _ in paths], 0
     for cut, stall in zip(cuts, stalls, strict=True):
-        requests = [Extend(end, path[start : start + cut]) for path, end in zip(paths, ends)]
-        replies = yield stall, requests
+        replies = yield stall, [Extend(end, path[start : start + cut]) for path, end in zip(paths, ends)]
         start += cut
-        found += [(path[:start], given.logprobs) for path, (given,) in zip(paths, replies)]
         ends = [given.id for (given,) in replies]
-    return found
+        found = [before + given.logprobs for before, (given,) in zip(found, replies)]
+    return [*zip(paths, found)]
 
 
 CUTS = (1, 8, 3, 13, 1)
