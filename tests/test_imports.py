@@ -16,7 +16,8 @@ PACKAGES = ("llava_cot", "llava_cot_kernels")
 # are named here, what those may import, and so on. "torch" is torch and transformers. A layer that has none of it below
 # works on a machine that has no model.
 BELOW: dict[str, set[str]] = {
-    "cli": {"serve", "evaluate", "check", "generator", "train", "annotate", "report", "scoring.verifier"},
+    "cli": {"serve", "evaluate", "check", "generator", "train", "annotate", "report", "scoring.verifier", "replay"},
+    "replay": {"generator"},
     "check": {"generator"},
     "serve": {"workers"},
     "evaluate": {"workers", "data", "report", "journal", "llava_cot"},

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from llava_cot.cli import check, data, evaluate, plan, search, serve, train
+from llava_cot.cli import check, data, evaluate, plan, replay, search, serve, train
 
 HELP = "Vision-language models that reason in stages: search, serving, data, training."
 
@@ -18,7 +18,7 @@ EXTRAS = {
 }
 
 app = typer.Typer(help=HELP, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-for part in (search, serve, plan, data, train, check, evaluate):
+for part in (search, replay, serve, plan, data, train, check, evaluate):
     app.add_typer(part.app)
 
 
