@@ -180,7 +180,9 @@ def main() -> None:
     model = random_mllama(args.model, args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
     tags = StageTags([b"a", b"</x>"], ["</x>"])
     num_pages = -(-args.text // 16) + max(args.candidates) * (-(-args.tokens // 16) + 2)
-    config = EngineConfig(num_pages=num_pages, steps_per_look=args.steps_per_look, compile=args.compile)
+    config = EngineConfig(  # without drafts, with which a step would have more rows than candidates
+        num_pages=num_pages, steps_per_look=args.steps_per_look, compile=args.compile, draft_tokens=0
+    )
     engine = Engine(model, tags, config=config)
     bandwidth = copy_bandwidth(args.device)
     results = Results(args.json, machine=environment(args.device), copy_bandwidth=bandwidth, settings=vars(args))

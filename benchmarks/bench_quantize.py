@@ -60,7 +60,8 @@ def measure(folder: str, name: str, dtype: str, device: str, candidates: list[in
     if device == "cpu":
         Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the memory that is resident now
     pages = -(-PROMPT_TOKENS // PAGE_SIZE) + 2 * sum(candidates) * (-(-steps // PAGE_SIZE) + 1)
-    engine = Engine(model, StageTags([b"a", b"</x>"], ["</x>"]), config=EngineConfig(PAGE_SIZE, pages))
+    config = EngineConfig(PAGE_SIZE, pages, draft_tokens=0)  # or the second turn would draft what the first drew
+    engine = Engine(model, StageTags([b"a", b"</x>"], ["</x>"]), config=config)
     inputs = random_inputs(model, length=PROMPT_TOKENS, ratio_id=ONE_TILE, seed=0)
     found = step_ms(engine, inputs, candidates, steps)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM") - before

@@ -91,7 +91,7 @@ class Usage:
     recomputed_tokens: int = 0
     decoded_tokens: int = 0  # tokens computed after the prefill, including drafts that were rejected
     drafted_tokens: int = 0  # tokens computed as drafts, before they were drawn
-    accepted_tokens: int = 0  # drafts that were then drawn: each saved its candidate a forward pass
+    accepted_tokens: int = 0  # drafts that were then drawn, by each candidate: each saved it a forward pass
     shared_tokens: int = 0  # tokens that were not computed, since a candidate with the same tokens was
     generated_tokens: int = 0  # tokens drawn
     generations: int = 0  # candidates drawn

@@ -16,6 +16,14 @@ DRAFT_TOKENS = 8
 MOST_ROWS = 64  # of a pass with drafts: where others fill it, rows cost time
 
 
+class SpoiltDraft(Exception):
+    """A pass with drafts has made NaN, perhaps from a token that no candidate draws.
+
+    Such a token spoils the rows before it too: attention multiplies the values that a row must not see by 0. So the
+    pass is done again without drafts.
+    """
+
+
 class Drafts:
     """Drafts up to ``most_tokens`` for each candidate, as long as a pass has no more than ``most_rows`` rows."""
 
@@ -26,33 +34,39 @@ class Drafts:
         """Return the drafts of growing branches, from what their own searches have drawn."""
         if not self.most_tokens:
             return {}
-        rows, found = 0, dict[Branch, list[int]]()
-        for job in jobs:
-            if job.history is None:
-                job.history = History()
-                job.history.add((), job.load()["input_ids"][0].tolist())
-            most = lead(job)
-            for slot in drawing(job):
-                branch = slot.branch
-                if branch.twin is not None or not branch.tokens:
-                    continue
-                rows += 1
-                left = min(most, slot.request.max_new_tokens) - len(branch.tokens) - 1
-                draft = job.history.draft(last_tokens(branch), int(min(left, slot.reach, self.most_tokens)))
-                if draft:
-                    found[branch] = draft
-        each = (self.most_rows - rows) // max(1, len(found))
+        computed = [
+            (job, slot) for job in jobs for slot in drawing(job) if slot.branch.tokens and slot.branch.twin is None
+        ]
+        room = self.most_rows - len(computed)
+        if room <= 0:
+            return {}
+        leads, found = {job: lead(job) for job, _ in computed}, dict[Branch, list[int]]()
+        for job, slot in computed:
+            branch = slot.branch
+            left = min(leads[job], slot.request.max_new_tokens) - len(branch.tokens) - 1
+            most = int(min(left, slot.reach, self.most_tokens))
+            if most > 0 and (draft := _history_of(job).draft(last_tokens(branch), most)):
+                found[branch] = draft
+        each = room // max(1, len(found))
         return {branch: draft[:each] for branch, draft in found.items()} if each > 0 else {}
 
     def note(self, job: Job, branch: Branch) -> None:
         """Draft from ``branch``, which has ended, from now on."""
-        if job.history is not None:
-            job.history.add(last_tokens(branch.parent), branch.tokens)
+        if self.most_tokens:
+            _history_of(job).add(last_tokens(branch.parent), branch.tokens)
 
     def learn(self, slot: Slot, drafted: int, accepted: int) -> None:
         """Reach further behind a draft that was right to its end, and as far as it was right otherwise."""
         if drafted:
             slot.reach = min(2 * slot.reach, self.most_tokens) if accepted == drafted else max(1, accepted)
+
+
+def _history_of(job: Job) -> History:
+    """What ``job`` has read and drawn, beginning with its prompt."""
+    if job.history is None:
+        job.history = History()
+        job.history.add((), job.load()["input_ids"][0].tolist())
+    return job.history
 
 
 def lead(job: Job) -> float:

@@ -1,4 +1,4 @@
-"""The end of a step: a token for every growing branch, and whether the branch ends with it."""
+"""The end of a step: a token for every growing branch, or several, and whether the branch ends with them."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,7 +34,7 @@ class Draw(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """What N growing branches ask of the sampler, on the logits' device; see ``sample`` for what each is."""
+    """What N draws ask of the sampler, on the logits' device; see ``sample`` for what each is."""
 
     row: torch.Tensor
     temperature: torch.Tensor
@@ -60,7 +60,7 @@ class Row(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """A ``Row`` for each of N branches, as the device has it."""
+    """A ``Row`` for each of N draws, as the device has it."""
 
     integers: torch.Tensor  # int64 [4, N]: token, tag_state, tag, overhang
     reals: torch.Tensor  # float32 [4, N]: logprob, sampling_logprob, entropy, certainty

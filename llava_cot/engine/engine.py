@@ -13,7 +13,7 @@ from llava_cot.core import Call, Expand, Extend, Feature, Finish, Usage
 from llava_cot.engine.branch import Branch
 from llava_cot.engine.call import call_together
 from llava_cot.engine.config import EngineConfig
-from llava_cot.engine.drafts import DRAFT_TOKENS, Drafts, drawing, may_draw
+from llava_cot.engine.drafts import DRAFT_TOKENS, Drafts, SpoiltDraft, drawing, may_draw
 from llava_cot.engine.draw import Draw, Row, draw_rows, grow
 from llava_cot.engine.extend import read_extensions
 from llava_cot.engine.follow import state_of
@@ -33,11 +33,12 @@ CUDA_STEPS_PER_LOOK = 4
 class Engine:
     """Runs sessions on an unmodified model.
 
-    ``open`` starts a session, and ``step`` does one forward pass over one token of every growing branch of every
-    session and draws one token for each. Sessions may be opened, asked and closed at any time and from any thread; one
-    thread steps at a time. Where pages run out, branches that do not grow are evicted first; if that is not enough, the
-    youngest session is preempted until another has ended. Nothing that was drawn or scored is lost: keys and values are
-    recomputed when they are needed. A session that needs too many pages alone ends with ``OutOfPages``.
+    ``open`` starts a session, and ``step`` does one forward pass over the last token of every growing branch of every
+    session and draws one token for each, or several where drafts were right (``drafts.py``). Sessions may be opened,
+    asked and closed at any time and from any thread; one thread steps at a time. Where pages run out, branches that do
+    not grow are evicted first; if that is not enough, the youngest session is preempted until another has ended.
+    Nothing that was drawn or scored is lost: keys and values are recomputed when they are needed. A session that needs
+    too many pages alone ends with ``OutOfPages``.
 
     Args:
         model: stays as it is; the engine runs a copy of its module tree that shares every tensor. If the model is
@@ -240,7 +241,7 @@ class Engine:
                 self._prepare(running)
                 logits, sources = self._compute(running, drafts)
                 break
-            except OutOfPages:
+            except (OutOfPages, SpoiltDraft):
                 if not drafts:
                     self.schedule.relieve()
                 drafts = {}
@@ -311,12 +312,17 @@ class Engine:
 
         Keys and values of drafts that were not drawn are forgotten.
         """
+
+        def end(branch: Branch) -> tuple[int, ...]:
+            """What may tell a branch from its twin: before this step they had the same tokens."""
+            return branch.length, *branch.tokens[-1 - self.drafts.most_tokens :]
+
         firsts = dict[tuple[Branch, tuple[int, ...]], Branch]()
         for branch in grown:
             twin = branch.twin
-            if twin is None or (branch.finish is None and branch.tokens == twin.tokens):
+            if twin is None or (branch.finish is None and end(branch) == end(twin)):
                 continue
-            first = firsts.setdefault((twin, tuple(branch.tokens)), branch)
+            first = firsts.setdefault((twin, end(branch)), branch)
             if first is not branch and branch.finish is None:
                 branch.twin = first
             else:
@@ -389,7 +395,7 @@ class Engine:
     ) -> tuple[torch.Tensor, dict[Branch | None, int]]:
         """The logits to draw from, [R, V], and the row behind the last token of each branch, where a draft goes on.
 
-        Raises ``OutOfPages`` before anything has changed.
+        Raises ``OutOfPages`` or ``SpoiltDraft`` before anything has changed.
         """
         requests = [(job, pending) for job in running for pending in job.pending]
         opened = [(job, p.parent) for job, p in requests if isinstance(p.request, Expand) and p.parent and p.width]
@@ -400,6 +406,10 @@ class Engine:
         tokens = {branch: branch.tokens[-1:] + drafts.get(branch, []) for branch in rows}
         tokens |= {extension.branch: extension.unread for _, extension in extensions if extension.unread}
         logits = self.runner.decode(tokens) if tokens else None
+        if drafts and logits is not None and not logits.amax(-1).isfinite().all():
+            for branch, new in tokens.items():
+                self.pool.truncate(branch.seq, self.pool.length(branch.seq) - len(new))
+            raise SpoiltDraft
         sources, at = dict[Branch | None, int](), 0
         for branch, new in tokens.items():
             at += len(new)

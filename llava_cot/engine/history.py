@@ -39,7 +39,7 @@ class History:
         pair, best, longest = tuple(text[-SHORTEST_MATCH:]), -1, 0
         place = self._latest.get(pair, -1)  # type: ignore[arg-type]
         for _ in range(MOST_PLACES):
-            if place < 0:
+            if place < 0 or longest == min(len(text), LONGEST_MATCH):  # an earlier place can't agree with more
                 break
             length = self._agreement(text, place)
             if length > longest:

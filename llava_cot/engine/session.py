@@ -79,7 +79,7 @@ class Job:
     by_id: dict[int, Branch] = field(default_factory=dict)
     pending: list[Pending] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
-    history: History | None = None  # made when something is drafted for it
+    history: History | None = None  # made when it is needed
     error: Exception | None = None
     is_over: bool = False
     is_started: bool = False
@@ -178,7 +178,7 @@ class Job:
         for branch in self.branches:
             branch.next_logits = None
         self.branches, self.pending, self.slots, self.is_over = [], [], [], True
-        self.prepare = self.inputs = None
+        self.prepare = self.inputs = self.history = None
 
 
 def _plain(found: Any, decode: Callable[[Sequence[int]], str]) -> Any:

@@ -158,7 +158,7 @@ class UsageData(TypedDict):
     recomputed_tokens: int
     decoded_tokens: int  # tokens computed after the prompt, including drafts that were rejected
     drafted_tokens: int  # tokens computed as drafts, before they were drawn
-    accepted_tokens: int  # drafts that were then drawn
+    accepted_tokens: int  # drafts that were then drawn, by each candidate
     shared_tokens: int  # tokens that were not computed, since a candidate with the same tokens was
     generated_tokens: int
     generations: int  # candidates drawn

@@ -13,6 +13,7 @@ from helpers.random_mllama import random_inputs
 from llava_cot import BestOfNConfig, EngineConfig, SampleConfig, SentenceBeamConfig, SwiresConfig, SwiresGenerator
 from llava_cot.core import Expand, Limit, SamplingParams
 from llava_cot.data import shapes
+from llava_cot.engine.drafts import Drafts
 from llava_cot.engine.engine import Engine
 from llava_cot.engine.history import LONGEST_MATCH, MOST_PLACES, SHORTEST_MATCH, History
 from llava_cot.prompt import split_rows
@@ -133,6 +134,109 @@ def test_rows_of_a_draft_as_sequences_of_their_own(random_model):
         jobs.append(job)
     assert drawn(jobs[0]) == drawn(jobs[1])
     assert replace(jobs[0].usage, seconds=0) == replace(jobs[1].usage, seconds=0)
+
+
+class Given(Drafts):
+    """Drafts ``tokens`` behind those of every candidate."""
+
+    def __init__(self, tokens):
+        super().__init__(8)
+        self.tokens = tokens
+
+    def propose(self, jobs):
+        slots = [slot for job in jobs for slot in job.slots if slot.branch.tokens and slot.branch.twin is None]
+        drafts = {slot.branch: self.tokens(slot.branch) for slot in slots}
+        most = {slot.branch: slot.request.max_new_tokens - len(slot.branch.tokens) - 1 for slot in slots}
+        return {branch: draft[: most[branch]] for branch, draft in drafts.items() if most[branch]}
+
+
+def spoil(model, token):
+    """A copy of ``model`` that computes NaN for ``token``."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = torch.nan
+    return model
+
+
+@pytest.mark.parametrize("replays", [False, True])
+def test_a_wrong_draft_that_makes_nan_fails_nobody(random_model, replays):
+    plain = run_with(random_model, again(9), 0)
+    prompt = plain.inputs["input_ids"][0].tolist()
+    unused = next(token for token in range(97) if token not in {*prompt, *(t for b in plain.result for t in b.tokens)})
+    engine = Engine(spoil(random_model, unused), TAGS, config=EngineConfig(page_size=4, num_pages=400, canary=True))
+    engine.runner.replays = replays
+    known = {branch.id: branch.tokens for branch in plain.result}
+    engine.drafts = Given(lambda branch: [*known[branch.id][len(branch.tokens) :][:2], unused, unused])
+    run(engine, [job := job_of(engine._model, again(9))])
+    assert job.error is None and drawn(job) == drawn(plain)
+    engine.drafts = Given(lambda branch: [*known[branch.id][len(branch.tokens) :]])
+    run(engine, [job := job_of(engine._model, again(9))])
+    assert drawn(job) == drawn(plain) and job.usage.accepted_tokens > 0  # as before, of what the pages hold now
+
+
+def test_a_right_draft_that_makes_nan_fails_where_its_search_would(random_model):
+    def program(root):
+        (found,) = yield [Expand(root.id, (1,), WILD, 20, NO_TAG)]
+        return found
+
+    (branch,) = run_with(random_model, program, 0).result
+    model, errors = spoil(random_model, branch.tokens[-2]), []
+    for tokens in (lambda _: [], lambda own: branch.tokens[len(own.tokens) :]):
+        engine = Engine(model, TAGS, config=EngineConfig(page_size=4, num_pages=400))
+        engine.drafts = Given(tokens)
+        run(engine, [job := job_of(model, program)])
+        assert isinstance(job.error, ValueError) and engine.pages_in_use == 0
+        errors.append((str(job.error), job.usage.generated_tokens))
+    assert errors[0] == errors[1]
+
+
+def test_what_was_computed_adds_up(random_model):
+    """Whatever was drafted or shared, a search accounts for each token that it would compute without either."""
+
+    def program(root):
+        (first,) = yield [Expand(root.id, (1, 1, 2, 3), WILD, 13, NO_TAG)]
+        for params in (SamplingParams(temperature=0.0), WILD):
+            yield [Expand(root.id, (1, 1, 2, 3), params, 13, NO_TAG)]
+        (back,) = yield [Expand(first[3].id, (4, 4), SamplingParams(temperature=0.4), 5, NO_TAG)]
+        return [*first, *back]
+
+    def computed(usage):
+        return usage.decoded_tokens + usage.shared_tokens - usage.drafted_tokens + usage.accepted_tokens
+
+    settings = ((0, {}), (8, {}), (2, {"steps_per_look": 3}), (8, {"num_pages": 18}))
+    usages = [run_with(random_model, program, count, **config).usage for count, config in settings]
+    assert len({computed(usage) for usage in usages}) == 1
+    assert len({usage.decoded_tokens for usage in usages}) > 1 and usages[-1].recomputed_tokens > 0
+
+
+def test_nothing_is_looked_up_where_candidates_fill_the_pass(random_model):
+    engine = Engine(random_model, TAGS, config=EngineConfig(page_size=4, num_pages=1000, draft_tokens=8))
+    engine.drafts.most_rows = 1
+    found = []
+    engine.drafts.note = lambda job, branch: found.append(job.history)
+    run(engine, [job_of(random_model, again(9))])
+    assert found == [None] * 6
+
+
+def test_the_history_goes_with_its_search(random_model):
+    assert run_with(random_model, again(9), 8).inner.history is None
+
+
+def test_the_cost_of_a_draft_does_not_grow_with_repetition():
+    class Counted(list):
+        reads = 0
+
+        def __getitem__(self, at):
+            self.reads += 1
+            return super().__getitem__(at)
+
+    history, text = History(), Counted([5] * LONGEST_MATCH)
+    history.add((), [5] * 10_000)
+    assert history.draft(text, 4) == []  # behind the last of them
+    history.add((), [5] * 40 + [7])
+    text.reads = 0
+    history.draft(text, 4)
+    assert text.reads <= LONGEST_MATCH
 
 
 def test_a_budget_stops_all_where_it_would_without_drafts(random_model):
