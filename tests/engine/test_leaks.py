@@ -20,7 +20,7 @@ class Interruption(KeyboardInterrupt):
     pass
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # as the fixture that it replaces, which others of that scope build upon
 def tiny(tiny):
     """With the canary, which must find nothing in what an interrupted step has left."""
     calibrations = [*tiny.calibrations.values()]
