@@ -2,13 +2,15 @@
 
 import time
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from sse_starlette import EventSourceResponse
+from sse_starlette.sse import SendTimeoutError
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from llava_cot.core import Feature
 from llava_cot.generator import SwiresGenerator
@@ -77,7 +79,7 @@ def create_app(
     app = FastAPI(title="llava-cot", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.state.gate = gate
     app.add_middleware(gate.wrap)  # type: ignore[arg-type]
-    app.add_middleware(Guard, keys=api_keys, host=host, limits=limits, held=held, on_refused=metrics.refused)  # type: ignore[arg-type]
+    app.add_middleware(Guard, keys=api_keys, host=host, limits=limits, held=held, gate=gate)  # type: ignore[arg-type]
     _add_errors(app, metrics)
     _add_status(app, generator, presets, gate, metrics, limits)
     _add_api(app, intake, metrics)
@@ -196,4 +198,12 @@ def _json(data: Any) -> Response:
 
 
 def _events(data: AsyncGenerator[Any, None]) -> Response:
-    return EventSourceResponse(data, ping=PING, send_timeout=SEND_TIMEOUT, sep="\n")
+    return Stream(data, ping=PING, send_timeout=SEND_TIMEOUT, sep="\n")
+
+
+class Stream(EventSourceResponse):
+    """A stream of events. A client that does not read it is dropped, which is no error of the server."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with suppress(SendTimeoutError):
+            await super().__call__(scope, receive, send)

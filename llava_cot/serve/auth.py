@@ -6,7 +6,7 @@ import binascii
 import hmac
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from hashlib import sha256
 from ipaddress import ip_address
@@ -14,7 +14,8 @@ from pathlib import Path
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llava_cot.serve.errors import RequestError
+from llava_cot.serve.errors import CLOSE, RequestError
+from llava_cot.serve.gate import Gate
 from llava_cot.serve.held import Held, Holding
 from llava_cot.serve.limits import Limits
 
@@ -25,7 +26,6 @@ LINGER = 2.0  # seconds
 MAX_HEADERS = 100
 MAX_HEADER_BYTES = 2**14
 CHALLENGE = {"WWW-Authenticate": 'Basic realm="llava-cot"'}  # Chromium asks for no key if Bearer is named here too
-CLOSE = {"Connection": "close"}  # the rest of the body is not read
 
 
 def read_keys(
@@ -94,7 +94,7 @@ class Guard:
         keys: any of them is enough. Without any, every request has passed.
         host: the address that the server listens at.
         held: what all requests hold. What this one holds is ``request.state.holding`` for the app.
-        on_refused: called with the status of each refused request.
+        gate: counts refused requests, and bounds the time in which a body arrives.
 
     Raises:
         ValueError: a key is empty.
@@ -107,10 +107,10 @@ class Guard:
         host: str,
         limits: Limits,
         held: Held,
-        on_refused: Callable[[int], None] = lambda status: None,
+        gate: Gate,
     ) -> None:
         self.app, self.limits, self.loopback = app, limits, is_loopback(host)
-        self._held, self._on_refused = held, on_refused
+        self._held, self._gate = held, gate
         keys = list(keys)
         if not all(keys):
             raise ValueError("keys must not be empty strings")
@@ -127,7 +127,7 @@ class Guard:
             try:
                 replayed = await self._admitted(scope, receive, holding)
             except RequestError as error:
-                self._on_refused(error.status)
+                self._gate.on_refused(error.status)
                 return await error.response()(scope, receive, send)
             if replayed is not None:
                 await self.app(scope, replayed, send)
@@ -147,13 +147,13 @@ class Guard:
         _check_headers(scope)
         if scope["path"] not in OPEN:
             self._admit(scope)
-        declared, most = _values(scope, b"content-length"), self.limits.max_body_bytes
+        declared, most = _values(scope, b"content-length"), self._most_bytes(scope)
         if declared and not (declared[0].isdecimal() and len(declared[0]) < 20 and int(declared[0]) <= most):
-            raise self._too_large()
+            raise _too_large(most)
 
-    def _too_large(self) -> RequestError:
-        message = f"The body may have at most {self.limits.max_body_bytes} bytes."
-        return RequestError(413, message, None, "body_too_large", CLOSE)
+    def _most_bytes(self, scope: Scope) -> int:
+        """How long the body may be. Who needs no key must not fill the memory that all requests share."""
+        return 0 if scope["path"] in OPEN else self.limits.max_body_bytes
 
     def _admit(self, scope: Scope) -> None:
         if self._digests:
@@ -177,30 +177,25 @@ class Guard:
 
     async def _body(self, scope: Scope, receive: Receive, holding: Holding) -> Receive | None:
         """What the app receives: the whole body, which is not held here. None if the client has gone."""
-        most, seconds = self.limits.max_body_bytes, self.limits.max_body_seconds
+        most = self._most_bytes(scope)
         body = bytearray()
-        try:
-            async with asyncio.timeout(seconds):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        return None
-                    part, more = message.get("body", b""), message.get("more_body", False)
-                    try:
-                        if len(body) + len(part) > most:
-                            raise self._too_large()
-                        holding.add(bytes=len(part))
-                    except RequestError:
-                        if more:
-                            await self._linger(scope, receive)
-                        raise
-                    body += part
-                    if not more:
-                        return _replay(bytes(body), receive)
-        except TimeoutError:
-            raise RequestError(
-                408, f"The body did not arrive in {seconds:g} seconds.", None, "body_timeout", CLOSE
-            ) from None
+        async with self._gate.arriving(self.limits.max_body_seconds):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return None
+                part, more = message.get("body", b""), message.get("more_body", False)
+                try:
+                    if len(body) + len(part) > most:
+                        raise _too_large(most)
+                    holding.add(bytes=len(part))
+                except RequestError:
+                    if more:
+                        await self._linger(scope, receive)
+                    raise
+                body += part
+                if not more:
+                    return _replay(bytes(body), receive)
 
     async def _linger(self, scope: Scope, receive: Receive) -> None:
         """Drop the rest of a body that is on its way. A connection closed with it unread would lose the response."""
@@ -220,6 +215,13 @@ def _check_headers(scope: Scope) -> None:
     size = sum(len(name) + len(value) for name, value in scope["headers"])
     if len(scope["headers"]) > MAX_HEADERS or size > MAX_HEADER_BYTES:
         raise RequestError(431, "The request has too many or too long headers.", None, "headers_too_large", CLOSE)
+    if _values(scope, b"content-length") and _values(scope, b"transfer-encoding"):  # a proxy may believe the other one
+        message = "The request must not have both a Content-Length and a Transfer-Encoding."
+        raise RequestError(400, message, None, "ambiguous_length", CLOSE)
+
+
+def _too_large(most: int) -> RequestError:
+    return RequestError(413, f"The body may have at most {most} bytes.", None, "body_too_large", CLOSE)
 
 
 def _values(scope: Scope, name: bytes) -> list[str]:

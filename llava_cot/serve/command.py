@@ -57,7 +57,7 @@ def run(settings: ServeSettings) -> None:
     """
     limits, keys = read_limits(settings.limits), read_keys(settings.api_key_file)
     check_bind(settings.host, keys, settings.allow_no_key)
-    name = settings.name or Path(settings.model).name
+    name = settings.name or Path(settings.model).resolve().name
     Presets(name, settings.search)
     fetcher = (
         Fetcher(settings.allow_image_hosts, limits.max_image_bytes, limits.max_fetch_seconds)
@@ -91,6 +91,7 @@ def run(settings: ServeSettings) -> None:
     config = uvicorn.Config(
         app,
         http=with_header_timeout(limits.max_header_seconds),
+        ws="none",
         host=settings.host,
         port=settings.port,
         access_log=False,
@@ -116,7 +117,8 @@ def read_limits(given: Sequence[str]) -> Limits:
         try:
             changes[name] = kinds[name](value)
         except ValueError:
-            raise ValueError(f"limit {name} must be a number, got {value!r}") from None
+            kind = "a whole number" if kinds[name] is int else "a number"
+            raise ValueError(f"limit {name} must be {kind}, got {value!r}") from None
     return Limits(**changes)  # type: ignore[arg-type]
 
 

@@ -54,8 +54,8 @@ class Continuations:
         else:
             seeds = tuple(extension.seeds)
             within("llava_cot.seeds must have", len(seeds), 1, limits.max_generations, "entries")
-            if not all(0 <= seed < 2**63 for seed in seeds):
-                raise RequestError(400, f"llava_cot.seeds must be in [0, 2**63), got {min(seeds)}", "llava_cot.seeds")
+            if wrong := [seed for seed in seeds if not 0 <= seed < 2**63]:
+                raise RequestError(400, f"llava_cot.seeds must be in [0, 2**63), got {wrong[0]}", "llava_cot.seeds")
         most = asked.max_new_tokens or limits.max_new_tokens
         within(asked.max_name, most, 1, limits.max_new_tokens)
         stops, trims = self._stops(request)

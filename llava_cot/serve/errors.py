@@ -12,6 +12,7 @@ from llava_cot_kernels.page_pool import OutOfPages
 log = logging.getLogger(__name__)
 
 RETRY = {"Retry-After": "2"}  # seconds, where it is not the request's fault
+CLOSE = {"Connection": "close"}  # where a body may be left unread
 MAX_MESSAGE = 1000  # characters
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 

@@ -69,7 +69,7 @@ class ImageReader:
             elif self.fetcher is not None and url[:8].lower() == "https://":
                 files.append(await self.fetcher.fetch(url, param))
             else:
-                also = "" if self.fetcher is None else " or an https URL"
+                also = ": this server downloads none" if self.fetcher is None else " or an https URL"
                 raise _refused(param, f"An image must be a base64 data URI{also}.", "image_url")
         pixels = 0
         for (param, _), data in zip(images, files):

@@ -23,6 +23,8 @@ class Presets:
     """The ids of one served model: ``name`` answers by ``default``, and ``name:search`` by that search."""
 
     def __init__(self, name: str, default: str) -> None:
+        if not name:
+            raise ValueError("name must not be empty: give --name")
         settings_of(default)  # raises if there is no such search
         self.name, self.default = name, default
         self.searches = {name: default, **{f"{name}:{search}": search for search in SEARCHES}}

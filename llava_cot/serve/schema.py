@@ -36,6 +36,12 @@ class Message(Part):
     # What an earlier reply had beside its content. It is not shown to the model again.
     reasoning: str | None = None
     reasoning_content: str | None = None
+    # The openai package dumps these with an earlier reply, where they are null.
+    refusal: None = None
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
 
 
 class StreamOptions(Part):
@@ -95,6 +101,7 @@ class InputText(Part):
     type: Literal["input_text", "output_text"]
     text: str
     annotations: list[Any] | None = None  # of an earlier reply
+    logprobs: list[Any] | None = None
 
 
 class InputImage(Part):
@@ -109,6 +116,7 @@ class InputMessage(Part):
     content: str | list[Annotated[InputText | InputImage, Field(discriminator="type")]]
     id: str | None = None
     status: str | None = None
+    phase: None = None  # the openai package dumps it with an earlier reply
 
 
 class InputReasoning(Part):
@@ -118,6 +126,7 @@ class InputReasoning(Part):
     id: str | None = None
     summary: list[Any] = []
     content: list[Any] | None = None
+    encrypted_content: None = None
     status: str | None = None
 
 

@@ -21,7 +21,7 @@ def validated(model: type[Model], data: Any) -> Model:
         # Of the alternatives of a field, the one that got furthest is the one that was meant.
         problem = max(error.errors(include_url=False, include_context=False), key=lambda one: len(one["loc"]))
         path = _path(problem["loc"], data)
-        if problem["type"] == "extra_forbidden":
+        if problem["type"] in ("extra_forbidden", "none_required"):  # a field that is taken only as null
             message = f"{path} is not a field that this server knows"
         elif problem["type"] == "missing":
             message = f"{path} must be given"

@@ -205,6 +205,8 @@ def test_nothing_to_connect_to(url):
         connect("http://127.0.0.1:9/v1", max_retries=0)
     with pytest.raises(RemoteError, match=r"was asked for its models, but .*HTTP 404"):
         connect(f"{url}/v2", max_retries=0)
+    with pytest.raises(RemoteError, match=r"HTTP 404.*; most base URLs end with /v1"):
+        connect(url, max_retries=0)
     with pytest.raises(ValueError, match=r"model must be one of those of .*'tiny:swires'.*, got 'huge'"):
         connect(f"{url}/v1", model="huge")
     with pytest.raises(ValueError, match="base_url must begin with http"):

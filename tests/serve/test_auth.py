@@ -12,6 +12,7 @@ import uvicorn
 
 from llava_cot.serve import auth
 from llava_cot.serve.auth import Guard, check_bind, is_loopback, read_keys
+from llava_cot.serve.gate import Gate
 from llava_cot.serve.held import Held
 from llava_cot.serve.limits import Limits
 from llava_cot.serve.protocol import with_header_timeout
@@ -34,9 +35,9 @@ async def echo(scope, receive, send):
 
 
 @contextmanager
-def serving(keys=(), limits=LIMITS, host="127.0.0.1", protocol=PATIENT, held=None) -> Iterator[int]:
+def serving(keys=(), limits=LIMITS, host="127.0.0.1", protocol=PATIENT, held=None, gate=None) -> Iterator[int]:
     listener = socket.create_server(("127.0.0.1", 0))
-    guard = Guard(echo, keys, host, limits, held or Held(limits))
+    guard = Guard(echo, keys, host, limits, held or Held(limits), gate or Gate(1))
     config = uvicorn.Config(guard, log_level="critical", lifespan="off", http=protocol)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -259,6 +260,7 @@ def test_a_body_of_the_largest_size_arrives_whole(local):
 @pytest.mark.parametrize(
     "lines, status",
     [
+        (["Content-Length: 1", "Transfer-Encoding: chunked"], 400),
         *((["Content-Length: -1"], 400), (["Content-Length: 1", "Content-Length: 2"], 400), (["Bad Header: 1"], 400)),
         *((["Content-Length: abc"], 400), (["Transfer-Encoding: gzip"], 400), ([": empty"], 400), (["X: \0"], 400)),
         *(
@@ -269,11 +271,21 @@ def test_a_body_of_the_largest_size_arrives_whole(local):
         ),
         *(([f"X: {'a' * 20_000}"], 431), ([f"X-{number}: 1" for number in range(200)], 431)),
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_broken_and_huge_headers_are_refused(local, lines, status):
     request = "\r\n".join(["POST /x HTTP/1.1", *lines, "Host: localhost", JSON, "Connection: close", "", ""])
     assert exchange(local, request.encode("latin-1"))[0] == status
+
+
+@pytest.mark.parametrize("path", ["/health", "/live"])
+@pytest.mark.parametrize("header, body", [("Content-Length: 1", b"a"), ("Transfer-Encoding: chunked", CHUNK)])
+def test_who_needs_no_key_may_send_no_body(path, header, body, monkeypatch):
+    """Bodies of strangers would fill the memory that all requests share."""
+    monkeypatch.setattr(auth, "LINGER", 0.1)
+    with serving(KEYS) as port:
+        status, _, reply = ask(port, path, header, method="POST", body=body)
+        assert (status, json.loads(reply)["error"]["message"]) == (413, "The body may have at most 0 bytes.")
 
 
 def test_a_slow_body_is_given_up():
@@ -350,7 +362,7 @@ def test_a_client_that_goes_before_its_body_is_there_gets_no_app():
 
         sent: list = []
         scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"host", b"localhost")]}
-        await Guard(app, (), "127.0.0.1", LIMITS, Held(LIMITS))(scope, receive, send)
+        await Guard(app, (), "127.0.0.1", LIMITS, Held(LIMITS), Gate(1))(scope, receive, send)
         return sent
 
     import asyncio
@@ -361,7 +373,7 @@ def test_a_client_that_goes_before_its_body_is_there_gets_no_app():
 
 def test_an_empty_key_would_be_no_lock():
     with pytest.raises(ValueError, match="keys must not be empty"):
-        Guard(echo, ["key", ""], "127.0.0.1", LIMITS, Held(LIMITS))
+        Guard(echo, ["key", ""], "127.0.0.1", LIMITS, Held(LIMITS), Gate(1))
 
 
 @pytest.mark.parametrize(

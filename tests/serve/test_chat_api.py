@@ -201,6 +201,15 @@ def test_a_conversation_of_several_turns(server, tiny):
     assert reply.choices[0].message.content == (answer.conclusion or answer.text.strip())
 
 
+@pytest.mark.parametrize("as_turn", [lambda turn: turn, lambda turn: turn.model_dump()], ids=["object", "dump"])
+def test_a_reply_is_a_turn_of_the_next_request(server, as_turn):
+    client, ask = server.client(), {"model": "tiny:greedy", **LIMITS}
+    first = messages_of(world(8))
+    reply = client.chat.completions.create(messages=first, **ask)
+    turns = [*first, as_turn(reply.choices[0].message), {"role": "user", "content": "Are you sure?"}]
+    assert client.chat.completions.create(messages=turns, **ask).usage.prompt_tokens > reply.usage.prompt_tokens
+
+
 def test_a_request_without_an_image_never_starts_a_search(server):
     """Front ends ask the model of a conversation for its title and its tags."""
     task = [{"role": "user", "content": "### Task:\nGenerate a concise, 3-5 word title for the chat history."}]

@@ -151,6 +151,7 @@ CAPPED = [
     ({**RAW, **own(output="raw", seeds=[])}, "llava_cot.seeds must have from 1 to 32 entries, got 0"),
     ({**RAW, **own(output="raw", seeds=[1] * 33)}, "llava_cot.seeds must have from 1 to 32 entries, got 33"),
     ({**RAW, **own(output="raw", seeds=[-1])}, "llava_cot.seeds must be in [0, 2**63), got -1"),
+    ({**RAW, **own(output="raw", seeds=[0, 2**63])}, f"llava_cot.seeds must be in [0, 2**63), got {2**63}"),
     ({**RAW, **own(output="raw", prefix_token_ids=[1])}, "prefix_token_ids must not be given without"),
     ({**CONTINUED, **own(output="raw", prefix_token_ids=[-1])}, "prefix_token_ids must be in [0, 640), got -1"),
     ({**CONTINUED, **own(output="raw", prefix_token_ids=[640])}, "prefix_token_ids must be in [0, 640), got 640"),
@@ -329,6 +330,13 @@ POST, JSON = f"POST {CHAT} HTTP/1.1", "Content-Type: application/json"
 )
 def test_requests_of_no_honest_client_are_refused(hostile, first, headers, host, status):
     assert exchange(hostile, first, *headers, host=host)[0] == status
+
+
+def test_an_upgrade_is_not_taken_and_asks_for_no_further_package(hostile):
+    key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
+    upgrade = ("Connection: Upgrade, close", "Upgrade: websocket", "Sec-WebSocket-Version: 13", key)
+    assert exchange(hostile, "GET /health HTTP/1.1", *upgrade)[0] == 200
+    assert not [line for line in hostile.lines if "pip install" in line]
 
 
 def test_large_bodies_are_refused(hostile):

@@ -31,6 +31,14 @@ def test_responses_equal_answer(server, tiny, search):
     server.assert_nothing_held()
 
 
+@pytest.mark.parametrize("as_item", [lambda item: item, lambda item: item.model_dump()], ids=["object", "dump"])
+def test_a_reply_is_part_of_the_next_input(server, as_item):
+    client, ask = server.client(), {"model": "tiny:greedy", "max_output_tokens": 4}
+    reply = client.responses.create(input=asked(SAMPLE.question), **ask)
+    items = [*asked(SAMPLE.question), *map(as_item, reply.output), {"role": "user", "content": "Are you sure?"}]
+    assert client.responses.create(input=items, **ask).usage.input_tokens > reply.usage.input_tokens
+
+
 def test_decisions_have_a_probability_for_every_option(server):
     questions = [
         {"type": "predicate", "instructions": "There is a red circle.", "name": "red"},

@@ -54,7 +54,8 @@ async def _models(endpoint: Endpoint, base_url: str) -> list[dict[str, Any]]:
     try:
         body = await endpoint.models()
     except (EndpointError, RequestFailed) as error:
-        raise RemoteError(f"{base_url} was asked for its models, but {error}") from error
+        path = "" if base_url.rstrip("/").endswith("/v1") else "; most base URLs end with /v1"
+        raise RemoteError(f"{base_url} was asked for its models, but {error}{path}") from error
     try:
         found = [entry for entry in json.loads(body)["data"] if isinstance(entry["id"], str)]
     except (ValueError, KeyError, TypeError, RecursionError):
