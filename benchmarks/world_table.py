@@ -4,7 +4,7 @@ Every model answers the same held-out questions with every search, by ``llava-co
 Then ``llava-cot tables`` lays them out. A run that is there already goes on or is kept, so the same command goes on
 where it was stopped. Name the models of the ablation by their folders (``make ablation`` trains them):
 
-    python benchmarks/world_table.py build/world_table --models tiny tiny-qwen build/ablation/*/model
+    python benchmarks/world_table.py build/world_table --models build/ablation/*-0/model tiny tiny-qwen
 
 Scores are the bundled verifier's, which was trained on the tiny model's answers. All are scale models, so nothing here
 says how good the 11B model is.
