@@ -91,7 +91,6 @@ def run(settings: ServeSettings) -> None:
     config = uvicorn.Config(
         app,
         http=with_header_timeout(limits.max_header_seconds),
-        ws="none",
         host=settings.host,
         port=settings.port,
         access_log=False,

@@ -332,13 +332,6 @@ def test_requests_of_no_honest_client_are_refused(hostile, first, headers, host,
     assert exchange(hostile, first, *headers, host=host)[0] == status
 
 
-def test_an_upgrade_is_not_taken_and_asks_for_no_further_package(hostile):
-    key = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
-    upgrade = ("Connection: Upgrade, close", "Upgrade: websocket", "Sec-WebSocket-Version: 13", key)
-    assert exchange(hostile, "GET /health HTTP/1.1", *upgrade)[0] == 200
-    assert not [line for line in hostile.lines if "pip install" in line]
-
-
 def test_large_bodies_are_refused(hostile):
     body = b'{"model": "' + b"a" * 600_000 + b'"}'
     assert exchange(hostile, POST, JSON, body=body)[0] == 413
