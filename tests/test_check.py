@@ -83,9 +83,11 @@ def test_a_wrong_row_of_a_batch_is_found(monkeypatch):
 
 
 def test_a_model_that_is_blind_is_found(monkeypatch):
-    def without_pixels(self, prompts, slots, prefill=ModelView.prefill):
+    prefill = ModelView.prefill
+
+    def without_pixels(self, prompts, *rest):
         prompts = [{n: v.abs() if n == "pixel_values" else v for n, v in prompt.items()} for prompt in prompts]
-        return prefill(self, prompts, slots)
+        return prefill(self, prompts, *rest)
 
     monkeypatch.setattr(ModelView, "prefill", without_pixels)
     (result,) = random_kit("llava").run([images])

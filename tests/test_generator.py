@@ -29,6 +29,7 @@ from llava_cot.scoring import confidence
 from llava_cot.search.events import StageFinal, TextDelta
 from llava_cot.search.tree import Node, candidate_seed
 from llava_cot.stages import Outcome
+from llava_cot.trace.schema import TRACE_VERSION
 from llava_cot_kernels import OutOfPages
 from tools.small_world.processor import prompt
 from tools.small_world.untrained import build_model
@@ -549,7 +550,7 @@ def test_a_trace_is_json_and_holds_the_answer(tiny):
         raise AssertionError(f"{constant} is not JSON")
 
     trace = json.loads(answer.trace.to_json(), parse_constant=refuse)
-    assert (trace["version"], trace["search"], trace["seed"], trace["bos"]) == (6, "swires", 6, "one")
+    assert (trace["version"], trace["search"], trace["seed"], trace["bos"]) == (TRACE_VERSION, "swires", 6, "one")
     assert trace["config"]["scorer"] == "unsure" and trace["config"]["candidates"]["CAPTION"] == 4
     assert trace["usage"]["generated_tokens"] == sum(len(node["tokens"]) for node in trace["nodes"])
     nodes = {node["id"]: node for node in trace["nodes"]}

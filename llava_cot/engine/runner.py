@@ -136,7 +136,7 @@ class ModelRunner:
                 branch.computed = self.pool.length(branch.seq)
                 self._free(branch)
 
-    def restore(self, branches: Iterable[Branch]) -> int:
+    def restore(self, branches: list[Branch]) -> int:
         """Recompute ``branches`` where they have been evicted, and the ancestors that they need; the root has pages.
 
         A released ancestor that several of them share is recomputed for the time being, so that they share its pages
@@ -157,6 +157,7 @@ class ModelRunner:
                 while origin in chain and origin.is_released and forks[origin] == 1:
                     origin = chain[origin]
                 missing[branch] = origin
+        missing |= self._shared(missing, branches)
         passing = [branch for branch in missing if branch.is_released]
         try:
             return self._recompute(missing)
@@ -164,19 +165,44 @@ class ModelRunner:
             for branch in passing:
                 self._free(branch)
 
+    def _shared(self, missing: dict[Branch, Branch], branches: list[Branch]) -> dict[Branch, Branch]:
+        """The siblings that evicted branches are forked from, whose tokens begin as theirs: they shared these pages."""
+        kin = dict[Branch | None, list[Branch]]()
+        for branch in branches:
+            if branch.seq >= 0:
+                kin.setdefault(branch.parent, []).append(branch)
+        found = dict[Branch, Branch]()
+        for branch, origin in missing.items():
+            others = kin.setdefault(branch.parent, [])
+            if origin is branch.parent and others:
+                nearest = max(others, key=lambda other: _agreement(branch, other))
+                if _agreement(branch, nearest):
+                    found[branch] = nearest
+            others.append(branch)
+        return found
+
+    def _kept(self, branch: Branch, origin: Branch) -> int:
+        """How many of the tokens that ``origin`` has in the pages are those of ``branch``, which lacks no more."""
+        length = self.pool.length(origin.seq)
+        if origin.parent is branch.parent and origin.parent is not None:
+            same = origin.length - len(origin.tokens) + _agreement(branch, origin)
+            return min(same, length, branch.computed)
+        return length
+
     def _recompute(self, missing: dict[Branch, Branch]) -> int:
         """Compute the keys of ``missing``, of all that can be forked at once in one pass."""
         count = 0
         while missing:
             level, size = dict[Branch, Branch](), 0
             for branch, origin in missing.items():
-                lost = branch.computed - self.pool.length(origin.seq) if origin.seq >= 0 else 0
+                lost = branch.computed - self._kept(branch, origin) if origin.seq >= 0 else 0
                 if origin.seq >= 0 and (not level or size + lost <= TOKENS_PER_PASS):
                     level[branch] = origin
                     size += lost
             tokens = {}
             for branch, origin in level.items():
                 path, (branch.seq,) = branch.path(), self.pool.fork(origin.seq, 1)
+                self.pool.truncate(branch.seq, self._kept(branch, origin))
                 branch.image = origin.image  # a released one has not heard that the prompt was prefilled again
                 del missing[branch]
                 prompt_length = branch.length - len(path)
@@ -201,3 +227,9 @@ class ModelRunner:
         if branch.seq >= 0:
             self.pool.free(branch.seq)
             branch.seq = -1
+
+
+def _agreement(branch: Branch, other: Branch) -> int:
+    """With how many equal tokens two siblings begin."""
+    pairs = zip(branch.tokens, other.tokens)
+    return next((at for at, (one, two) in enumerate(pairs) if one != two), min(len(branch.tokens), len(other.tokens)))

@@ -31,6 +31,7 @@ from llava_cot.prompt import build_inputs
 from llava_cot.scoring import Calibration
 from llava_cot.stages import Grammar
 from llava_cot.trace import Trace, parse_trace
+from llava_cot.trace.schema import TRACE_VERSION
 from llava_cot_kernels.reference.sampling import masses
 
 SAMPLES = [shapes.sample(seed) for seed in (500_010, 500_011)]
@@ -176,7 +177,9 @@ def node(id, parent, stage, text, score, **changes):
 
 def trace(nodes, answer, **changes):
     names = ("SUMMARY", "CONCLUSION")
-    made = dict(version=6, question="How many?", search="swires", seed=0, bos="one", model="m", prompt_tokens=9)
+    made = dict(
+        version=TRACE_VERSION, question="How many?", search="swires", seed=0, bos="one", model="m", prompt_tokens=9
+    )
     made |= dict(versions={}, calibration=None, answers=[] if answer is None else [answer], error=None)
     made |= dict(usage=asdict(Usage()))
     made |= dict(config=dict(temperature=0.6, top_k=0, top_p=0.9, min_p=0.0, scorer="confidence"), events=[])

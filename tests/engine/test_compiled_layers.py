@@ -49,7 +49,9 @@ def test_the_same_tokens(family, is_full):
         inputs = [make_inputs(model, length=21, seed=seed) for seed in range(2)]
     results = []
     for compile in (False, True):
-        engine = Engine(model, TAGS, config=EngineConfig(page_size=4, steps_per_look=3, compile=compile))
+        engine = Engine(
+            model, TAGS, config=EngineConfig(page_size=4, steps_per_look=3, compile=compile, draft_tokens=0)
+        )
         engine.runner.replays = True  # as on CUDA
         jobs = [Job(split_rows(each, model.config)[0], program) for each in inputs]
         torch._dynamo.utils.counters.clear()
@@ -61,5 +63,5 @@ def test_the_same_tokens(family, is_full):
         results.append([pair for job in jobs for pair in job.result])
     for (tokens, logprobs), (other, others) in zip(*results, strict=True):
         assert tokens == other and logprobs == pytest.approx(others, abs=1e-4)
-    assert 1 <= graphs <= 8, "one for each kind of layer, for one row and for many, with shared prefixes and without"
+    assert 1 <= graphs <= 10, "two kinds of layer, for one row and for many, with shared prefixes and without"
     assert grown < 1024, "the pages have 2 GiB of address space; copying them would make them resident"

@@ -172,7 +172,7 @@ def test_what_follows_an_image_is_not_read():
 def test_other_addresses_than_data_uris_are_refused(url):
     error = refusal(url)
     assert (error.status, error.code) == (400, "image_url")
-    assert error.message == "An image must be a base64 data URI."
+    assert error.message == "An image must be a base64 data URI: this server downloads none."
 
 
 @pytest.mark.parametrize(
