@@ -85,8 +85,8 @@ def counted_steps(generator: SwiresGenerator):
         del view.decode
 
 
-def ask(generator: SwiresGenerator, samples: Sequence[Any], search: Any) -> list[Answer]:
-    return generator.answer_batch([s.image for s in samples], [s.question for s in samples], search, seed=0)
+def ask(generator: SwiresGenerator, samples: Sequence[Any], search: Any, seed: int = 0) -> list[Answer]:
+    return generator.answer_batch([s.image for s in samples], [s.question for s in samples], search, seed=seed)
 
 
 def shares_of_steps(generator: SwiresGenerator, samples: Sequence[Any], search: Any) -> dict[str, float]:

@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from bench_batch import ask
 from bench_search import environment
 from timing import Results
 
@@ -83,10 +84,6 @@ def compare(plain: Answer, drafted: Answer) -> str:
     return "equal"
 
 
-def ask(generator: SwiresGenerator, samples: list[Any], search: Any, seed: int) -> list[Answer]:
-    return generator.answer_batch([s.image for s in samples], [s.question for s in samples], search, seed=seed)
-
-
 def compare_all(engines: list[SwiresGenerator], name: str, count: int) -> dict[str, Any]:
     found = dict.fromkeys(("equal", "rounding", "different"), 0)
     for start in range(0, count, AT_ONCE):
@@ -103,7 +100,7 @@ def time_one_by_one(engines: list[SwiresGenerator], name: str, count: int, turns
     for _ in range(turns):
         for at, generator in enumerate(engines):
             start = time.perf_counter()
-            answers[at] = [ask(generator, [sample], SEARCHES[name], 0)[0] for sample in samples]
+            answers[at] = [ask(generator, [sample], SEARCHES[name])[0] for sample in samples]
             seconds[at].append(time.perf_counter() - start)
     plain, drafted = (Cost.of(*of_engine) for of_engine in zip(answers, map(median, seconds)))
     return {"search": name, "questions": count, "plain": asdict(plain), "drafted": asdict(drafted)}
@@ -125,7 +122,7 @@ def main() -> None:
     for model in args.models:
         engines = [SwiresGenerator.from_pretrained(model, engine=EngineConfig(draft_tokens=n)) for n in (0, None)]
         for generator in engines:
-            ask(generator, [shapes.sample(0)], "greedy", 0)  # warm
+            ask(generator, [shapes.sample(0)], "greedy")  # warm
         print(f"\n{model}\n\n| search | equal | excused as rounding | different |\n{'| --- ' * 4}|")
         for name in args.searches:
             row = compare_all(engines, name, args.questions)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from bench_logprob import LINEAR_SHAPES, linear_call, linear_inputs, linear_providers
-from timing import Results, check_device, environment, in_process
+from timing import Results, check_device, environment, in_process, memory_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -28,15 +28,10 @@ def extra_memory(device: str, provider: str, T: int, H: int, V: int, dtype: str,
         peak = torch.cuda.max_memory_allocated()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the memory that is resident now
-        before = _status("VmRSS")
+        before = memory_bytes("VmRSS")
         results = call()
-        peak = _status("VmHWM")
+        peak = memory_bytes("VmHWM")
     return peak - before - sum(result.nbytes for result in results)
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def measure(device: str, provider: str, shape: tuple[int, ...], dtype: str, direction: str) -> int:

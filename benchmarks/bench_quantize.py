@@ -25,7 +25,7 @@ import timing
 import torch
 from bench_decode import SAMPLING
 from bench_search import build_model
-from timing import NEEDS_GPU, Results, check_device, environment
+from timing import NEEDS_GPU, Results, check_device, environment, memory_bytes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers.random_mllama import random_inputs
@@ -54,7 +54,7 @@ def measure(folder: str, name: str, dtype: str, device: str, candidates: list[in
     settings: dict[str, Any] = {"dtype": getattr(torch, dtype), "device_map": {"": device}}
     if name != PLAIN:
         settings = loading_settings(name, AutoConfig.from_pretrained(folder), dtype, device)
-    before = resident("VmRSS")  # after the packages have been imported
+    before = memory_bytes("VmRSS")  # after the packages have been imported
     model = AutoModelForImageTextToText.from_pretrained(folder, **settings)
     model.generation_config.eos_token_id = None
     if device == "cpu":
@@ -64,7 +64,7 @@ def measure(folder: str, name: str, dtype: str, device: str, candidates: list[in
     engine = Engine(model, StageTags([b"a", b"</x>"], ["</x>"]), config=config)
     inputs = random_inputs(model, length=PROMPT_TOKENS, ratio_id=ONE_TILE, seed=0)
     found = step_ms(engine, inputs, candidates, steps)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM") - before
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else memory_bytes("VmHWM") - before
     return {"weight_bytes": weight_bytes(model), "peak_bytes": peak, "ms": found}
 
 
@@ -100,11 +100,6 @@ def weight_bytes(model: torch.nn.Module) -> int:
         if isinstance(each, torch.Tensor) and not hasattr(each, "qdata"):  # a subclass is counted by its parts
             tensors[each.untyped_storage().data_ptr()] = each
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
-
-
-def resident(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def in_process(folder: str, name: str, dtype: str, device: str, candidates: list[int], steps: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from bench_search import environment
-from timing import Results
+from timing import MAX_GROWTH, Results, growth, memory_bytes
 
 from llava_cot import SwiresGenerator
 
@@ -38,7 +38,6 @@ LEAVING, HOSTILE = 10, 20  # one of so many clients
 LEAST_RATIO = 0.9
 SHORT = ("greedy", "sample", "best_of_n")  # whose searches take a few tens of ms
 AT_ONCE, EVERY = 50, 100  # requests
-MAX_GROWTH = 0.02  # of the resident memory, after a quarter of the requests
 
 
 def bench_load(generator: SwiresGenerator, clients: int, seed: int) -> list[dict[str, Any]]:
@@ -104,19 +103,17 @@ def bench_throughput(
 
 def bench_memory(served: Served, requests: int) -> dict[str, Any]:
     """Return the row of the server's memory."""
-    sizes = [served.resident_bytes()]
+    sizes = [memory_bytes("VmRSS", served.process.pid)]
     print(f"| requests | resident MiB |\n| --- | --- |\n| 0 | {sizes[0] / 2**20:.1f} |")
     for start in range(0, requests, EVERY):
         for part in range(start, start + EVERY, AT_ONCE):
             outcome = asyncio.run(load(served.url, asks(AT_ONCE, part, SHORT), AT_ONCE // LEAVING, (), part))
             assert len(outcome.replies) + outcome.gone == AT_ONCE
         served.assert_nothing_held()
-        sizes.append(served.resident_bytes())
+        sizes.append(memory_bytes("VmRSS", served.process.pid))
         print(f"| {start + EVERY} | {sizes[-1] / 2**20:.1f} |", flush=True)
-    warm = sizes[max(1, len(sizes) // 4) :]
-    third = max(1, len(warm) // 3)
-    growth = statistics.median(warm[-third:]) / statistics.median(warm[:third]) - 1
-    return {"part": "memory", "requests": requests, "every": EVERY, "resident_bytes": sizes, "growth": growth}
+    row = {"part": "memory", "requests": requests, "every": EVERY, "resident_bytes": sizes}
+    return {**row, "growth": growth(sizes)}
 
 
 def main() -> None:

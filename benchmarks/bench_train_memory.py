@@ -22,7 +22,7 @@ from typing import Any
 
 import timing
 import torch
-from timing import NEEDS_GPU, Results, check_device, environment
+from timing import NEEDS_GPU, Results, check_device, environment, memory_bytes
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
@@ -92,7 +92,7 @@ def run_config(folder: Path, *, compute: str, checkpointing: bool, device: str =
 
 def measure_step(config: TrainConfig, device: torch.device, rows: int, row_tokens: int, images: int) -> dict[str, Any]:
     """Measure the bytes of the second step, when the optimizer has its state. The weights are random."""
-    before = _status("VmRSS")
+    before = memory_bytes("VmRSS")
     root, optimizer = build_run(config, device)
     batch = random_batch(root.model.config, rows, row_tokens, images).to(device)
 
@@ -109,7 +109,7 @@ def measure_step(config: TrainConfig, device: torch.device, rows: int, row_token
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the memory that is resident now
     with tracker:
         step()
-    peak, resident = by_category(tracker, "peak"), _status("VmHWM") - before
+    peak, resident = by_category(tracker, "peak"), memory_bytes("VmHWM") - before
     return {"tracker": sum(peak.values()), "categories": peak, "resident": resident}
 
 
@@ -164,11 +164,11 @@ def step_case(device: str, compute: str, checkpointing: bool) -> dict[str, Any]:
 def head_case(provider: str, rows: int, dtype: str) -> dict[str, Any]:
     """Measure a row of the second table: a step of a small backbone on ``rows`` supervised tokens, without image."""
     step, model = head_step(provider, rows, dtype)
-    before = _status("VmRSS")
+    before = memory_bytes("VmRSS")
     started = time.perf_counter()
     Path("/proc/self/clear_refs").write_text("5")
     step()
-    resident, seconds = _status("VmHWM") - before, time.perf_counter() - started
+    resident, seconds = memory_bytes("VmHWM") - before, time.perf_counter() - started
     return {"tracker": tracked(step, model), "resident": resident, "seconds": seconds}
 
 
@@ -212,11 +212,6 @@ def tracked(step: Callable[[], None], model: nn.Module) -> int:
 
 def _total(tracker: MemTracker, moment: str) -> int:
     return sum(snapshot["Total"] for snapshot in tracker.get_tracker_snapshot(moment).values())
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def available_bytes() -> int:

@@ -8,7 +8,6 @@ third of the readings after the warm-up (the first quarter of the answers) is co
 
 import argparse
 import gc
-import statistics
 import sys
 import time
 import weakref
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 from bench_search import environment
-from timing import Results
+from timing import MAX_GROWTH, Results, growth, memory_bytes
 
 from llava_cot import BestOfNConfig, EngineConfig, GreedyConfig, SwiresConfig, SwiresGenerator, TokenBeamConfig
 from llava_cot.data import shapes
@@ -26,19 +25,12 @@ from llava_cot.searcher import cancel_all
 GROUP, EVERY = 50, 500  # answers
 QUESTIONS = 200  # that differ
 NUM_PAGES = 280  # of 4 tokens; a group would use about 400
-MAX_GROWTH = 0.02
 SEARCHES = (
     GreedyConfig(max_new_tokens=12),
     BestOfNConfig(n=3, max_new_tokens=10),
     SwiresConfig.published(max_new_tokens=16, max_stage_tokens=dict.fromkeys(("SUMMARY", "CAPTION"), 5), cutoff=0.0),
     TokenBeamConfig(num_beams=2, max_new_tokens=8),
 )
-
-
-def resident_bytes() -> int:
-    """The resident memory of this process."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0]) * 1024
 
 
 def answer_group(generator: SwiresGenerator, first: int) -> tuple[list[weakref.ref], int]:
@@ -79,13 +71,6 @@ def held(generator: SwiresGenerator, sessions: list[weakref.ref]) -> dict[str, i
     }
 
 
-def growth(sizes: list[int]) -> float:
-    """By how much of itself the resident memory has grown after the first quarter of the readings."""
-    warm = sizes[len(sizes) // 4 :]
-    third = max(1, len(warm) // 3)
-    return statistics.median(warm[-third:]) / statistics.median(warm[:third]) - 1
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--answers", type=int, default=10_000, help="a multiple of the readings' distance")
@@ -105,7 +90,7 @@ def main() -> None:
         again += sum(count for _, count in found)
         if any((left := held(generator, sessions)).values()):
             sys.exit(f"after {done} answers something is held: {left}")
-        sizes.append(resident_bytes())
+        sizes.append(memory_bytes("VmRSS"))
         seconds = time.perf_counter() - start
         results.add({"answers": done, "resident_bytes": sizes[-1], "seconds": seconds, "computed_again": again})
         print(f"| {done} | {sizes[-1] / 2**20:.1f} | {again} | {seconds:.0f} |", flush=True)

@@ -7,6 +7,7 @@ runs the same cases under pytest-benchmark. Every provider is checked before any
 import argparse
 import json
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ import torch
 from llava_cot.atomic import replacing
 from llava_cot.engine.graphs import CudaRecorder
 
+MAX_GROWTH = 0.02  # of the memory of a process that goes on and on
 NEEDS_GPU = 77  # the exit code of a benchmark that has no device to run on
 
 
@@ -38,6 +40,22 @@ class Results:
         if self.path:
             with replacing(self.path) as file:
                 file.write(json.dumps(self.found, indent=1, default=str) + "\n")
+
+
+def memory_bytes(field: str, pid: int | str = "self") -> int:
+    """Return what Linux tells of a process's memory: "VmRSS" is resident now, and "VmHWM" was at most."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def growth(sizes: list[int]) -> float:
+    """Return by how much of itself memory has grown after the first quarter of its readings, the warm-up.
+
+    The median of the last third of the others is compared with that of their first third.
+    """
+    warm = sizes[max(len(sizes) // 4, min(1, len(sizes) - 1)) :]
+    third = max(1, len(warm) // 3)
+    return statistics.median(warm[-third:]) / statistics.median(warm[:third]) - 1
 
 
 def check_device(device: str) -> None:

@@ -58,7 +58,7 @@ def test_what_is_held_is_noticed(generator):
 @pytest.mark.parametrize("step, is_flat", [(0, True), (1, False)])
 def test_memory_that_grows_fails(monkeypatch, tmp_path, step, is_flat):
     sizes = iter(range(100, 200, step) if step else [100] * 8)
-    monkeypatch.setattr(soak, "resident_bytes", lambda: next(sizes) * 2**20)
+    monkeypatch.setattr(soak, "memory_bytes", lambda field: next(sizes) * 2**20)
     monkeypatch.setattr(soak, "answer_group", lambda generator, first: ([], 0))
     arguments = ["soak.py", "--answers", "400", "--every", "50", "--json", str(tmp_path / "soak.json")]
     monkeypatch.setattr(sys, "argv", arguments)

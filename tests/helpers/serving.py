@@ -10,7 +10,6 @@ import sys
 import time
 from collections import deque
 from contextlib import contextmanager
-from pathlib import Path
 from threading import Thread
 
 import httpx
@@ -38,11 +37,6 @@ class Served:
         return {
             name: float(value) for name, value in re.findall(r"^llava_cot:(\w+)(?:\{.*?\})? (\S+)$", text, re.MULTILINE)
         }
-
-    def resident_bytes(self):
-        """The resident memory of the server's process, as Linux tells it."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return 1024 * int(re.search(r"^VmRSS:\s+(\d+) kB", status, re.MULTILINE)[1])
 
     def wait_until_idle(self):
         """Wait until nothing is in flight, and return the metrics then."""
