@@ -30,6 +30,7 @@ def replay(
     """Force a trace's tokens through the engine and compare every log-prob. Exit with 1 if one differs."""
     from llava_cot.image import check_image
     from llava_cot.replay import check_replay
+    from llava_cot.replay import replay as replayed
     from llava_cot.trace import read_trace
 
     # All that needs no weights is checked before they are loaded.
@@ -45,7 +46,6 @@ def replay(
     from transformers.utils import logging
 
     from llava_cot.generator import SwiresGenerator
-    from llava_cot.replay import replay as replayed
 
     logging.disable_progress_bar()
     generator = SwiresGenerator.from_pretrained(

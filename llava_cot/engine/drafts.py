@@ -27,8 +27,8 @@ class SpoiltDraft(Exception):
 class Drafts:
     """Drafts up to ``most_tokens`` for each candidate, as long as a pass has no more than ``most_rows`` rows."""
 
-    def __init__(self, most_tokens: int, most_rows: int = MOST_ROWS) -> None:
-        self.most_tokens, self.most_rows = most_tokens, most_rows
+    def __init__(self, most_tokens: int) -> None:
+        self.most_tokens, self.most_rows = most_tokens, MOST_ROWS
 
     def propose(self, jobs: Sequence[Job]) -> dict[Branch, list[int]]:
         """Return the drafts of growing branches, from what their own searches have drawn."""

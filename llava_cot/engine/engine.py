@@ -24,6 +24,7 @@ from llava_cot.engine.runner import ModelRunner
 from llava_cot.engine.schedule import Schedule
 from llava_cot.engine.session import Extension, Job, Pending, Session, Slot
 from llava_cot.engine.threads import threads_for
+from llava_cot.engine.twins import give_pages, part
 from llava_cot_kernels.page_pool import OutOfPages
 from llava_cot_kernels.stage_tags import StageTags
 
@@ -264,7 +265,7 @@ class Engine:
             for draw, row in zip(draws, draw_rows(logits, draws, self.tags)):
                 drawn.setdefault(draw.slot, []).append(row)
             self._grow(running, drawn, drafts)
-            self._part([slot.branch for slot in drawn])
+            part([slot.branch for slot in drawn], self.pool, 1 + self.drafts.most_tokens)
 
     def _draws(self, job: Job, sources: dict[Branch | None, int], drafts: dict[Branch, list[int]]) -> Iterator[Draw]:
         for slot in drawing(job):
@@ -307,36 +308,6 @@ class Engine:
                     self.drafts.note(job, branch)
             job.slots = [slot for slot in job.slots if slot.branch.finish is None]
 
-    def _part(self, grown: Sequence[Branch]) -> None:
-        """Give pages of their own to branches that have finished, or have drawn other tokens than their twins.
-
-        Keys and values of drafts that were not drawn are forgotten.
-        """
-
-        def end(branch: Branch) -> tuple[int, ...]:
-            """What may tell a branch from its twin: before this step they had the same tokens."""
-            return branch.length, *branch.tokens[-1 - self.drafts.most_tokens :]
-
-        firsts = dict[tuple[Branch, tuple[int, ...]], Branch]()
-        for branch in grown:
-            twin = branch.twin
-            if twin is None or (branch.finish is None and end(branch) == end(twin)):
-                continue
-            first = firsts.setdefault((twin, end(branch)), branch)
-            if first is not branch and branch.finish is None:
-                branch.twin = first
-            else:
-                self._give_pages(branch)
-        for branch in grown:
-            if branch.twin is None and self.pool.length(branch.seq) >= branch.length:
-                self.pool.truncate(branch.seq, branch.length - 1)
-
-    def _give_pages(self, branch: Branch) -> None:
-        """Let ``branch`` share the pages of its twin up to here, and write its own from here on."""
-        if branch.twin is not None:
-            (branch.seq,) = self.pool.fork(branch.twin.seq, 1)
-            branch.twin = None
-
     def _window(self, running: list[Job]) -> bool:
         """Let all branches grow by several tokens, if that is all there is to do; False if it takes a ``_decode``."""
         slots = [slot for job in running for slot in job.slots]
@@ -352,7 +323,7 @@ class Engine:
         if max(counts) == 1 or not all(may_draw(job, max(counts)) for job in running):
             return False
         for slot in slots:
-            self._give_pages(slot.branch)
+            give_pages(slot.branch, self.pool)
         seqs = [slot.branch.seq for slot in slots]
         try:
             slot_mapping = self.runner.append(seqs, counts)

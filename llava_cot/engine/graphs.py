@@ -309,7 +309,7 @@ class Window:
             is_blind = has_blind_rows(branches, image_group)
             shape = Shape.with_room(n, page_table.shape[1], num_segments, len(prefix_lens), is_blind)
             to, step = self._open(shape)
-            draws = [next(Draw.along(slot, row, (), self.tags)) for row, slot in enumerate(slots)]
+            draws = [draw for row, slot in enumerate(slots) for draw in Draw.along(slot, row, (), self.tags)]
             for buffer, values in zip(to.candidates, candidates(draws, torch.device("cpu"))):
                 _put(buffer[:n], values)
             _put(to.token[:n], [branch.tokens[-1] for branch in branches])

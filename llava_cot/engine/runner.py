@@ -150,7 +150,9 @@ class ModelRunner:
                 chain[branch] = branch.parent
                 branch = branch.parent
                 forks[branch] += 1
-        missing: dict[Branch, Branch] = {}  # and the ancestor that each is forked from
+        if not chain:
+            return 0
+        missing: dict[Branch, Branch] = {}  # and the ancestor or sibling that each is forked from
         for branch in chain:
             if not branch.is_released or forks[branch] > 1:
                 origin = chain[branch]
@@ -184,7 +186,7 @@ class ModelRunner:
     def _kept(self, branch: Branch, origin: Branch) -> int:
         """How many of the tokens that ``origin`` has in the pages are those of ``branch``, which lacks no more."""
         length = self.pool.length(origin.seq)
-        if origin.parent is branch.parent and origin.parent is not None:
+        if origin.parent is branch.parent:
             same = origin.length - len(origin.tokens) + _agreement(branch, origin)
             return min(same, length, branch.computed)
         return length
