@@ -8,14 +8,12 @@ from typing import Any
 
 from llava_cot.atomic import replacing
 from llava_cot.evaluate.benchmark import Benchmark
-from llava_cot.evaluate.folder import PROTOCOL, RESULTS, TRACES, trace_stem
+from llava_cot.evaluate.folder import PROTOCOL, RESULT, RESULTS, TRACES, read_results, trace_stem
 from llava_cot.evaluate.manifest import check_same, read_manifest, seed_of, write_manifest
 from llava_cot.evaluate.result import Result
-from llava_cot.journal import Journal, JournalKind, read_journal
+from llava_cot.journal import Journal
 from llava_cot.workers.run import run_tasks
 from llava_cot.workers.task import Reply, Task, Workers
-
-RESULT = JournalKind("evaluate", frozenset({"id", "repeat", "text", "outcome"}))
 
 
 def check_folder(path: Path, manifest: Mapping[str, Any]) -> None:
@@ -77,22 +75,8 @@ class RunFolder:
         self.done.add((result.id, result.repeat))
 
     def results(self) -> Iterator[Result]:
-        """Read all results.
-
-        Raises:
-            ValueError: a line is none, or is of the same question and repeat as an earlier one.
-        """
-        seen = set[tuple[str, int]]()
-        for number, record in enumerate(read_journal(self._journal.path, RESULT), 1):
-            where = f"{str(self._journal.path)!r}, line {number}"
-            try:
-                result = Result.from_dict(record)
-            except ValueError as error:
-                raise ValueError(f"{where}: must be a result, got {error}") from None
-            if (result.id, result.repeat) in seen:
-                raise ValueError(f"{where}: each id and repeat must stand once, got {result.id!r:.200} again")
-            seen.add((result.id, result.repeat))
-            yield result
+        """Read all results, see ``read_results``."""
+        return read_results(self.path)
 
     def replace(self, results: Iterable[Result]) -> None:
         """Write these results in the place of all."""

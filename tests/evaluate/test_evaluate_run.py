@@ -19,9 +19,9 @@ from llava_cot import SwiresGenerator, cli
 from llava_cot.data import shapes
 from llava_cot.data.export import export_file
 from llava_cot.evaluate.command import Request, evaluate_benchmark, score_answers
-from llava_cot.evaluate.folder import trace_stem
+from llava_cot.evaluate.folder import RESULT, trace_stem
 from llava_cot.evaluate.manifest import seed_of, source_commit
-from llava_cot.evaluate.run import RESULT, RunFolder
+from llava_cot.evaluate.run import RunFolder
 from llava_cot.journal import Journal
 
 KILLS = int(os.environ.get("LLAVA_COT_KILLS", 2))  # set both to kill more often, or two actors: ray:2
