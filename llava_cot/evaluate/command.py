@@ -11,14 +11,14 @@ from typing import Any
 from llava_cot.atomic import replacing
 from llava_cot.evaluate.benchmark import Benchmark
 from llava_cot.evaluate.benchmarks import benchmark_class, open_benchmark
-from llava_cot.evaluate.folder import PROTOCOL, SUMMARY, find_questions, open_evaluated
+from llava_cot.evaluate.folder import PROTOCOL, SUMMARY, asked, find_questions, open_evaluated, selected
 from llava_cot.evaluate.judge import read_grades, with_grades
 from llava_cot.evaluate.manifest import make_manifest, read_manifest, write_manifest
 from llava_cot.evaluate.pages.report import write_report
 from llava_cot.evaluate.progress import shown
 from llava_cot.evaluate.result import Scored
 from llava_cot.evaluate.rules import RULES
-from llava_cot.evaluate.run import RunFolder, asked, check_folder, run, selected
+from llava_cot.evaluate.run import RunFolder, check_folder, run
 from llava_cot.evaluate.score import check_groups, read_texts, score_all, with_questions
 from llava_cot.evaluate.summary import summarise
 from llava_cot.grammars import named_grammar

@@ -32,13 +32,14 @@ class Run:
     results: Sequence[Result]
 
     def scored(self, benchmark: Benchmark) -> list[Scored]:
-        """Return the results with their questions.
+        """Return the results that the protocol asks, with their questions.
 
         Raises:
             ValueError: the benchmark has no question of such an id.
         """
         questions = find_questions(benchmark, {result.id for result in self.results})
-        return [Scored(questions[result.id], result) for result in self.results]
+        wanted = {*asked(benchmark, self.protocol, ((result.id, result.repeat) for result in self.results))}
+        return [Scored(questions[result.id], result) for result in self.results if (result.id, result.repeat) in wanted]
 
 
 def read_run(path: Path | str) -> Run:
@@ -123,6 +124,27 @@ def open_evaluated(protocol: Mapping[str, Any], data: Path | str | None, whose: 
             f"{benchmark.dataset.md5}"
         )
     return benchmark
+
+
+def selected(benchmark: Benchmark, limit: int | None) -> Sequence[int]:
+    """Return the rows to ask: the first ``limit``, and whatever completes the groups that they belong to."""
+    rows = range(len(benchmark))
+    if limit is None or not benchmark.is_grouped:
+        return rows[:limit]
+    groups = {benchmark.question(row).group for row in rows[:limit]}
+    return [row for row in rows if row < limit or benchmark.question(row).group in groups]
+
+
+def asked(
+    benchmark: Benchmark, protocol: Mapping[str, Any], keys: Iterable[tuple[str, int]]
+) -> Iterator[tuple[str, int]]:
+    """Yield the ids and repeats among ``keys`` that a run with this protocol asks.
+
+    Its folder may have others, of an earlier run with more questions or repeats. They are kept and not counted.
+    """
+    limit, repeats = protocol.get("limit"), protocol.get("repeats") or 1
+    ids = None if limit is None else {benchmark.question(row).id for row in selected(benchmark, limit)}
+    return (key for key in keys if key[1] < repeats and (ids is None or key[0] in ids))
 
 
 def find_questions(benchmark: Benchmark, ids: set[str]) -> dict[str, Question]:

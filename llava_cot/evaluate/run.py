@@ -107,24 +107,6 @@ class RunFolder:
         self._journal.close()
 
 
-def selected(benchmark: Benchmark, limit: int | None) -> Sequence[int]:
-    """Return the rows to ask: the first ``limit``, and whatever completes the groups that they belong to."""
-    rows = range(len(benchmark))
-    if limit is None or not benchmark.is_grouped:
-        return rows[:limit]
-    groups = {benchmark.question(row).group for row in rows[:limit]}
-    return [row for row in rows if row < limit or benchmark.question(row).group in groups]
-
-
-def asked(
-    benchmark: Benchmark, manifest: Mapping[str, Any], keys: Iterable[tuple[str, int]]
-) -> Iterator[tuple[str, int]]:
-    """Yield the ids and repeats among ``keys`` that a run with this protocol asks."""
-    limit, repeats = manifest.get("limit"), manifest.get("repeats") or 1
-    ids = None if limit is None else {benchmark.question(row).id for row in selected(benchmark, limit)}
-    return (key for key in keys if key[1] < repeats and (ids is None or key[0] in ids))
-
-
 def tasks_of(
     benchmark: Benchmark, rows: Iterable[int], preset: str, seed: int, repeats: int, done: Set[tuple[str, int]]
 ) -> Iterator[tuple[int, Task | Result]]:
