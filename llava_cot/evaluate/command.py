@@ -112,12 +112,15 @@ def score_answers(
 ) -> dict[str, Any]:
     """Score a run folder again in place, or the texts of a file, and return the summary.
 
+    Args:
+        rules: None are those that the run was scored by last, and for texts those of the benchmark.
+
     Raises:
         ValueError: naming the argument that is wrong. Nothing is changed then.
     """
     if answers.is_dir():
         opened, manifest = open_run(answers, benchmark, data)
-        manifest |= {"rules": _check_rules(opened, rules)}
+        manifest |= {"rules": _check_rules(opened, rules or manifest["rules"])}
         with closing(RunFolder(answers, manifest)) as folder:
             _check_ended(opened, folder)
             return _finish(opened, folder, manifest)
