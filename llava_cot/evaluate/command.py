@@ -101,8 +101,9 @@ def evaluate_benchmark(request: Request, *, dry_run: bool = False) -> dict[str, 
     ):
         find_questions(benchmark, {id for id, _ in folder.done})  # or a stray result would be found at the end
         folder.drop_failed()
-        todo = len(rows) * request.repeats - sum(1 for _ in asked(benchmark, manifest, folder.done))
-        with shown(todo) as show:
+        held = {*asked(benchmark, manifest, folder.done)}
+        before = (result for result in folder.results() if (result.id, result.repeat) in held)
+        with shown(before, len(rows) * request.repeats) as show:
             run(benchmark, folder, workers, rows, traces=request.traces, on_result=show)
         return _finish(benchmark, folder, manifest)
 
