@@ -18,7 +18,7 @@ from llava_cot.evaluate.pages.report import write_report
 from llava_cot.evaluate.progress import shown
 from llava_cot.evaluate.result import Scored
 from llava_cot.evaluate.rules import RULES
-from llava_cot.evaluate.run import RunFolder, check_folder, run
+from llava_cot.evaluate.run import RunFolder, check_folder, check_writable, run
 from llava_cot.evaluate.score import check_groups, read_texts, score_all, with_questions
 from llava_cot.evaluate.summary import summarise
 from llava_cot.grammars import named_grammar
@@ -120,6 +120,7 @@ def score_answers(
         ValueError: naming the argument that is wrong. Nothing is changed then.
     """
     if answers.is_dir():
+        check_writable(answers, "answers")
         opened, manifest = open_run(answers, benchmark, data)
         manifest |= {"rules": _check_rules(opened, rules or manifest["rules"])}
         with closing(RunFolder(answers, manifest)) as folder:
@@ -143,6 +144,7 @@ def judge_answers(run: Path, data: Path | None, grade: Callable[[list[Scored], P
     Raises:
         ValueError: naming the argument that is wrong.
     """
+    check_writable(run, "run")
     opened, manifest = open_run(run, None, data)
     with closing(RunFolder(run, manifest)) as folder:
         _check_ended(opened, folder)

@@ -1,17 +1,16 @@
 """Run a benchmark: answer what a run folder does not have yet, score it, and write every result as it is ready."""
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from llava_cot.atomic import replacing
+from llava_cot.atomic import check_output_folder, replacing
 from llava_cot.evaluate.benchmark import Benchmark
 from llava_cot.evaluate.folder import PROTOCOL, RESULT, RESULTS, TRACES, read_results, trace_stem
 from llava_cot.evaluate.manifest import check_same, read_manifest, seed_of, write_manifest
 from llava_cot.evaluate.result import Result
-from llava_cot.journal import Journal
+from llava_cot.journal import Journal, check_journal
 from llava_cot.workers.run import run_tasks
 from llava_cot.workers.task import Reply, Task, Workers
 
@@ -22,16 +21,24 @@ def check_folder(path: Path, manifest: Mapping[str, Any]) -> None:
     Raises:
         ValueError: it may not. The message says what differs.
     """
-    nearest = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
-    if not nearest.is_dir():
-        raise ValueError(f"out must be a folder, got {str(path)!r}, and {str(nearest)!r} is a file")
+    check_writable(path, "out")
     before = read_manifest(path)
     if before is not None:
         check_same(path, before, manifest)
     elif (path / RESULTS).exists():
         raise ValueError(f"out must be a new folder or one of a run, got {str(path)!r}, which has no {PROTOCOL}")
-    if not os.access(nearest, os.W_OK):
-        raise ValueError(f"out must be a folder that may be written, got {str(path)!r}")
+
+
+def check_writable(path: Path, name: str) -> None:
+    """Check that a run can be written in a folder, which may not exist yet.
+
+    Raises:
+        ValueError: it can't. The message begins with ``name``.
+    """
+    for folder in (path, path / TRACES):
+        check_output_folder(folder, name)
+    if path.exists():
+        check_journal(path / RESULTS, name)
 
 
 class RunFolder:
