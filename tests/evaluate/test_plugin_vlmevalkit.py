@@ -83,7 +83,22 @@ def test_thinking_is_all_before_the_conclusion(model):
     )
     assert model.split_thinking("<SUMMARY> a </SUMMARY>") == ("", "<SUMMARY> a </SUMMARY>")
     assert model.split_thinking("<SUMMARY> a </SUMMARY> <CONCLUSION> C") == ("C", "<SUMMARY> a </SUMMARY>")
-    assert model.split_thinking("C") == ("", "C")
+    assert model.split_thinking(" C") == ("C", "")  # a model that answers plainly
+    assert model.split_thinking("") == ("", "")
+
+
+@pytest.mark.parametrize("split", ["", "1"])
+def test_a_text_without_stages_is_its_own_conclusion(plugin, tmp_path, monkeypatch, split):
+    from vlmeval.inference import infer_data_job
+    from vlmeval.smp import get_pred_file_path, load
+
+    monkeypatch.setenv("PRED_FORMAT", "tsv")
+    if split:
+        monkeypatch.setenv("SPLIT_THINK", split)
+    cut = plugin[0].LlavaCot("tiny", "greedy", 0, {"device": "cpu"}, max_new_tokens=1)
+    infer_data_job(cut, str(tmp_path), "llava-cot", ShapesDataset(tmp_path))
+    table = load(get_pred_file_path(str(tmp_path), "llava-cot", "Shapes"))
+    assert list(table["prediction"]) == ["<SUMMARY"] * len(SEEDS)  # the first of the tokens of a tag
 
 
 def test_it_is_a_model_of_vlmevalkit(plugin, model):

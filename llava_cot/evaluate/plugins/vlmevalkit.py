@@ -21,6 +21,8 @@ from llava_cot.generator import SwiresGenerator
 class LlavaCot(BaseModel):
     """Answers by search. VLMEvalKit scores everything that a model returns, so that it gets the conclusion alone.
 
+    A text in which no stage was opened is its own conclusion, as in ``llava-cot evaluate``.
+
     With the environment variable SPLIT_THINK it gets the whole text instead and splits it by ``split_thinking``: the
     stages before the conclusion go to the column "thinking".
 
@@ -61,13 +63,17 @@ class LlavaCot(BaseModel):
         ]
         question = [{"role": "user", "content": parts}]
         answer = self.generator.answer(images, question, self.search, seed=self.seed, **self.settings)
-        return answer.text if os.getenv("SPLIT_THINK") else answer.conclusion
+        conclusion = answer.grammar.conclusion_of(answer.text, answer.stages).text
+        return answer.text if os.getenv("SPLIT_THINK") else conclusion
 
     def split_thinking(self, text: str) -> tuple[str, str]:
-        """Return the conclusion of a text in stages, and what stands before it."""
+        """Return the conclusion of a text, and the stages before it."""
         grammar = self.generator.grammar
+        conclusion = grammar.conclusion_of(text, grammar.parse(text)).text
         begins = [at for at, name in grammar.starts(text) if name == grammar.conclusion]
-        return grammar.parse(text)[grammar.conclusion].text, text[: begins[0]].rstrip() if begins else text
+        if begins:
+            return conclusion, text[: begins[0]].rstrip()
+        return conclusion, "" if conclusion else text
 
 
 def main() -> None:
