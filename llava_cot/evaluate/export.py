@@ -21,8 +21,8 @@ def write_vlmevalkit_table(
     """Write VLMEvalKit's prediction table: the columns of the TSV that was evaluated, "prediction" instead of images.
 
     A prediction is the conclusion. An answer that failed gets VLMEvalKit's mark for that, so that it can be asked again
-    there. VLMEvalKit finds the table if it stands in ``outputs/MODEL/MODEL_DATASET.tsv`` and PRED_FORMAT is "tsv".
-    Folders that are missing are made.
+    there. VLMEvalKit finds the table in ``outputs/MODEL/T20260101-000000/MODEL_DATASET.tsv``, or in the folder of any
+    other time, if PRED_FORMAT is "tsv". Folders that are missing are made.
 
     Returns:
         The number of rows.
