@@ -24,6 +24,20 @@ def check_output(path: Path | str, name: str) -> None:
         raise ValueError(f"{name} must be a file that may be written, got {str(path)!r}")
 
 
+def check_output_folder(path: Path | str, name: str) -> None:
+    """Check, before any work is done, that files can be written to a folder. It may be one that is made then.
+
+    Raises:
+        ValueError: it, or a folder that it would be in, is a file or may not be written. The message begins with
+            ``name``.
+    """
+    nearest = next(folder for folder in (Path(path), *Path(path).absolute().parents) if os.path.lexists(folder))
+    if not os.path.isdir(nearest):
+        raise ValueError(f"{name} must be a folder, got {str(path)!r}, and {str(nearest)!r} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"{name} must be a folder that may be written, got {str(path)!r}")
+
+
 def check_apart(path: Path | str, name: str, source: Path | str, source_name: str) -> None:
     """Check that what is written is neither what is read nor in a folder that is read, by whatever name.
 

@@ -48,6 +48,20 @@ def read_journal(path: Path, kind: JournalKind) -> Iterator[dict[str, Any]]:
             yield record
 
 
+def check_journal(path: Path, name: str) -> None:
+    """Check, before any work is done, that a journal can be begun or gone on with.
+
+    Raises:
+        ValueError: it is a folder, its folder does not exist, or it may not be written. The message begins with
+            ``name``.
+    """
+    if os.path.isdir(path) or not os.path.isdir(path.parent):
+        raise ValueError(f"{name} must be a file in a folder that exists, got {str(path)!r}")
+    # Unlike other files a journal is written in place, and made if it is missing.
+    if not os.access(path if os.path.exists(path) else path.parent, os.W_OK):
+        raise ValueError(f"{name} must be a file that may be written, got {str(path)!r}")
+
+
 class Journal:
     """A file to append to, which only one process at a time may hold. It is created if it does not exist.
 

@@ -92,7 +92,10 @@ def score(
     answers: Annotated[Path, typer.Argument(help='A run folder, or a .jsonl of {"id", "text"}.')],
     benchmark: Annotated[str | None, typer.Option(help="The benchmark; by default that of the run.")] = None,
     data: Annotated[Path | None, typer.Option(help="The benchmark's file; by default that of the run.")] = None,
-    rules: Annotated[str | None, typer.Option(help="compat, strict or math; by default the benchmark's.")] = None,
+    rules: Annotated[
+        str | None,
+        typer.Option(help="compat, strict or math; by default those of the run, and for a .jsonl the benchmark's."),
+    ] = None,
     grammar: Annotated[str, typer.Option(help="The stages that the texts of a .jsonl have.")] = "llava-cot",
     partial: Partial = False,
     json: Json = False,

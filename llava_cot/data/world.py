@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
+from llava_cot.atomic import check_output_folder
 from llava_cot.data import shapes
 from llava_cot.data.jsonl import write_jsonl
 from llava_cot.data.variants import VARIANTS
@@ -42,6 +43,7 @@ def write_world(out: Path | str, seeds: range, variant: str = "full", processes:
     if processes < 1:
         raise ValueError(f"processes must be >= 1, got {processes}")
     out = Path(out)
+    check_output_folder(out, "out")
     for thousand in range(seeds.start // PER_FOLDER, (seeds.stop - 1) // PER_FOLDER + 1):
         (out / "images" / str(thousand)).mkdir(parents=True, exist_ok=True)
 

@@ -11,14 +11,14 @@ from typing import Any
 from llava_cot.atomic import replacing
 from llava_cot.evaluate.benchmark import Benchmark
 from llava_cot.evaluate.benchmarks import benchmark_class, open_benchmark
-from llava_cot.evaluate.folder import PROTOCOL, SUMMARY, find_questions, open_evaluated
+from llava_cot.evaluate.folder import PROTOCOL, SUMMARY, asked, find_questions, open_evaluated, selected
 from llava_cot.evaluate.judge import read_grades, with_grades
 from llava_cot.evaluate.manifest import make_manifest, read_manifest, write_manifest
 from llava_cot.evaluate.pages.report import write_report
 from llava_cot.evaluate.progress import shown
 from llava_cot.evaluate.result import Scored
 from llava_cot.evaluate.rules import RULES
-from llava_cot.evaluate.run import RunFolder, asked, check_folder, run, selected
+from llava_cot.evaluate.run import RunFolder, check_folder, check_writable, run
 from llava_cot.evaluate.score import check_groups, read_texts, score_all, with_questions
 from llava_cot.evaluate.summary import summarise
 from llava_cot.grammars import named_grammar
@@ -101,8 +101,9 @@ def evaluate_benchmark(request: Request, *, dry_run: bool = False) -> dict[str, 
     ):
         find_questions(benchmark, {id for id, _ in folder.done})  # or a stray result would be found at the end
         folder.drop_failed()
-        todo = len(rows) * request.repeats - sum(1 for _ in asked(benchmark, manifest, folder.done))
-        with shown(todo) as show:
+        held = {*asked(benchmark, manifest, folder.done)}
+        before = (result for result in folder.results() if (result.id, result.repeat) in held)
+        with shown(before, len(rows) * request.repeats) as show:
             run(benchmark, folder, workers, rows, traces=request.traces, on_result=show)
         return _finish(benchmark, folder, manifest)
 
@@ -112,12 +113,16 @@ def score_answers(
 ) -> dict[str, Any]:
     """Score a run folder again in place, or the texts of a file, and return the summary.
 
+    Args:
+        rules: None are those that the run was scored by last, and for texts those of the benchmark.
+
     Raises:
         ValueError: naming the argument that is wrong. Nothing is changed then.
     """
     if answers.is_dir():
+        check_writable(answers, "answers")
         opened, manifest = open_run(answers, benchmark, data)
-        manifest |= {"rules": _check_rules(opened, rules)}
+        manifest |= {"rules": _check_rules(opened, rules or manifest["rules"])}
         with closing(RunFolder(answers, manifest)) as folder:
             _check_ended(opened, folder)
             return _finish(opened, folder, manifest)
@@ -139,6 +144,7 @@ def judge_answers(run: Path, data: Path | None, grade: Callable[[list[Scored], P
     Raises:
         ValueError: naming the argument that is wrong.
     """
+    check_writable(run, "run")
     opened, manifest = open_run(run, None, data)
     with closing(RunFolder(run, manifest)) as folder:
         _check_ended(opened, folder)

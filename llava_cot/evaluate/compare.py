@@ -35,6 +35,7 @@ def compare_runs(a: Run, b: Run, data: Path | str | None = None) -> dict[str, An
         raise ValueError(f"data must be the benchmark's file, got {str(path)!r}, which does not exist")
     benchmark = open_evaluated(a.protocol, data, "the runs")
     of_a, of_b = a.scored(benchmark), b.scored(benchmark)
+    _check_same_questions((a, of_a), (b, of_b))
     groups_a = by_group(of_a)
     found_b = by_group(of_b)
     groups_b = {group: found_b[group] for group in groups_a}
@@ -74,7 +75,10 @@ def _check_alike(a: Run, b: Run) -> None:
             raise ValueError(
                 f"runs must have the same {what}, got {one!r} in {str(a.path)!r} and {two!r} in {str(b.path)!r}{advice}"
             )
-    one, two = ({result.id for result in run.results} for run in (a, b))
+
+
+def _check_same_questions(*runs: tuple[Run, Sequence[Scored]]) -> None:
+    (a, one), (b, two) = ((run, {each.question.id for each in scored}) for run, scored in runs)
     if not one:
         raise ValueError(f"runs must have results, got none in {str(a.path)!r}")
     if one != two:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from llava_cot.atomic import replacing
+from llava_cot.atomic import check_output, check_output_folder, replacing
 from llava_cot.evaluate.benchmark import Benchmark
 from llava_cot.evaluate.files.table import open_table
 from llava_cot.evaluate.result import Result
@@ -21,8 +21,8 @@ def write_vlmevalkit_table(
     """Write VLMEvalKit's prediction table: the columns of the TSV that was evaluated, "prediction" instead of images.
 
     A prediction is the conclusion. An answer that failed gets VLMEvalKit's mark for that, so that it can be asked again
-    there. VLMEvalKit finds the table if it stands in ``outputs/MODEL/MODEL_DATASET.tsv`` and PRED_FORMAT is "tsv".
-    Folders that are missing are made.
+    there. VLMEvalKit finds the table in ``outputs/MODEL/T20260101-000000/MODEL_DATASET.tsv``, or in the folder of any
+    other time, if PRED_FORMAT is "tsv". Folders that are missing are made.
 
     Returns:
         The number of rows.
@@ -34,7 +34,7 @@ def write_vlmevalkit_table(
     if source is None or not source.lower().endswith(".tsv"):
         raise ValueError(f"data must be a VLMEvalKit TSV, whose columns its scorers read, got {source!r}")
     predictions = _predictions(benchmark, results, repeat)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    _make_room(path)
     with replacing(path) as file:
         source_table = open_table(source)
         columns = [name for name in source_table.columns if name not in _IMAGES]
@@ -74,10 +74,19 @@ def write_lmms_eval_log(
         "time": time.strftime("%m%d_%H%M"),
         "logs": [{"doc_id": number, "resps": [[text]]} for number, text in enumerate(predictions)],
     }
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    _make_room(path)
     with replacing(path) as file:
         json.dump(log, file, ensure_ascii=False)
     return len(predictions)
+
+
+def _make_room(path: Path | str) -> None:
+    """Make the folder of a file that can then be written."""
+    folder = Path(path).parent
+    if not folder.is_dir():
+        check_output_folder(folder, "out")
+        folder.mkdir(parents=True)
+    check_output(path, "out")
 
 
 def _predictions(benchmark: Benchmark, results: Iterable[Result], repeat: int) -> list[str]:

@@ -5,7 +5,7 @@
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -16,7 +16,9 @@ from llava_cot.evaluate.benchmark import Benchmark
 from llava_cot.evaluate.benchmarks import open_benchmark
 from llava_cot.evaluate.question import Question
 from llava_cot.evaluate.result import Result, Scored
+from llava_cot.journal import JournalKind, read_journal
 
+RESULT = JournalKind("evaluate", frozenset({"id", "repeat", "text", "outcome"}))
 PROTOCOL, RESULTS, SUMMARY, TRACES = "run.json", "results.jsonl", "summary.json", "traces"
 STEM_LENGTH = 150  # file systems allow 255 bytes
 
@@ -30,19 +32,18 @@ class Run:
     results: Sequence[Result]
 
     def scored(self, benchmark: Benchmark) -> list[Scored]:
-        """Return the results with their questions.
+        """Return the results that the protocol asks, with their questions.
 
         Raises:
             ValueError: the benchmark has no question of such an id.
         """
         questions = find_questions(benchmark, {result.id for result in self.results})
-        return [Scored(questions[result.id], result) for result in self.results]
+        wanted = {*asked(benchmark, self.protocol, ((result.id, result.repeat) for result in self.results))}
+        return [Scored(questions[result.id], result) for result in self.results if (result.id, result.repeat) in wanted]
 
 
 def read_run(path: Path | str) -> Run:
-    """Read a run's folder. A torn last line of its results, which a killed run may leave, is skipped.
-
-    Of several results of one question and repeat, the last one that did not fail counts.
+    """Read a run's folder.
 
     Raises:
         ValueError: it is no folder of a run, or something in it can't be read. The message names the file and the line.
@@ -51,13 +52,26 @@ def read_run(path: Path | str) -> Run:
     for name in (PROTOCOL, RESULTS):
         if not (path / name).is_file():
             raise ValueError(f"run must be a folder that `llava-cot evaluate` wrote, got {str(path)!r} without {name}")
-    protocol = read_protocol(path)
-    found: dict[tuple[str, int], Result] = {}
-    for result in _results(path / RESULTS):
-        place = result.id, result.repeat
-        if place not in found or result.outcome != "failed":
-            found[place] = result
-    return Run(path, protocol, list(found.values()))
+    return Run(path, read_protocol(path), [*read_results(path)])
+
+
+def read_results(folder: Path) -> Iterator[Result]:
+    """Read all results of a run's folder. A torn last line, which a killed run may leave, is skipped.
+
+    Raises:
+        ValueError: a line is no result, or is of the same question and repeat as an earlier one.
+    """
+    path, seen = folder / RESULTS, set[tuple[str, int]]()
+    for number, record in enumerate(read_journal(path, RESULT), 1):
+        where = f"{str(path)!r}, line {number}"
+        try:
+            result = Result.from_dict(record)
+        except ValueError as error:
+            raise ValueError(f"{where}: must be a result, got {error}") from None
+        if (result.id, result.repeat) in seen:
+            raise ValueError(f"{where}: each id and repeat must stand once, got {result.id!r:.200} again")
+        seen.add((result.id, result.repeat))
+        yield result
 
 
 def read_protocol(path: Path) -> dict[str, Any]:
@@ -112,6 +126,27 @@ def open_evaluated(protocol: Mapping[str, Any], data: Path | str | None, whose: 
     return benchmark
 
 
+def selected(benchmark: Benchmark, limit: int | None) -> Sequence[int]:
+    """Return the rows to ask: the first ``limit``, and whatever completes the groups that they belong to."""
+    rows = range(len(benchmark))
+    if limit is None or not benchmark.is_grouped:
+        return rows[:limit]
+    groups = {benchmark.question(row).group for row in rows[:limit]}
+    return [row for row in rows if row < limit or benchmark.question(row).group in groups]
+
+
+def asked(
+    benchmark: Benchmark, protocol: Mapping[str, Any], keys: Iterable[tuple[str, int]]
+) -> Iterator[tuple[str, int]]:
+    """Yield the ids and repeats among ``keys`` that a run with this protocol asks.
+
+    Its folder may have others, of an earlier run with more questions or repeats. They are kept and not counted.
+    """
+    limit, repeats = protocol.get("limit"), protocol.get("repeats") or 1
+    ids = None if limit is None else {benchmark.question(row).id for row in selected(benchmark, limit)}
+    return (key for key in keys if key[1] < repeats and (ids is None or key[0] in ids))
+
+
 def find_questions(benchmark: Benchmark, ids: set[str]) -> dict[str, Question]:
     """Return the questions of these ids.
 
@@ -142,18 +177,3 @@ def trace_stem(id: str, repeat: int = 0) -> str:
     if len(stem) > STEM_LENGTH:
         stem = f"{stem[: STEM_LENGTH - 17]}-{sha256(stem.encode()).hexdigest()[:16]}"
     return stem + (f"@{repeat}" if repeat else "")
-
-
-def _results(path: Path) -> list[Result]:
-    lines = path.read_bytes().split(b"\n")
-    found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            found.append(Result.from_dict(json.loads(line)))
-        except (ValueError, RecursionError) as error:
-            if number == len(lines):  # it has no line break, since it was not written to its end
-                break
-            raise ValueError(f"{str(path)!r}, line {number}: must be a result, got {error}") from None
-    return found

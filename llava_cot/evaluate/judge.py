@@ -144,6 +144,7 @@ def export_for_judging(scored: Iterable[Scored], path: Path | str) -> int:
 
     Whoever judges adds ``grade`` and ``judge`` to each line, and ``read_grades`` reads it. Returns the number of lines.
     """
+    check_output(path, "export")
     count = 0
     with replacing(path) as file:
         for item in _graded(scored):

@@ -1,21 +1,18 @@
 """Run a benchmark: answer what a run folder does not have yet, score it, and write every result as it is ready."""
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
-from llava_cot.atomic import replacing
+from llava_cot.atomic import check_output_folder, replacing
 from llava_cot.evaluate.benchmark import Benchmark
-from llava_cot.evaluate.folder import PROTOCOL, RESULTS, TRACES, trace_stem
+from llava_cot.evaluate.folder import PROTOCOL, RESULT, RESULTS, TRACES, read_results, trace_stem
 from llava_cot.evaluate.manifest import check_same, read_manifest, seed_of, write_manifest
 from llava_cot.evaluate.result import Result
-from llava_cot.journal import Journal, JournalKind, read_journal
+from llava_cot.journal import Journal, check_journal
 from llava_cot.workers.run import run_tasks
 from llava_cot.workers.task import Reply, Task, Workers
-
-RESULT = JournalKind("evaluate", frozenset({"id", "repeat", "text", "outcome"}))
 
 
 def check_folder(path: Path, manifest: Mapping[str, Any]) -> None:
@@ -24,16 +21,24 @@ def check_folder(path: Path, manifest: Mapping[str, Any]) -> None:
     Raises:
         ValueError: it may not. The message says what differs.
     """
-    nearest = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
-    if not nearest.is_dir():
-        raise ValueError(f"out must be a folder, got {str(path)!r}, and {str(nearest)!r} is a file")
+    check_writable(path, "out")
     before = read_manifest(path)
     if before is not None:
         check_same(path, before, manifest)
     elif (path / RESULTS).exists():
         raise ValueError(f"out must be a new folder or one of a run, got {str(path)!r}, which has no {PROTOCOL}")
-    if not os.access(nearest, os.W_OK):
-        raise ValueError(f"out must be a folder that may be written, got {str(path)!r}")
+
+
+def check_writable(path: Path, name: str) -> None:
+    """Check that a run can be written in a folder, which may not exist yet.
+
+    Raises:
+        ValueError: it can't. The message begins with ``name``.
+    """
+    for folder in (path, path / TRACES):
+        check_output_folder(folder, name)
+    if path.exists():
+        check_journal(path / RESULTS, name)
 
 
 class RunFolder:
@@ -77,22 +82,8 @@ class RunFolder:
         self.done.add((result.id, result.repeat))
 
     def results(self) -> Iterator[Result]:
-        """Read all results.
-
-        Raises:
-            ValueError: a line is none, or is of the same question and repeat as an earlier one.
-        """
-        seen = set[tuple[str, int]]()
-        for number, record in enumerate(read_journal(self._journal.path, RESULT), 1):
-            where = f"{str(self._journal.path)!r}, line {number}"
-            try:
-                result = Result.from_dict(record)
-            except ValueError as error:
-                raise ValueError(f"{where}: must be a result, got {error}") from None
-            if (result.id, result.repeat) in seen:
-                raise ValueError(f"{where}: each id and repeat must stand once, got {result.id!r:.200} again")
-            seen.add((result.id, result.repeat))
-            yield result
+        """Read all results, see ``read_results``."""
+        return read_results(self.path)
 
     def replace(self, results: Iterable[Result]) -> None:
         """Write these results in the place of all."""
@@ -121,24 +112,6 @@ class RunFolder:
 
     def close(self) -> None:
         self._journal.close()
-
-
-def selected(benchmark: Benchmark, limit: int | None) -> Sequence[int]:
-    """Return the rows to ask: the first ``limit``, and whatever completes the groups that they belong to."""
-    rows = range(len(benchmark))
-    if limit is None or not benchmark.is_grouped:
-        return rows[:limit]
-    groups = {benchmark.question(row).group for row in rows[:limit]}
-    return [row for row in rows if row < limit or benchmark.question(row).group in groups]
-
-
-def asked(
-    benchmark: Benchmark, manifest: Mapping[str, Any], keys: Iterable[tuple[str, int]]
-) -> Iterator[tuple[str, int]]:
-    """Yield the ids and repeats among ``keys`` that a run with this protocol asks."""
-    limit, repeats = manifest.get("limit"), manifest.get("repeats") or 1
-    ids = None if limit is None else {benchmark.question(row).id for row in selected(benchmark, limit)}
-    return (key for key in keys if key[1] < repeats and (ids is None or key[0] in ids))
 
 
 def tasks_of(

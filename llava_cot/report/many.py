@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from llava_cot.atomic import replacing
+from llava_cot.atomic import check_output_folder, replacing
 from llava_cot.report.html import to_html
 from llava_cot.report.index import index_page
 from llava_cot.report.summary import Entry, Row, Totals, summarise, totals
@@ -28,10 +28,9 @@ def write_pages(path: Path, folder: Path) -> list[Row]:
     """Write a page for each trace into ``folder``, with an index.html that links to them. Returns the rows.
 
     Raises:
-        ValueError: there is no trace that can be read, or ``folder`` is a file.
+        ValueError: there is no trace that can be read, or ``folder`` is a file or may not be written.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"html must be a folder for the pages of many traces, got the file {str(folder)!r}")
+    check_output_folder(folder, "html")
     folder.mkdir(parents=True, exist_ok=True)
     rows = _checked(path, [_write_page(entry, folder, n) for n, entry in enumerate(_entries(path), 1)])
     with replacing(folder / "index.html") as file:

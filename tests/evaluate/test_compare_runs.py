@@ -32,7 +32,7 @@ def folders(tmp_path):
         found = []
         for name, repeats in zip("ab", runs):
             rows = [row for repeat, scores in enumerate(repeats) for row in scored(benchmark(), scores, repeat)]
-            own = {"search": f"search-{name}", **changes} if name == "b" else {"search": "search-a"}
+            own = {"search": f"search-{name}", "repeats": len(repeats), **(changes if name == "b" else {})}
             found.append(write_run(tmp_path / name, benchmark(), rows, **own))
         return found
 
@@ -113,6 +113,20 @@ def test_unlike_runs_are_refused(folders):
         compared(folders(Letters, [FIRST], [FIRST[:-3]]))
     with pytest.raises(ValueError, match=r"runs must have results, got none in '.*a'"):
         compared(folders(Letters, [[]], [[]]))
+
+
+def test_answers_beyond_the_limit_of_a_run_do_not_count(folders):
+    second = [0.0] * 10 + FIRST[10:]
+    a, b = folders(Letters, [FIRST, SECOND], [second])
+    for folder in (a, b):  # the protocol of a run that was asked again with a smaller limit and no repeats
+        protocol = json.loads((folder / "run.json").read_text()) | {"limit": 12, "repeats": 1}
+        (folder / "run.json").write_text(json.dumps(protocol))
+    found = compared([a, b])
+    assert (found["n"], found["a"]["repeats"], len(found["flips"])) == (12, 1, 10)
+    assert (found["a"]["accuracy"], found["b"]["accuracy"]) == (1.0, pytest.approx(1 / 6))
+    (b / "run.json").write_text(json.dumps(protocol | {"limit": 14}))
+    with pytest.raises(ValueError, match=r"same questions, got 2 only in '.*b', such as 'q12'$"):
+        compared([a, b])
 
 
 def test_another_file_than_the_runs_is_refused(folders, monkeypatch, tmp_path):

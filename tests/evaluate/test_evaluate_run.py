@@ -8,20 +8,21 @@ import resource
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.benchmark_files import write_mmbench_tsv
+from helpers.benchmark_files import write_mmbench_tsv, write_mmstar_tsv
 from helpers.ranks import CONTEXT
 
 from llava_cot import SwiresGenerator, cli
 from llava_cot.data import shapes
 from llava_cot.data.export import export_file
 from llava_cot.evaluate.command import Request, evaluate_benchmark, score_answers
-from llava_cot.evaluate.folder import trace_stem
+from llava_cot.evaluate.folder import RESULT, trace_stem
 from llava_cot.evaluate.manifest import seed_of, source_commit
-from llava_cot.evaluate.run import RESULT, RunFolder
+from llava_cot.evaluate.run import RunFolder
 from llava_cot.journal import Journal
 
 KILLS = int(os.environ.get("LLAVA_COT_KILLS", 2))  # set both to kill more often, or two actors: ray:2
@@ -231,6 +232,32 @@ def test_a_full_disk_ends_in_one_line_and_a_clean_resume(tmp_path):
     assert held.endswith(b"\n") and 0 < len(held) <= 3000
     evaluate_benchmark(request(out, limit=6))
     assert len(answers(out)) == 6
+
+
+def test_a_data_file_that_is_cut_ends_in_one_line_and_a_clean_resume(tmp_path, monkeypatch, capsys):
+    data, out = tmp_path / "data.tsv", tmp_path / "out"
+    write_mmstar_tsv(data, rows=6)
+    whole = data.read_bytes()
+    arguments = ["evaluate", "mmstar", "--data", str(data), "--partial", "--out", str(out), "--max-new-tokens", "20"]
+    monkeypatch.setattr(sys, "argv", ["llava-cot", *arguments, "--in-flight", "1"])
+
+    def finished():
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code, capsys.readouterr().err
+
+    def cut(result):
+        data.write_bytes(whole[: len(whole) // 2])
+
+    with monkeypatch.context() as patched:
+        patched.setattr("llava_cot.evaluate.command.shown", lambda *_: nullcontext(cut))
+        status, said = finished()
+    assert status == 2 and said.splitlines()[-1] == (
+        f"error: {data}: it must stay as it is while it is used, and it was changed or cut"
+    )
+    assert 0 < len(lines(out)) < 6 and all(row["error"] is None for row in lines(out))
+    data.write_bytes(whole)
+    assert finished()[0] == 0 and len(answers(out)) == 6
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ def test_read_ask_score_and_report(name, suffix, tmp_path, run):
     assert (out / "report.html").is_file()
     again = json.loads(run("score", out, "--json", "--rules", "strict"))
     assert again["protocol"]["rules"] == "strict" and again["n"] == summary["n"]
+    assert json.loads(run("score", out, "--json")) == again  # the rules of the run, and not the benchmark's own
     # The same texts from a file get the same verdicts.
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"id": row["id"], "text": row["text"]}) + "\n" for row in rows))

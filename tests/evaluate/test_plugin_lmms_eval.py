@@ -83,6 +83,15 @@ def test_it_answers_as_the_generator_does(model):
         assert counts.input_tokens == answer.usage.prompt_tokens > 0
 
 
+def test_a_text_without_stages_is_its_own_conclusion(model_class):
+    from lmms_eval.api.instance import unwrap_generation_output
+
+    cut = model_class(pretrained="tiny", search="greedy", device="cpu", max_new_tokens=1)
+    for result in cut.generate_until(_requests(cut)):
+        text, counts = unwrap_generation_output(result)
+        assert text == "<SUMMARY" and (counts.output_tokens, counts.reasoning_tokens) == (1, 0)
+
+
 def test_what_it_can_not_do(model):
     requests = _requests(model)
     with pytest.raises(NotImplementedError, match="log-likelihoods"):

@@ -1,7 +1,7 @@
 """The model class in VLMEvalKit's own inference job, and the launcher's arguments in VLMEvalKit's own parser."""
 
 import sys
-import types
+from pathlib import Path
 
 import pytest
 from helpers.vlmeval_source import bare_vlmeval, vlmeval_functions
@@ -83,7 +83,22 @@ def test_thinking_is_all_before_the_conclusion(model):
     )
     assert model.split_thinking("<SUMMARY> a </SUMMARY>") == ("", "<SUMMARY> a </SUMMARY>")
     assert model.split_thinking("<SUMMARY> a </SUMMARY> <CONCLUSION> C") == ("C", "<SUMMARY> a </SUMMARY>")
-    assert model.split_thinking("C") == ("", "C")
+    assert model.split_thinking(" C") == ("C", "")  # a model that answers plainly
+    assert model.split_thinking("") == ("", "")
+
+
+@pytest.mark.parametrize("split", ["", "1"])
+def test_a_text_without_stages_is_its_own_conclusion(plugin, tmp_path, monkeypatch, split):
+    from vlmeval.inference import infer_data_job
+    from vlmeval.smp import get_pred_file_path, load
+
+    monkeypatch.setenv("PRED_FORMAT", "tsv")
+    if split:
+        monkeypatch.setenv("SPLIT_THINK", split)
+    cut = plugin[0].LlavaCot("tiny", "greedy", 0, {"device": "cpu"}, max_new_tokens=1)
+    infer_data_job(cut, str(tmp_path), "llava-cot", ShapesDataset(tmp_path))
+    table = load(get_pred_file_path(str(tmp_path), "llava-cot", "Shapes"))
+    assert list(table["prediction"]) == ["<SUMMARY"] * len(SEEDS)  # the first of the tokens of a tag
 
 
 def test_it_is_a_model_of_vlmevalkit(plugin, model):
@@ -93,19 +108,32 @@ def test_it_is_a_model_of_vlmevalkit(plugin, model):
     assert not model.use_custom_prompt("MMStar")
 
 
+OWN = "--pretrained tiny --search swires:published --seed 7 --load dtype=float32"
+OWN += " --set max_new_tokens=64 --set scorer=confidence"
+ALL = ["launcher", *OWN.split(), "--data", "MMStar", "--mode", "infer"]
+
+
 def test_the_launcher_hands_over(plugin, monkeypatch):
     module, models = plugin
     parse_args = vlmeval_functions("run.py", "parse_args", "parse_reuse_aux_arg")[0]
-    run, seen = types.ModuleType("vlmeval.run"), []
-    run.main = lambda: seen.append(parse_args())
-    monkeypatch.setitem(sys.modules, "vlmeval.run", run)
-    monkeypatch.setattr(sys.modules["vlmeval"], "run", run, raising=False)
-    own = "--pretrained tiny --search swires:published --seed 7 --load dtype=float32"
-    own += " --set max_new_tokens=64 --set scorer=confidence"
-    monkeypatch.setattr(sys, "argv", ["launcher", *own.split(), "--data", "MMStar", "--mode", "infer"])
+    seen = []
+    monkeypatch.setattr(module.runpy, "run_path", lambda path, run_name: seen.append((path, run_name, parse_args())))
+    monkeypatch.setattr(sys, "argv", [*ALL])
     module.main()
-    (arguments,) = seen
+    ((path, run_name, arguments),) = seen
+    assert Path(path).parts[-2:] == ("vlmeval", "run.py") and run_name == "__main__"
     assert (arguments.data, arguments.mode, arguments.model) == (["MMStar"], "infer", ["llava-cot-swires-published"])
     built = models["llava-cot-swires-published"]
     assert built.args == ("tiny", "swires:published", 7, {"dtype": "float32"})
     assert built.keywords == {"max_new_tokens": 64, "scorer": "confidence"}
+
+
+def test_the_launcher_in_a_checkout_whose_script_is_beside_the_package(plugin, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys.modules["vlmeval"], "__path__", [str(tmp_path / "vlmeval")])
+    monkeypatch.setattr(sys, "argv", [*ALL])
+    with pytest.raises(ValueError, match=r"must be installed with its run\.py, got none in or beside '.*vlmeval'"):
+        plugin[0].main()
+    (tmp_path / "run.py").write_text("import sys; from pathlib import Path; Path('seen').write_text(str(sys.argv[1:]))")
+    monkeypatch.chdir(tmp_path)
+    plugin[0].main()
+    assert Path("seen").read_text() == str([*ALL[-4:], "--model", "llava-cot-swires-published"])

@@ -169,6 +169,26 @@ def test_a_row_number_out_of_range_is_an_index_error(tmp_path):
         table.row(1)
 
 
+@pytest.mark.parametrize("write", [write_tsv, write_jsonl, write_parquet])
+def test_a_file_that_was_cut_or_changed_after_the_scan_is_not_read(tmp_path, write):
+    if write is write_parquet:
+        pytest.importorskip("pyarrow")
+    path = tmp_path / "file"
+    write(path, [{"index": str(number), "question": "What is it?"} for number in range(9)])
+    whole = path.read_bytes()
+    changed = (whole[:-9], whole[: len(whole) // 2], whole.replace(b"What", b"Whose"), b"")
+    for content in changed:
+        path.write_bytes(whole)
+        table, _ = scanned(path)
+        assert table.row(0)["index"] == "0"
+        path.write_bytes(content)
+        with pytest.raises(OSError, match=re.escape(f"{path}: it must stay as it is while it is used, and it was")):
+            table.row(8)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=re.escape(str(path))):
+        table.row(8)
+
+
 def write_large_tsv(path, rows):
     """A TSV in MMStar's layout whose rows all point to the image of the first."""
     tail = "\tWhat is shown in this picture of a kind that was never seen before?\tfox\tkite\tlamp\tdrum\tB"

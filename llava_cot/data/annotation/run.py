@@ -17,7 +17,7 @@ from llava_cot.data.annotation.estimate import estimate_run
 from llava_cot.data.annotation.past import ANNOTATION, Past, drop_stale, read_past
 from llava_cot.data.annotation.questions import Question, read_questions
 from llava_cot.data.annotation.record import Annotator
-from llava_cot.journal import Journal
+from llava_cot.journal import Journal, check_journal
 
 GRACE_SECONDS = 20.0  # for requests in flight when a signal arrives
 
@@ -110,6 +110,8 @@ def annotate_file(
     """
     settings = settings or Settings(**options)
     questions, out, rejects = _paths(questions, out, rejects)
+    check_journal(out, "out")
+    check_journal(rejects, "rejects")
     client = chat or ChatClient.of(settings, settings.image_tokens)
     for _ in read_questions(questions):
         pass

@@ -46,6 +46,7 @@ class Parquet(Table):
         import pyarrow.parquet as pq
 
         number = 0
+        self._begin(self._shards)
         for shard in self._shards:
             try:
                 for batch in _opened(pq, shard).iter_batches(BATCH):
@@ -79,7 +80,8 @@ class Parquet(Table):
         found = self._kept.get((group, columns))
         if found is None:
             shard, place = self._groups[group]
-            found = _opened(pq, shard).read_row_group(place, columns)
+            with self._as_scanned():
+                found = _opened(pq, shard).read_row_group(place, columns)
             self._kept = dict([*self._kept.items()][1 - KEPT :]) | {(group, columns): found}
         return found
 

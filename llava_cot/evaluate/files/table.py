@@ -1,7 +1,9 @@
 """Tables: the rows of a benchmark's file, which are read again whenever they are asked for. No torch."""
 
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,6 +26,7 @@ class Table(ABC):
     path: Path
     columns: tuple[str, ...]
     md5: str
+    _stamps: Mapping[Path, tuple[int, int]]
 
     @abstractmethod
     def scan(self) -> Iterator[Row]:
@@ -39,11 +42,35 @@ class Table(ABC):
 
     @abstractmethod
     def row(self, number: int, columns: Collection[str] | None = None) -> Row:
-        """Read row ``number``, counted from 0, with at least ``columns`` of it (None: with all)."""
+        """Read row ``number``, counted from 0, with at least ``columns`` of it (None: with all).
+
+        Raises:
+            OSError: a file has changed since it was scanned, so that the row may be another one or none.
+        """
+
+    def _begin(self, files: Iterable[Path]) -> None:
+        """Remember what ``files`` are like. A subclass calls it when a scan begins."""
+        self._stamps = {file: _stamp(file) for file in files}
+
+    @contextmanager
+    def _as_scanned(self) -> Iterator[None]:
+        """Raise ``OSError``, whatever else went wrong in the block, if a file has changed since the scan began."""
+        try:
+            yield
+        finally:
+            for file, stamp in self._stamps.items():
+                if _stamp(file) != stamp:
+                    raise OSError(f"{file}: it must stay as it is while it is used, and it was changed or cut")
 
     def error(self, number: int, reason: object) -> ValueError:
         """The error that names the file, the row and what is wrong with it. In messages the first row is row 1."""
         return ValueError(f"{self.path}: row {number + 1}: {reason}")
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """The size and the time of the last change, in whole seconds: some file systems forget the rest of it."""
+    found = os.stat(file)
+    return found.st_size, int(found.st_mtime)
 
 
 def open_table(path: Path | str) -> Table:

@@ -30,6 +30,7 @@ class Tsv(Table):
 
     def scan(self) -> Iterator[Row]:
         self._offsets = array("q")
+        self._begin([self.path])
         digest = md5(usedforsecurity=False)
         with open(self.path, "rb") as file:
             lines = Lines(file, digest)
@@ -62,7 +63,7 @@ class Tsv(Table):
         return len(self._offsets)
 
     def row(self, number: int, columns: Collection[str] | None = None) -> Row:
-        with open(self.path, "rb") as file:
+        with self._as_scanned(), open(self.path, "rb") as file:
             file.seek(self._offsets[number])
             return dict(zip(self.columns, next(_records(Lines(file)))))
 

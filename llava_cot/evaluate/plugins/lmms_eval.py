@@ -18,6 +18,8 @@ AT_A_TIME = 256  # questions whose images are held at once; the engine admits as
 class LlavaCot(lmms):
     """Answers by search and returns the conclusion alone, since lmms-eval scores everything that a model returns.
 
+    A text in which no stage was opened is its own conclusion, as in ``llava-cot evaluate``.
+
     What a task says about generation, such as 16 new tokens and a temperature of 0, is not used: it would cut an answer
     in stages before its conclusion. ``model_args`` say it instead.
 
@@ -77,8 +79,9 @@ class LlavaCot(lmms):
                 **self.settings,
             )
             for args, answer in zip(batch, answers):
-                self.cache_hook.add_partial("generate_until", (args[0], args[2]), answer.conclusion)
-                results.append(GenerationResult(answer.conclusion, self._token_counts(answer)))
+                conclusion = answer.grammar.conclusion_of(answer.text, answer.stages).text
+                self.cache_hook.add_partial("generate_until", (args[0], args[2]), conclusion)
+                results.append(GenerationResult(conclusion, self._token_counts(answer, conclusion)))
         return results
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
@@ -105,8 +108,8 @@ class LlavaCot(lmms):
             chat.append({"role": message["role"], "content": parts})
         return images, chat
 
-    def _token_counts(self, answer: Answer) -> TokenCounts:
+    def _token_counts(self, answer: Answer, conclusion: str) -> TokenCounts:
         """Count what the whole search drew, since that is what the answer cost; reasoning is all but the conclusion."""
         drawn = answer.usage.generated_tokens
-        told = len(self.generator.processor.tokenizer(answer.conclusion, add_special_tokens=False)["input_ids"])
+        told = len(self.generator.processor.tokenizer(conclusion, add_special_tokens=False)["input_ids"])
         return TokenCounts(answer.usage.prompt_tokens, drawn, max(0, drawn - told))

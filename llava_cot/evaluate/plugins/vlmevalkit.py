@@ -8,11 +8,14 @@
 import argparse
 import json
 import os
+import runpy
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import vlmeval
 from vlmeval.vlm.base import BaseModel
 
 from llava_cot.generator import SwiresGenerator
@@ -20,6 +23,8 @@ from llava_cot.generator import SwiresGenerator
 
 class LlavaCot(BaseModel):
     """Answers by search. VLMEvalKit scores everything that a model returns, so that it gets the conclusion alone.
+
+    A text in which no stage was opened is its own conclusion, as in ``llava-cot evaluate``.
 
     With the environment variable SPLIT_THINK it gets the whole text instead and splits it by ``split_thinking``: the
     stages before the conclusion go to the column "thinking".
@@ -61,13 +66,17 @@ class LlavaCot(BaseModel):
         ]
         question = [{"role": "user", "content": parts}]
         answer = self.generator.answer(images, question, self.search, seed=self.seed, **self.settings)
-        return answer.text if os.getenv("SPLIT_THINK") else answer.conclusion
+        conclusion = answer.grammar.conclusion_of(answer.text, answer.stages).text
+        return answer.text if os.getenv("SPLIT_THINK") else conclusion
 
     def split_thinking(self, text: str) -> tuple[str, str]:
-        """Return the conclusion of a text in stages, and what stands before it."""
+        """Return the conclusion of a text, and the stages before it."""
         grammar = self.generator.grammar
+        conclusion = grammar.conclusion_of(text, grammar.parse(text)).text
         begins = [at for at, name in grammar.starts(text) if name == grammar.conclusion]
-        return grammar.parse(text)[grammar.conclusion].text, text[: begins[0]].rstrip() if begins else text
+        if begins:
+            return conclusion, text[: begins[0]].rstrip()
+        return conclusion, "" if conclusion else text
 
 
 def main() -> None:
@@ -79,15 +88,27 @@ def main() -> None:
     parser.add_argument("--load", action="append", default=[], metavar="NAME=VALUE", help="such as dtype=bfloat16")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the search")
     own, rest = parser.parse_known_args()
+    script = str(_run_script())
 
-    from vlmeval import run
     from vlmeval.config import supported_VLM
 
     name = f"llava-cot-{own.search.replace(':', '-')}"
     load, settings = _values(own.load), _values(own.set)
     supported_VLM[name] = partial(LlavaCot, own.pretrained, own.search, own.seed, load, **settings)
     sys.argv[1:] = [*rest, "--model", name]
-    run.main()
+    runpy.run_path(script, run_name="__main__")
+
+
+def _run_script() -> Path:
+    """VLMEvalKit's run.py: in the package in the wheels that repackage it, and beside the package in its repository."""
+    package = Path(vlmeval.__path__[0])
+    for path in (package / "run.py", package.parent / "run.py"):
+        if path.is_file():
+            return path
+    raise ValueError(
+        f"VLMEvalKit must be installed with its run.py, got none in or beside {str(package)!r}; "
+        "install ms-vlmeval, or VLMEvalKit's repository with `pip install -e`"
+    )
 
 
 def _values(given: list[str]) -> dict[str, Any]:
