@@ -1,0 +1,426 @@
+"""Fused weights: fewer products and the same tokens, on a model that its owner can't tell from what it was before."""
+
+import copy
+import gc
+import io
+import pickle
+from collections import Counter
+
+import pytest
+import torch
+from helpers.random_llava import FAMILIES
+from helpers.random_mllama import TINY_SHAPE, build_random_mllama, random_inputs
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from llava_cot.check.random_models import build_model, make_inputs
+from llava_cot.engine.follow import state_of
+from llava_cot.engine.fused import Part, fuse_products, gather_weights
+
+EVERY_FAMILY = ["mllama", *FAMILIES, "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe", "idefics3"]
+# fused products by layer: attention and MLP, but no keys and values of an image, no experts, nothing that is fused
+EXPECTED = {"mllama": 6, "qwen3_vl_moe": 3, "glm4v": 3}
+NEW_TOKENS = 16
+
+
+def build(family, seed=0):
+    """(a random model, inputs of one prompt)"""
+    if family == "mllama":
+        model = build_random_mllama(**TINY_SHAPE, seed=seed)
+        return model, random_inputs(model, length=13, ratio_id=6, seed=seed)
+    model = build_model(family, seed=seed)
+    return model, make_inputs(model, length=30, seed=seed)
+
+
+@pytest.fixture
+def model():
+    return build("mllama")[0]
+
+
+@pytest.fixture
+def inputs(model):
+    return random_inputs(model, length=13, ratio_id=6, seed=0)
+
+
+def attention(model, layer=0):
+    return model.model.language_model.layers[layer].self_attn
+
+
+def greedy(generator, inputs):
+    return generator.generate(**inputs, search="greedy", max_new_tokens=NEW_TOKENS)
+
+
+def plain_greedy(model, inputs):
+    return model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
+
+
+def products(generator):
+    """The engine's fused products, each once."""
+    parts = [module for module in generator.engine.view._model.modules() if isinstance(module, Part)]
+    return list({id(part.product): part.product for part in parts}.values())
+
+
+def addresses(model):
+    return [parameter.data_ptr() for parameter in model.parameters()]
+
+
+class Noting(TorchDispatchMode):
+    """Calls ``note(op, result)`` after every op."""
+
+    def __init__(self, note):
+        super().__init__()
+        self.note = note
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.note(func, result)
+        return result
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_the_same_tokens_and_a_model_that_is_as_it_was(family, bare_generator):
+    model, inputs = build(family)
+    untouched, parameters = copy.deepcopy(model), [*model.parameters()]
+    for parameter in parameters[::3]:
+        parameter.requires_grad_(False)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    generator = bare_generator(model, page_size=4)
+    assert len(products(generator)) == EXPECTED.get(family, 6)
+    assert torch.equal(greedy(generator, inputs), plain_greedy(untouched, inputs))
+    assert all(product.input is None and not product.parts for product in products(generator)), "nothing is held"
+
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, logits)
+    assert torch.equal(plain_greedy(model, inputs), plain_greedy(untouched, inputs))
+    assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
+    assert [p.requires_grad for p in parameters] == [index % 3 != 0 for index in range(len(parameters))]
+    state, before = model.state_dict(), untouched.state_dict()
+    assert [*state] == [*before]
+    assert all(torch.equal(value, before[key]) and value.shape == before[key].shape for key, value in state.items())
+    assert all(value.stride() == before[key].stride() for key, value in state.items())
+
+
+def test_fewer_products_in_a_step(model, inputs, bare_generator):
+    """Two layers of text have 7 matrices and 4 products, two of an image 5 matrices and 4 products in a step."""
+    generator, counts = bare_generator(model), []
+    for _ in range(2):
+        ops = Counter()
+        with Noting(lambda func, result, ops=ops: ops.update([func.overloadpacket.__name__])):
+            greedy(generator, inputs)
+        counts.append(ops["mm"] + ops["addmm"] + ops["linear"])
+        for part in [each for each in generator.engine.view._model.modules() if isinstance(each, Part)]:
+            part.__class__ = nn.Linear
+    assert counts[1] - counts[0] == NEW_TOKENS * (2 * 3 + 2 * 1)
+
+
+def test_a_part_that_is_asked_for_twice_and_another_input():
+    """Nothing depends on the order in which a layer calls its parts, or on whether it calls all of them."""
+    torch.manual_seed(0)
+    model, _ = build("llava")
+    gather_weights(model)
+    copied = copy.copy(model)
+    mlp = copied.model.language_model.layers[0].mlp
+    first, second = torch.randn(2, 5, 32).unbind()
+    expected = {(name, id(x)): getattr(mlp, name)(x) for name in ("gate_proj", "up_proj") for x in (first, second)}
+    fuse_products(copied)
+    calls = [("up_proj", first), ("up_proj", first), ("gate_proj", first), ("gate_proj", second), ("up_proj", first)]
+    for name, x in calls:
+        assert type(getattr(mlp, name)) is Part
+        torch.testing.assert_close(getattr(mlp, name)(x), expected[name, id(x)])
+
+
+def test_saving(model, inputs, bare_generator, tmp_path):
+    """Files as large as before, with no tensor in them twice, and nothing that a reader of tensors refuses."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    model.save_pretrained(before)
+    pickled, saved = len(pickle.dumps(model)), io.BytesIO()
+    torch.save(model.state_dict(), saved)
+    bare_generator(model)
+
+    model.save_pretrained(after)
+    for name in ("model.safetensors", "config.json"):
+        assert (after / name).read_bytes() == (before / name).read_bytes()
+    assert torch.equal(plain_greedy(type(model).from_pretrained(after), inputs), plain_greedy(model, inputs))
+    save_file(model.state_dict(), tmp_path / "state.safetensors")
+    assert load_file(tmp_path / "state.safetensors").keys() == model.state_dict().keys()
+    again = io.BytesIO()
+    torch.save(model.state_dict(), again)
+    assert len(again.getvalue()) == len(saved.getvalue())
+    one = io.BytesIO()
+    torch.save(attention(model).q_proj.weight, one)
+    assert len(one.getvalue()) < attention(model).q_proj.weight.nbytes + 2048, "and not that of its neighbours"
+    assert len(pickle.dumps(model)) == pickled
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_independent(model, inputs, bare_generator, how):
+    generator = bare_generator(model)
+    expected = greedy(generator, inputs)
+    copied = how(model)
+    assert torch.equal(plain_greedy(copied, inputs), expected)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    assert torch.equal(greedy(generator, inputs), expected)
+    assert torch.equal(plain_greedy(model, inputs), expected)
+
+
+def step(model, inputs):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**inputs, labels=inputs["input_ids"] % 97).loss.backward()
+        optimizer.step()
+
+
+def load(model, inputs):
+    model.load_state_dict({key: value.flip(0) for key, value in model.state_dict().items()})
+
+
+def write(model, inputs):
+    with torch.no_grad():
+        attention(model).k_proj.weight.mul_(-1.5)
+
+
+def replace_data(model, inputs):
+    attention(model).k_proj.weight.data = attention(model).k_proj.weight.data * -1.5
+
+
+def replace_parameter(model, inputs):
+    attention(model).v_proj.weight = nn.Parameter(attention(model).v_proj.weight.detach() * -1.5)
+
+
+def transpose(model, inputs):
+    attention(model).q_proj.weight.data = attention(model).q_proj.weight.data.T
+
+
+def convert(model, inputs):
+    model.to(torch.float64)
+    model.to(torch.float32)
+    write(model, inputs)
+
+
+def tie(model, inputs):
+    attention(model).q_proj.weight = attention(model, 2).q_proj.weight
+
+
+def hook(model, inputs):
+    attention(model).v_proj.register_forward_pre_hook(lambda module, args: (args[0].mul_(2),))
+
+
+CHANGES = [step, load, write, replace_data, replace_parameter, transpose, convert, tie, hook]
+LEAVES = {transpose: (5, 6), tie: (5, 5)}  # of the six products, after each of two changes
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_followed(model, inputs, bare_generator, change):
+    """Twice, with a generator that has seen the first change."""
+    generator = bare_generator(model)
+    seen = [greedy(generator, inputs)]
+    for count in LEAVES.get(change, (6, 6)):
+        change(model, inputs)
+        expected = plain_greedy(copy.deepcopy(model), inputs)
+        assert torch.equal(greedy(generator, inputs), expected)
+        assert torch.equal(plain_greedy(model, inputs), expected)
+        assert len(products(generator)) == count
+        seen.append(expected)
+    assert not torch.equal(seen[0], seen[1]), "or the change shows nothing"
+
+
+def test_half(model, inputs, bare_generator):
+    generator = bare_generator(model)
+    greedy(generator, inputs)
+    model.to(torch.bfloat16)
+    inputs = {key: each.to(torch.bfloat16) if each.is_floating_point() else each for key, each in inputs.items()}
+    assert torch.equal(greedy(generator, inputs), greedy(bare_generator(copy.deepcopy(model)), inputs))
+    assert {product.weight.dtype for product in products(generator)} == {torch.bfloat16}
+
+
+def test_the_gradients_are_those_of_the_model(model, inputs, bare_generator):
+    untouched = copy.deepcopy(model)
+    generator = bare_generator(model)
+    for each in (model, untouched):
+        step(each, inputs)
+    for (name, one), other in zip(model.named_parameters(), untouched.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    assert torch.equal(greedy(generator, inputs), plain_greedy(untouched, inputs))
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_an_adapter_of_peft(model, inputs, bare_generator, safe):
+    peft = pytest.importorskip("peft")
+    generator = bare_generator(model)
+    before = greedy(generator, inputs)
+    config = peft.LoraConfig(r=2, target_modules=r".*language_model.*(q_proj|v_proj)", init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config).eval()
+    after = greedy(generator, inputs)
+    assert torch.equal(after, plain_greedy(adapted, inputs)) and not torch.equal(after, before)
+    assert torch.equal(greedy(bare_generator(adapted), inputs), after)
+    merged = adapted.merge_and_unload(safe_merge=safe)
+    assert merged is model
+    assert torch.equal(greedy(generator, inputs), plain_greedy(copy.deepcopy(model), inputs))
+    assert len(products(generator)) == 6
+
+
+def test_a_second_engine_uses_the_same_buffers(model, inputs, bare_generator):
+    first = bare_generator(model)
+    moved, pages = addresses(model), first.engine.view.kv_cache
+    second = bare_generator(model)
+    assert addresses(model) == moved
+    assert all(a.weight is b.weight for a, b in zip(products(first), products(second), strict=True))
+    assert torch.equal(greedy(first, inputs), greedy(second, inputs))
+    assert first.engine.view.kv_cache is pages, "the first has nothing to follow"
+    del first
+    assert all(a.weight is b.weight for a, b in zip(products(second), products(bare_generator(model)), strict=True))
+
+
+def tied(model):
+    attention(model).k_proj.weight = attention(model).v_proj.weight
+
+
+def flat(model):
+    weights = [attention(model).q_proj.weight, attention(model).k_proj.weight]
+    whole = torch.cat([weight.detach().flatten() for weight in weights])
+    for weight, part in zip(weights, whole.split([weight.numel() for weight in weights])):
+        weight.data = part.view_as(weight)
+    return whole
+
+
+def kept(model):
+    return model.state_dict()["model.language_model.layers.0.self_attn.k_proj.weight"]
+
+
+def numpy(model):
+    return attention(model).k_proj.weight.detach().numpy()
+
+
+def shared(model):
+    attention(model).v_proj.weight.share_memory_()
+
+
+def biased(model):
+    attention(model).k_proj.bias = nn.Parameter(torch.randn(attention(model).k_proj.out_features))
+
+
+def adapted(model):
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 1.5
+
+    attention(model).q_proj.__class__ = attention(model).k_proj.__class__ = Scaled
+
+
+def parametrised(model):
+    class Symmetric(nn.Module):
+        def forward(self, weight):
+            return weight.abs()
+
+    for name in ("q_proj", "v_proj"):
+        nn.utils.parametrize.register_parametrization(getattr(attention(model), name), "weight", Symmetric())
+
+
+LEFT_ALONE = [tied, flat, kept, numpy, shared, biased, adapted, parametrised]
+
+
+@pytest.mark.parametrize("prepare", LEFT_ALONE)
+def test_what_is_left_alone(model, inputs, bare_generator, prepare):
+    alias = prepare(model)  # it lives as long as the test
+    before = {name: each.data_ptr() for name, each in attention(model).named_parameters() if "weight" in name}
+    generator = bare_generator(model)
+    after = {name: each.data_ptr() for name, each in attention(model).named_parameters() if "weight" in name}
+    assert before == after
+    assert len(products(generator)) == 5, "all of the others"
+    assert torch.equal(greedy(generator, inputs), plain_greedy(copy.deepcopy(model), inputs))
+    if alias is not None:
+        alias[:] = alias[:] * -1.5  # behind the back of the parameters
+        assert torch.equal(greedy(generator, inputs), plain_greedy(copy.deepcopy(model), inputs))
+
+
+def test_what_would_not_be_aligned(bare_generator):
+    """In 16 bits the biases of keys are 32 bytes."""
+    model, _ = build("qwen2_5_vl")
+    assert len(products(bare_generator(model.to(torch.bfloat16)))) == 3, "those of the MLPs"
+
+
+def test_weights_of_several_parts(model):
+    """As those that torchao quantises."""
+    linear = attention(model).q_proj
+    linear.weight = nn.Parameter(TwoTensor(linear.weight.detach(), linear.weight.detach().clone()))
+    others = [attention(model).k_proj.weight.data_ptr(), attention(model).v_proj.weight.data_ptr()]
+    gather_weights(model)
+    assert type(linear.weight) is TwoTensor
+    assert others[1] != attention(model).v_proj.weight.data_ptr(), "the other two are fused"
+    assert state_of(model) == state_of(model)
+
+
+def test_a_model_that_is_loaded_in_inference_mode(inputs, bare_generator):
+    with torch.inference_mode():
+        model, _ = build("mllama")
+    generator = bare_generator(model)
+    assert not products(generator)
+    assert torch.equal(greedy(generator, inputs), plain_greedy(model, inputs))
+
+
+def test_keys_and_values_of_an_image_stay_where_they_are(model, bare_generator):
+    cross = model.model.language_model.layers[1].cross_attn
+    before = [parameter.data_ptr() for parameter in cross.parameters()]
+    bare_generator(model)
+    assert [parameter.data_ptr() for parameter in cross.parameters()] == before
+
+
+def test_a_pass_that_breaks_off_leaves_nothing_behind(model, inputs, bare_generator, monkeypatch):
+    generator = bare_generator(model)
+    expected = greedy(generator, inputs)
+    part, calls = Part.forward, 0
+
+    def failing(self, x):
+        nonlocal calls
+        calls += 1
+        if calls == 47:  # a value's, whose query's and key's have been taken
+            raise RuntimeError("out of memory")
+        return part(self, x)
+
+    monkeypatch.setattr(Part, "forward", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        greedy(generator, inputs)
+    assert any(product.parts for product in products(generator))
+    assert torch.equal(greedy(generator, inputs), expected)
+    assert not any(product.parts for product in products(generator))
+
+
+def test_no_second_copy_at_any_time(model):
+    """Each buffer is filled and the weights behind it are freed before the next is allocated."""
+    layers = model.model.language_model.layers
+    old = {name: (StorageWeakRef(p.untyped_storage()), p.nbytes) for name, p in layers.named_parameters()}
+    buffers, peaks = [], []
+
+    def note(func, result):
+        if func.overloadpacket.__name__ == "empty":
+            buffers.append(result.nbytes)
+            freed = sum(nbytes for storage, nbytes in old.values() if storage.expired())
+            peaks.append(sum(buffers) - freed)
+
+    with Noting(note):
+        gather_weights(model)
+    assert peaks == buffers and len(buffers) == 6
+    moved = sum(nbytes for storage, nbytes in old.values() if storage.expired())
+    assert moved == sum(buffers)
+
+
+def test_nothing_outlives_the_model(inputs, bare_generator):
+    model, _ = build("mllama")
+    generator = bare_generator(model)
+    greedy(generator, inputs)
+    buffers = [StorageWeakRef(product.weight.untyped_storage()) for product in products(generator)]
+    weight = attention(model).q_proj.weight
+    expected = weight.detach().clone()
+    del model, generator
+    gc.collect()
+    alive = [not buffer.expired() for buffer in buffers]
+    assert sum(alive) == 1 and torch.equal(weight, expected), "the one that a parameter is part of"
+    del weight
+    assert all(buffer.expired() for buffer in buffers)
