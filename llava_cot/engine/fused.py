@@ -58,7 +58,8 @@ def gather_weights(model: PreTrainedModel) -> None:
     memory, or if another tensor reads the same memory, such as one of a ``state_dict`` that somebody keeps. No more
     than one buffer is there twice at any time.
     """
-    uses = Counter(id(each) for module in model.modules() for each in module._parameters.values())
+    modules = [module for _, module in model.named_modules(remove_duplicate=False)]
+    uses = Counter(id(each) for module in modules for each in module._parameters.values())
     for layer in _layers(model):
         columns = [column for group in layer for column in _columns(group) if _buffer(column) is None]
         moving = [column for column in columns if all(uses[id(each)] == 1 and _may_move(each) for each in column)]

@@ -208,12 +208,22 @@ def tie(model, inputs):
     attention(model).q_proj.weight = attention(model, 2).q_proj.weight
 
 
+def tie_modules(model, inputs):
+    attention(model).q_proj = attention(model, 2).q_proj
+
+
+def share(model, inputs):
+    model.share_memory()
+    write(model, inputs)
+
+
 def hook(model, inputs):
     attention(model).v_proj.register_forward_pre_hook(lambda module, args: (args[0].mul_(2),))
 
 
-CHANGES = [step, load, write, replace_data, replace_parameter, transpose, convert, tie, hook]
-LEAVES = {transpose: (5, 6), tie: (5, 5)}  # of the six products, after each of two changes
+CHANGES = [step, load, write, replace_data, replace_parameter, transpose, convert, tie, tie_modules, share, hook]
+# How many of the six products are left after each of two changes
+LEAVES = {transpose: (5, 6), tie: (5, 5), tie_modules: (5, 5), share: (0, 0)}
 
 
 @pytest.mark.parametrize("change", CHANGES)
