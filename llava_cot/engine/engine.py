@@ -43,8 +43,8 @@ class Engine:
     too many pages alone ends with ``OutOfPages``.
 
     Args:
-        model: stays as it is, but some of its weights move in memory (``fused.py``). The engine runs a copy of its
-            module tree that shares every tensor. If the model is changed, the next session gets a new copy.
+        model: stays as it is, but on CUDA some of its weights move in memory (``fused.py``). The engine runs a copy of
+            its module tree that shares every tensor. If the model is changed, the next session gets a new copy.
         tags: the stop tags; their index is a continuation's ``tag``.
         decode: from token ids to text.
     """

@@ -17,6 +17,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_cot.check.random_models import build_model, make_inputs
+from llava_cot.engine import fused
 from llava_cot.engine.follow import state_of
 from llava_cot.engine.fused import Part, fuse_products, gather_weights
 
@@ -33,6 +34,11 @@ def build(family, seed=0):
         return model, random_inputs(model, length=13, ratio_id=6, seed=seed)
     model = build_model(family, seed=seed)
     return model, make_inputs(model, length=30, seed=seed)
+
+
+@pytest.fixture(autouse=True)
+def as_on_cuda(monkeypatch):
+    monkeypatch.setattr(fused, "DEVICES", {"cpu", "cuda"})
 
 
 @pytest.fixture
@@ -115,6 +121,35 @@ def test_fewer_products_in_a_step(model, inputs, bare_generator):
         for part in [each for each in generator.engine.view._model.modules() if isinstance(each, Part)]:
             part.__class__ = nn.Linear
     assert counts[1] - counts[0] == NEW_TOKENS * (2 * 3 + 2 * 1)
+
+
+def test_nothing_moves_on_a_cpu(model, bare_generator, monkeypatch):
+    monkeypatch.undo()
+    before = addresses(model)
+    assert not products(bare_generator(model)) and addresses(model) == before
+
+
+def test_one_compilation_for_all_layers():
+    """Without a graph break, and for any number of rows."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, _ = build("llava")
+    gather_weights(model)
+    fuse_products(model)
+    torch._dynamo.utils.counters.clear()
+
+    def project(layer, x):
+        attention, mlp = layer.self_attn, layer.mlp
+        return attention.q_proj(x), attention.k_proj(x), attention.v_proj(x), mlp.gate_proj(x), mlp.up_proj(x)
+
+    compiled = torch.compile(project, dynamic=True, fullgraph=True, backend="eager")
+    with torch.inference_mode():
+        for layer in model.model.language_model.layers:
+            for rows in (2, 3, 7):
+                x = torch.randn(1, rows, 32)
+                assert all(map(torch.equal, compiled(layer, x), project(layer, x)))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert all(type(layer.mlp.up_proj) is Part for layer in model.model.language_model.layers)
 
 
 def test_a_part_that_is_asked_for_twice_and_another_input():
