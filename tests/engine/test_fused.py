@@ -86,9 +86,11 @@ class Noting(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("family", EVERY_FAMILY)
-def test_the_same_tokens_and_a_model_that_is_as_it_was(family, bare_generator):
+def test_the_same_tokens_and_a_model_that_is_as_it_was(family, bare_generator, device):
     model, inputs = build(family)
+    model, inputs = model.to(device), {key: each.to(device) for key, each in inputs.items()}
     untouched, parameters = copy.deepcopy(model), [*model.parameters()]
     for parameter in parameters[::3]:
         parameter.requires_grad_(False)
