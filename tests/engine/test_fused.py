@@ -1,39 +1,20 @@
-"""Fused weights: fewer products and the same tokens, on a model that its owner can't tell from what it was before."""
+"""Fused products: fewer of them and the same tokens, whatever becomes of the model."""
 
 import copy
-import gc
-import io
-import pickle
 from collections import Counter
 
 import pytest
 import torch
+from helpers.fused import NEW_TOKENS, Noting, attention, build, greedy, plain_greedy, products
 from helpers.random_llava import FAMILIES
-from helpers.random_mllama import TINY_SHAPE, build_random_mllama, random_inputs
-from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.testing._internal.two_tensor import TwoTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from llava_cot.check.random_models import build_model, make_inputs
 from llava_cot.engine import fused
-from llava_cot.engine.follow import state_of
 from llava_cot.engine.fused import Part, fuse_products, gather_weights
 
 EVERY_FAMILY = ["mllama", *FAMILIES, "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe", "idefics3"]
 # fused products by layer: attention and MLP, but no keys and values of an image, no experts, nothing that is fused
 EXPECTED = {"mllama": 6, "qwen3_vl_moe": 3, "glm4v": 3}
-NEW_TOKENS = 16
-
-
-def build(family, seed=0):
-    """(a random model, inputs of one prompt)"""
-    if family == "mllama":
-        model = build_random_mllama(**TINY_SHAPE, seed=seed)
-        return model, random_inputs(model, length=13, ratio_id=6, seed=seed)
-    model = build_model(family, seed=seed)
-    return model, make_inputs(model, length=30, seed=seed)
 
 
 @pytest.fixture(autouse=True)
@@ -47,43 +28,8 @@ def model():
 
 
 @pytest.fixture
-def inputs(model):
-    return random_inputs(model, length=13, ratio_id=6, seed=0)
-
-
-def attention(model, layer=0):
-    return model.model.language_model.layers[layer].self_attn
-
-
-def greedy(generator, inputs):
-    return generator.generate(**inputs, search="greedy", max_new_tokens=NEW_TOKENS)
-
-
-def plain_greedy(model, inputs):
-    return model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
-
-
-def products(generator):
-    """The engine's fused products, each once."""
-    parts = [module for module in generator.engine.view._model.modules() if isinstance(module, Part)]
-    return list({id(part.product): part.product for part in parts}.values())
-
-
-def addresses(model):
-    return [parameter.data_ptr() for parameter in model.parameters()]
-
-
-class Noting(TorchDispatchMode):
-    """Calls ``note(op, result)`` after every op."""
-
-    def __init__(self, note):
-        super().__init__()
-        self.note = note
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.note(func, result)
-        return result
+def inputs():
+    return build("mllama")[1]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -125,12 +71,6 @@ def test_fewer_products_in_a_step(model, inputs, bare_generator):
     assert counts[1] - counts[0] == NEW_TOKENS * (2 * 3 + 2 * 1)
 
 
-def test_nothing_moves_on_a_cpu(model, bare_generator, monkeypatch):
-    monkeypatch.undo()
-    before = addresses(model)
-    assert not products(bare_generator(model)) and addresses(model) == before
-
-
 def test_one_compilation_for_all_layers():
     """Without a graph break, and for any number of rows."""
     torch.manual_seed(0)
@@ -168,42 +108,6 @@ def test_a_part_that_is_asked_for_twice_and_another_input():
     for name, x in calls:
         assert type(getattr(mlp, name)) is Part
         torch.testing.assert_close(getattr(mlp, name)(x), expected[name, id(x)])
-
-
-def test_saving(model, inputs, bare_generator, tmp_path):
-    """Files as large as before, with no tensor in them twice, and nothing that a reader of tensors refuses."""
-    before, after = tmp_path / "before", tmp_path / "after"
-    model.save_pretrained(before)
-    pickled, saved = len(pickle.dumps(model)), io.BytesIO()
-    torch.save(model.state_dict(), saved)
-    bare_generator(model)
-
-    model.save_pretrained(after)
-    for name in ("model.safetensors", "config.json"):
-        assert (after / name).read_bytes() == (before / name).read_bytes()
-    assert torch.equal(plain_greedy(type(model).from_pretrained(after), inputs), plain_greedy(model, inputs))
-    save_file(model.state_dict(), tmp_path / "state.safetensors")
-    assert load_file(tmp_path / "state.safetensors").keys() == model.state_dict().keys()
-    again = io.BytesIO()
-    torch.save(model.state_dict(), again)
-    assert len(again.getvalue()) == len(saved.getvalue())
-    one = io.BytesIO()
-    torch.save(attention(model).q_proj.weight, one)
-    assert len(one.getvalue()) < attention(model).q_proj.weight.nbytes + 2048, "and not that of its neighbours"
-    assert len(pickle.dumps(model)) == pickled
-
-
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_are_independent(model, inputs, bare_generator, how):
-    generator = bare_generator(model)
-    expected = greedy(generator, inputs)
-    copied = how(model)
-    assert torch.equal(plain_greedy(copied, inputs), expected)
-    with torch.no_grad():
-        for parameter in copied.parameters():
-            parameter.zero_()
-    assert torch.equal(greedy(generator, inputs), expected)
-    assert torch.equal(plain_greedy(model, inputs), expected)
 
 
 def step(model, inputs):
@@ -313,112 +217,6 @@ def test_an_adapter_of_peft(model, inputs, bare_generator, safe):
     assert len(products(generator)) == 6
 
 
-def test_a_second_engine_uses_the_same_buffers(model, inputs, bare_generator):
-    first = bare_generator(model)
-    moved, pages = addresses(model), first.engine.view.kv_cache
-    second = bare_generator(model)
-    assert addresses(model) == moved
-    assert all(a.weight is b.weight for a, b in zip(products(first), products(second), strict=True))
-    assert torch.equal(greedy(first, inputs), greedy(second, inputs))
-    assert first.engine.view.kv_cache is pages, "the first has nothing to follow"
-    del first
-    assert all(a.weight is b.weight for a, b in zip(products(second), products(bare_generator(model)), strict=True))
-
-
-def tied(model):
-    attention(model).k_proj.weight = attention(model).v_proj.weight
-
-
-def flat(model):
-    weights = [attention(model).q_proj.weight, attention(model).k_proj.weight]
-    whole = torch.cat([weight.detach().flatten() for weight in weights])
-    for weight, part in zip(weights, whole.split([weight.numel() for weight in weights])):
-        weight.data = part.view_as(weight)
-    return whole
-
-
-def kept(model):
-    return model.state_dict()["model.language_model.layers.0.self_attn.k_proj.weight"]
-
-
-def numpy(model):
-    return attention(model).k_proj.weight.detach().numpy()
-
-
-def shared(model):
-    attention(model).v_proj.weight.share_memory_()
-
-
-def biased(model):
-    attention(model).k_proj.bias = nn.Parameter(torch.randn(attention(model).k_proj.out_features))
-
-
-def adapted(model):
-    class Scaled(nn.Linear):
-        def forward(self, x):
-            return super().forward(x) * 1.5
-
-    attention(model).q_proj.__class__ = attention(model).k_proj.__class__ = Scaled
-
-
-def parametrised(model):
-    class Symmetric(nn.Module):
-        def forward(self, weight):
-            return weight.abs()
-
-    for name in ("q_proj", "v_proj"):
-        nn.utils.parametrize.register_parametrization(getattr(attention(model), name), "weight", Symmetric())
-
-
-LEFT_ALONE = [tied, flat, kept, numpy, shared, biased, adapted, parametrised]
-
-
-@pytest.mark.parametrize("prepare", LEFT_ALONE)
-def test_what_is_left_alone(model, inputs, bare_generator, prepare):
-    alias = prepare(model)  # it lives as long as the test
-    before = {name: each.data_ptr() for name, each in attention(model).named_parameters() if "weight" in name}
-    generator = bare_generator(model)
-    after = {name: each.data_ptr() for name, each in attention(model).named_parameters() if "weight" in name}
-    assert before == after
-    assert len(products(generator)) == 5, "all of the others"
-    assert torch.equal(greedy(generator, inputs), plain_greedy(copy.deepcopy(model), inputs))
-    if alias is not None:
-        alias[:] = alias[:] * -1.5  # behind the back of the parameters
-        assert torch.equal(greedy(generator, inputs), plain_greedy(copy.deepcopy(model), inputs))
-
-
-def test_what_would_not_be_aligned(bare_generator):
-    """In 16 bits the biases of keys are 32 bytes."""
-    model, _ = build("qwen2_5_vl")
-    assert len(products(bare_generator(model.to(torch.bfloat16)))) == 3, "those of the MLPs"
-
-
-def test_weights_of_several_parts(model):
-    """As those that torchao quantises."""
-    linear = attention(model).q_proj
-    linear.weight = nn.Parameter(TwoTensor(linear.weight.detach(), linear.weight.detach().clone()))
-    others = [attention(model).k_proj.weight.data_ptr(), attention(model).v_proj.weight.data_ptr()]
-    gather_weights(model)
-    assert type(linear.weight) is TwoTensor
-    assert others[1] != attention(model).v_proj.weight.data_ptr(), "the other two are fused"
-    assert state_of(model) == state_of(model)
-
-
-def test_a_model_that_is_loaded_in_inference_mode(inputs, bare_generator):
-    with torch.inference_mode():
-        model, _ = build("mllama")
-    generator = bare_generator(model)
-    assert not products(generator)
-    assert torch.equal(greedy(generator, inputs), plain_greedy(model, inputs))
-
-
-def test_keys_and_values_of_an_image_stay_where_they_are(model, bare_generator):
-    cross = model.model.language_model.layers[1].cross_attn
-    before = [parameter.data_ptr() for parameter in cross.parameters()]
-    bare_generator(model)
-    assert [parameter.data_ptr() for parameter in cross.parameters()] == before
-
-
 def test_a_pass_that_breaks_off_leaves_nothing_behind(model, inputs, bare_generator, monkeypatch):
     generator = bare_generator(model)
     expected = greedy(generator, inputs)
@@ -437,37 +235,3 @@ def test_a_pass_that_breaks_off_leaves_nothing_behind(model, inputs, bare_genera
     assert any(product.parts for product in products(generator))
     assert torch.equal(greedy(generator, inputs), expected)
     assert not any(product.parts for product in products(generator))
-
-
-def test_no_second_copy_at_any_time(model):
-    """Each buffer is filled and the weights behind it are freed before the next is allocated."""
-    layers = model.model.language_model.layers
-    old = {name: (StorageWeakRef(p.untyped_storage()), p.nbytes) for name, p in layers.named_parameters()}
-    buffers, peaks = [], []
-
-    def note(func, result):
-        if func.overloadpacket.__name__ == "empty":
-            buffers.append(result.nbytes)
-            freed = sum(nbytes for storage, nbytes in old.values() if storage.expired())
-            peaks.append(sum(buffers) - freed)
-
-    with Noting(note):
-        gather_weights(model)
-    assert peaks == buffers and len(buffers) == 6
-    moved = sum(nbytes for storage, nbytes in old.values() if storage.expired())
-    assert moved == sum(buffers)
-
-
-def test_nothing_outlives_the_model(inputs, bare_generator):
-    model, _ = build("mllama")
-    generator = bare_generator(model)
-    greedy(generator, inputs)
-    buffers = [StorageWeakRef(product.weight.untyped_storage()) for product in products(generator)]
-    weight = attention(model).q_proj.weight
-    expected = weight.detach().clone()
-    del model, generator
-    gc.collect()
-    alive = [not buffer.expired() for buffer in buffers]
-    assert sum(alive) == 1 and torch.equal(weight, expected), "the one that a parameter is part of"
-    del weight
-    assert all(buffer.expired() for buffer in buffers)
