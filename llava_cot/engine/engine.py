@@ -17,6 +17,7 @@ from llava_cot.engine.drafts import DRAFT_TOKENS, Drafts, SpoiltDraft, drawing, 
 from llava_cot.engine.draw import Draw, Row, draw_rows, grow
 from llava_cot.engine.extend import read_extensions
 from llava_cot.engine.follow import state_of
+from llava_cot.engine.fused import gather_weights
 from llava_cot.engine.graphs import MAX_EOS_TOKEN_IDS, Window
 from llava_cot.engine.model import Prompt
 from llava_cot.engine.processors import LogitsProcessors
@@ -42,8 +43,8 @@ class Engine:
     too many pages alone ends with ``OutOfPages``.
 
     Args:
-        model: stays as it is; the engine runs a copy of its module tree that shares every tensor. If the model is
-            changed, the next session gets a new copy.
+        model: stays as it is, but on CUDA some of its weights move in memory (``fused.py``). The engine runs a copy of
+            its module tree that shares every tensor. If the model is changed, the next session gets a new copy.
         tags: the stop tags; their index is a continuation's ``tag``.
         decode: from token ids to text.
     """
@@ -69,6 +70,7 @@ class Engine:
     def _build(self) -> None:
         """Copy the model's module tree, and make everything that depends on it."""
         model, config = self._model, self._config
+        gather_weights(model)
         state = state_of(model)
         self.runner = ModelRunner(model, config)
         self.view, self.pool = self.runner.view, self.runner.pool

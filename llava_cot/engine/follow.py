@@ -5,17 +5,22 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+Place = tuple[int, torch.Size, tuple[int, ...]]
 
 NOT_PLAIN = object()
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # such as ``training`` and the tables of parameters and hooks
 
 
 class ModuleState(NamedTuple):
-    """What a copy of a module depends on. Tensors are compared by identity: their values are shared with the copy."""
+    """What a copy of a module depends on. Tensors are compared by identity and by place: fused weights and captured
+    graphs read the memory itself. The values that are there are shared with the copy.
+    """
 
     name: str
     kind: type
-    tensors: tuple[tuple[str, int, torch.dtype, torch.device], ...]
+    tensors: tuple[tuple[str, int, torch.dtype, torch.device, Place], ...]
     hooks: tuple[int, ...]  # ids of the forward hooks
     settings: tuple[tuple[str, Any], ...]  # attributes that are plain data, such as which adapters are active
 
@@ -40,7 +45,7 @@ def state_of(model: nn.Module) -> list[ModuleState]:
             ModuleState(
                 name,
                 type(module),
-                tuple((key, id(t), t.dtype, t.device) for key, t in tensors if t is not None),
+                tuple((key, id(t), t.dtype, t.device, place(t)) for key, t in tensors if t is not None),
                 (*module._forward_hooks, *module._forward_pre_hooks),
                 tuple(
                     (key, plain)
@@ -50,6 +55,12 @@ def state_of(model: nn.Module) -> list[ModuleState]:
             )
         )
     return found
+
+
+def place(tensor: torch.Tensor) -> Place:
+    """The address of the first element, and how the others follow; that of one with several parts is not known."""
+    address = 0 if is_traceable_wrapper_subclass(tensor) else tensor.data_ptr()
+    return address, tensor.shape, tensor.stride()
 
 
 def _frozen(value: Any) -> Any:

@@ -19,6 +19,7 @@ from llava_cot.engine.cache import PagedCache
 from llava_cot.engine.canary import Canary
 from llava_cot.engine.compile import compile_layers
 from llava_cot.engine.config import EngineConfig
+from llava_cot.engine.fused import fuse_products
 from llava_cot.engine.images import ImageStore
 from llava_cot.families import Prompt, family_of
 from llava_cot_kernels.checks import FLOATS
@@ -84,6 +85,7 @@ class ModelView:
             raise ValueError("model must not be in bitsandbytes' 8 bits: use quantize='int8', or its 4 bits")
         self._model = copy_around_tensors(model).eval()
         self._model.set_attn_implementation({"text_config": NAME})
+        fuse_products(self._model)
         self._cache_parameter = cache_parameter(self._model)
         page_size, num_pages = config.page_size, config.num_pages
         if config.compile:
