@@ -171,6 +171,9 @@ def build_config(name: str, *, vocab: int = VOCAB, image_token: int | None = Non
     model_type, settings = CONFIGS[name]
     settings = settings | {"tie_word_embeddings": False}
     settings["text_config"] = {**settings["text_config"], "vocab_size": vocab, **text}
+    if "out_hidden_size" in settings["vision_config"]:  # the width of the text
+        width = settings["text_config"]["hidden_size"]
+        settings["vision_config"] = {**settings["vision_config"], "out_hidden_size": width}
     kind = transformers.CONFIG_MAPPING[model_type]
     known = {
         "video_token_id": VIDEO_TOKEN,

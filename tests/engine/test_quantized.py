@@ -180,9 +180,10 @@ def test_a_config_of_the_caller(folder, bare_generator, monkeypatch, tiny):
     from llava_cot import generator as module
 
     monkeypatch.setattr(module.AutoProcessor, "from_pretrained", lambda name, **given: tiny.processor)
-    config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["model.vision_model", "lm_head"])
+    skipped = ["model.vision_model", "model.multi_modal_projector", "lm_head"]
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=skipped)
     generator = SwiresGenerator.from_pretrained(folder, quantization_config=config, device="cpu")
-    assert type(decoder_matrices(generator.model)[f"{LAYERS}0.self_attn.q_proj"]).__name__ == "Linear4bit"
+    assert type(decoder_matrices(generator.model)[f"{LAYERS[0]}0.self_attn.q_proj"]).__name__ == "Linear4bit"
     inputs = random_inputs(generator.model, length=12, ratio_id=1, seed=7)
     expected = generator.model.generate(**inputs, do_sample=False, max_new_tokens=8)
     assert torch.equal(generator.generate(**inputs, search="greedy", max_new_tokens=8), expected)
@@ -207,12 +208,13 @@ def test_a_model_that_was_saved_quantised(folder, tmp_path, name, monkeypatch, t
 def test_other_families(family, tmp_path, bare_generator):
     """Nothing but matrices of decoder layers is quantised, and all of them are."""
     build, make_inputs = FAMILIES[family]
-    build(hidden=64, heads=8 if family == "qwen2_5_vl" else 4, kv_heads=4).save_pretrained(tmp_path)
+    sizes = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
+    build(**sizes).save_pretrained(tmp_path)
     for name, dtype in (("int8", torch.float32), ("int4", torch.bfloat16), ("nf4", torch.float32)):
         model = load(tmp_path, name, dtype)
         plain = {key for key, parameter in model.named_parameters() if type(parameter) is nn.Parameter}
         quantised = {key for key, _ in model.named_parameters()} - plain
-        assert quantised == {f"{key}.weight" for key in decoder_matrices(model)} and len(quantised) == 21
+        assert quantised == {f"{key}.weight" for key in decoder_matrices(model)} and quantised
         inputs = make_inputs(model, length=30, seed=1)
         inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
         got = bare_generator(model).generate(**inputs, search="greedy", max_new_tokens=12)
@@ -261,7 +263,8 @@ def test_the_plan_is_what_is_allocated(name, tmp_path, bare_generator):
     session = engine.open(split_rows(inputs, model.config)[0])
 
     def program():
-        yield [Expand(session.root, tuple(range(candidates)), SamplingParams(), new_tokens + 1, frozenset())]
+        at_random = SamplingParams(temperature=100.0)  # candidates with equal tokens would share their pages
+        yield [Expand(session.root, tuple(range(candidates)), at_random, new_tokens + 1, frozenset())]
 
     drive, stored = Drive(session, program()), 0
     while not drive.done:
