@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-KERNELS = ("paged_kv", "attention", "sampling", "logprob")
+KERNELS = ("paged_kv", "attention", "linear", "sampling", "logprob")
 
 
 def pytest_generate_tests(metafunc):

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- from benchmarks/kernels_table.py -->\n", "<!-- end -->\n"
-STEMS = ("paged_kv", "attention", "sampling", "logprob")
+STEMS = ("paged_kv", "attention", "linear", "sampling", "logprob")
 OURS = ("native", "triton", "reference")
 PEERS = "peers: their time over that of the kernel"
 HEADER = ["op", "case", "on", *OURS, "share of copy bandwidth", PEERS, "AVX2: native, share, the closest peer"]

@@ -15,6 +15,8 @@ DEFINE_OPS(m) {
   m.def(
       "shared_attention(Tensor query, Tensor key, Tensor value, Tensor group, Tensor cu_seqlens_k, "
       "float softmax_scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  // linear
+  m.def("few_row_linear(Tensor x, Tensor weight, Tensor? scale, Tensor? bias, Tensor(a!) out) -> ()");
   // sampling
   m.def(
       "sample(Tensor logits, Tensor row, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, "

@@ -18,6 +18,7 @@ except ImportError as error:
     _load_error = error
 else:
     from llava_cot_kernels.attention import paged_attention, shared_attention
+    from llava_cot_kernels.linear import few_row_linear
     from llava_cot_kernels.logprob import linear_logprobs, token_logprobs
     from llava_cot_kernels.page_pool import OutOfPages, PagePool
     from llava_cot_kernels.paged_kv import copy_pages, store_kv
@@ -31,6 +32,7 @@ __all__ = [
     "SampleOutput",
     "StageTags",
     "copy_pages",
+    "few_row_linear",
     "linear_logprobs",
     "paged_attention",
     "sample",

@@ -14,6 +14,7 @@ OPS = (
     "copy_pages",
     "paged_attention",
     "shared_attention",
+    "few_row_linear",
     "sample",
     "token_logprobs",
     "linear_logprobs",

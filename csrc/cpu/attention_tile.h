@@ -4,9 +4,6 @@
 #include "cpu/dtype.h"
 #include "cpu/isa.h"
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -15,9 +12,6 @@
 
 namespace llava_cot {
 namespace {
-
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
 
 constexpr float INF = std::numeric_limits<float>::infinity();
 
@@ -28,16 +22,6 @@ struct Rows {
 
   const char* at(int64_t token, int64_t head) const { return data + token * token_stride + head * head_stride; }
 };
-
-void narrow(Dtype dtype, const float* source, int64_t size, void* target, int64_t offset) {
-  if (dtype == Dtype::BFLOAT16) {
-    std::copy_n(source, size, static_cast<BFloat16*>(target) + offset);
-  } else if (dtype == Dtype::FLOAT16) {
-    std::copy_n(source, size, static_cast<Half*>(target) + offset);
-  } else {
-    std::copy_n(source, size, static_cast<float*>(target) + offset);
-  }
-}
 
 // Key t of a sequence is token first + pages[t / page_size] * page_size + t % page_size of the cache. Packed keys are
 // one page that starts at `first`.

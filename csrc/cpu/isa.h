@@ -70,6 +70,24 @@ struct RowGradient {
   float scale, lse, entropy, grad_logprob, grad_entropy;
 };
 
+// ---- products of a few rows ----
+
+enum class Weight { FLOAT32, BFLOAT16, FLOAT16, INT8 };
+
+constexpr int64_t FEW_ROWS_STEP = 32;  // elements; a row of x goes on with zeros up to a multiple of it
+
+// out[m][n] = the sum of x[m][k] * weight[n][k] over k. Strides of x and of the weight are in bytes.
+struct FewRows {
+  Weight kind;
+  const char* x;  // [num_x_rows][depth], float32, or bfloat16 for PairLoops
+  int64_t x_stride;
+  const char* weight;  // [num_rows][depth]
+  int64_t weight_stride;
+  int64_t num_x_rows, num_rows, depth;
+  float* out;  // [num_x_rows][num_rows]
+  int64_t out_stride;
+};
+
 // ---- products of bfloat16, summed in float32 ----
 
 // Two values that follow each other along the summed dimension are one uint32_t, a pair: what one instruction
@@ -109,6 +127,7 @@ struct PairLoops {
   void (*reduce)(const LogitColumns& logits, Piece* pieces);
   // Rounded to bfloat16: by_row [num_tokens][stride], and as pairs of tokens [num_tokens / 2, rounded up][stride].
   void (*to_gradient)(const LogitColumns& logits, const ColumnGradient& of, uint16_t* by_row, uint32_t* by_pair);
+  void (*multiply_few)(const FewRows& product);
 };
 
 // ---- attention ----
@@ -164,6 +183,9 @@ struct Loops {
   // log-probs
   Piece (*reduce_piece)(const float* x, int64_t n, float scale);
   void (*logits_to_gradient)(float* x, int64_t n, RowGradient row);
+
+  // products of a few rows
+  void (*multiply_few)(const FewRows& product);
 
   // attention
   void (*attend_block)(const KeyBlock& block, Slab* const* slabs, int64_t num_slabs);

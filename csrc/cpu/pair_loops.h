@@ -2,6 +2,7 @@
 // linear_logprobs. They are for AVX-512 with bfloat16 products, the only instruction set that gains from them.
 #pragma once
 
+#include "cpu/linear_loops.h"
 #include "cpu/logprob_loops.h"
 
 namespace llava_cot {
@@ -121,7 +122,18 @@ void to_gradient(const LogitColumns& logits, const ColumnGradient& of, uint16_t*
   }
 }
 
-constexpr PairLoops PAIR_LOOPS{multiply, interleave, reduce, to_gradient};
+struct FewPairs {
+  static constexpr int64_t STEP = 2 * LANES, ITEM = 2, X_ITEM = 2;
+
+  static ALWAYS_INLINE __m512bh weight(const char* at) { return (__m512bh)_mm512_loadu_si512(at); }
+  static ALWAYS_INLINE __m512bh x(const char* at) { return (__m512bh)_mm512_loadu_si512(at); }
+  static ALWAYS_INLINE Vec add(__m512bh weight, __m512bh x, Vec sum) {
+    sum.part[0] = (FloatPart)_mm512_dpbf16_ps((__m512)sum.part[0], weight, x);
+    return sum;
+  }
+};
+
+constexpr PairLoops PAIR_LOOPS{multiply, interleave, reduce, to_gradient, multiply_all<FewPairs>};
 
 }  // namespace
 }  // namespace llava_cot

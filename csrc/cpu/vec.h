@@ -182,6 +182,20 @@ ALWAYS_INLINE Ints load_halves(const void* x) {
   return v;
 }
 
+ALWAYS_INLINE Ints load_bytes(const void* x) {
+  Ints v;
+#if VECTOR_BYTES == 64
+  v.part[0] = (IntPart)_mm512_maskz_cvtepi8_epi32(0xffff, _mm_loadu_si128(static_cast<const __m128i*>(x)));
+#elif VECTOR_BYTES == 32
+  for (int i = 0; i < PARTS; ++i) {
+    v.part[i] = (IntPart)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(static_cast<const char*>(x) + 8 * i)));
+  }
+#else
+  for (int i = 0; i < LANES; ++i) v.part[i / 4][i % 4] = static_cast<const int8_t*>(x)[i];
+#endif
+  return v;
+}
+
 // The multiplication rebiases the exponent and normalises subnormals; inf and NaN keep their all-ones exponent.
 ALWAYS_INLINE Vec widen_float16(Ints x) {
   const Ints magnitude = shift_left(x & 0x7fff, 13);
@@ -234,13 +248,23 @@ void widen(Dtype dtype, const void* source, int64_t n, float* target) {
 
 // ---- functions ----
 
+// Adds the upper half of the lanes to the lower half until one is left.
 ALWAYS_INLINE float sum_of(Vec v) {
-  float lane[LANES];
-  store(v, lane);
-  for (int width = LANES / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+  for (int half = PARTS / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) v.part[i] = v.part[i] + v.part[i + half];
   }
-  return lane[0];
+  FloatPart x = v.part[0];
+#if VECTOR_BYTES == 64
+  x = x + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  x = x + __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+  x = x + __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+#elif VECTOR_BYTES == 32
+  x = x + __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
+  x = x + __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5);
+#else
+  x = x + __builtin_shufflevector(x, x, 2, 3, 0, 1);
+#endif
+  return x[0] + x[1];
 }
 
 ALWAYS_INLINE float max_of(Vec v) {

@@ -21,6 +21,7 @@ from llava_cot.engine.compile import compile_layers
 from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.fused import fuse_products
 from llava_cot.engine.images import ImageStore
+from llava_cot.engine.linear import use_kernel
 from llava_cot.families import Prompt, family_of
 from llava_cot_kernels.checks import FLOATS
 
@@ -87,6 +88,8 @@ class ModelView:
         self._model.set_attn_implementation({"text_config": NAME})
         fuse_products(self._model)
         self._cache_parameter = cache_parameter(self._model)
+        if self._model.device.type == "cpu":
+            use_kernel(self._model)
         page_size, num_pages = config.page_size, config.num_pages
         if config.compile:
             compile_layers(self._model, self._cache_parameter)

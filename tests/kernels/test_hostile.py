@@ -21,6 +21,7 @@ from llava_cot_kernels import (
     PagePool,
     StageTags,
     copy_pages,
+    few_row_linear,
     linear_logprobs,
     paged_attention,
     sample,
@@ -35,7 +36,7 @@ ROOT = Path(__file__).parents[2]
 FUNCTIONS = {
     function.__name__: function
     for function in (
-        store_kv, copy_pages, paged_attention, shared_attention, sample, token_logprobs, linear_logprobs
+        store_kv, copy_pages, paged_attention, shared_attention, few_row_linear, sample, token_logprobs, linear_logprobs
     )
 }  # fmt: skip
 ON_FIBERS = ("store_kv", "copy_pages", "sample", "token_logprobs")  # the native ops of CUDA; the others are Triton's
@@ -52,6 +53,7 @@ AXES = {  # of tensors, by the sizes that they share
     "paged_attention": {"query": "T Hq D", **CACHES, "page_table": "B P", "seq_lens": "B", "cu_seqlens_q": "B+1"}
     | {"prefix_group": "B", "prefix_lens": "G"},
     "shared_attention": {"query": "N Hq D", "key": "S Hkv D", "value": "S Hkv D", "group": "N", "cu_seqlens_k": "G+1"},
+    "few_row_linear": {"x": "M K", "weight": "N K", "scale": "N", "bias": "N"},
     "sample": {"logits": "R V", "row": "N", "temperature": "N", "top_k": "N", "top_p": "N", "min_p": "N", "seed": "N"}
     | {"position": "N", "tag_state": "N"},
     "token_logprobs": {"logits": "T V", "targets": "T"},
@@ -101,6 +103,12 @@ def good(op):
             "cu_seqlens_k": integers(0, 2, 5),
             "softmax_scale": 0.5,
             "return_lse": True,
+        },
+        "few_row_linear": lambda: {
+            "x": random(2, 4),
+            "weight": integers([1, -2, 3, 4], [5, 6, -7, 8], [0, 0, 9, 1], dtype=torch.int8),
+            "scale": random(3),
+            "bias": random(3),
         },
         "sample": lambda: {
             "logits": random(2, 6),
@@ -273,7 +281,13 @@ TRANSFORMS = ["torch.func.grad", "torch.func.jvp", "forward mode without gradien
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize(
     ("op", "name"),
-    [("paged_attention", "query"), ("shared_attention", "value"), ("store_kv", "key"), ("sample", "logits")],
+    [
+        ("paged_attention", "query"),
+        ("shared_attention", "value"),
+        ("store_kv", "key"),
+        ("few_row_linear", "x"),
+        ("sample", "logits"),
+    ],
 )
 def test_no_transform_loses_a_gradient(op, name, transform):
     """The table has plain ``requires_grad``, for every argument."""
@@ -288,7 +302,9 @@ def test_no_transform_loses_a_gradient(op, name, transform):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("op", ["paged_attention", "shared_attention", "sample", "store_kv", "copy_pages"])
+@pytest.mark.parametrize(
+    "op", ["paged_attention", "shared_attention", "few_row_linear", "sample", "store_kv", "copy_pages"]
+)
 def test_where_gradients_are_not_recorded_every_tensor_is_taken(op, mode):
     expected, arguments = outcome(FUNCTIONS[op], good(op), "native"), good(op)
     floats = [tensor for tensor in arguments.values() if torch.is_tensor(tensor) and tensor.is_floating_point()]

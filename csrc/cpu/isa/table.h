@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/attention_loops.h"
+#include "cpu/linear_loops.h"
 #include "cpu/logprob_loops.h"
 #include "cpu/sampling_loops.h"
 
@@ -10,7 +11,7 @@ namespace {
 
 constexpr Loops table(const char* name, const PairLoops* pairs = nullptr) {
   return {name, widen, largest, find, row_sums, shape, keep, masses, histogram, compact, reduce_piece,
-          logits_to_gradient, attend_block, pairs};
+          logits_to_gradient, multiply_few, attend_block, pairs};
 }
 
 }  // namespace

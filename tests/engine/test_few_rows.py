@@ -1,0 +1,85 @@
+"""The engine multiplies few rows with large weights by its own kernel, and draws the tokens that the model would."""
+
+import pytest
+import torch
+from helpers.random_mllama import build_random_mllama, random_inputs
+from torch import nn
+from transformers import AutoProcessor
+
+from llava_cot import SwiresGenerator, tiny_path
+from llava_cot.engine import linear as engine_linear
+from llava_cot.engine.linear import MIN_ELEMENTS, linear, use_kernel
+from llava_cot_kernels.linear import most_rows
+
+SHAPE = dict(hidden=512, layers=4, heads=8, kv_heads=8, cross=[1], vocab=600, ffn=1024)  # 512 * 512 is MIN_ELEMENTS
+NEW_TOKENS = 12
+
+
+@pytest.fixture
+def products(monkeypatch):
+    """The rows and the weight of every product by the kernel."""
+    found = []
+
+    def counted(x, weight, *rest):
+        found.append((len(x), tuple(weight.shape)))
+        return few_row_linear(x, weight, *rest)
+
+    few_row_linear = engine_linear.few_row_linear
+    monkeypatch.setattr(engine_linear, "few_row_linear", counted)
+    return found
+
+
+def test_greedy_tokens_are_those_of_generate(products):
+    model = build_random_mllama(**SHAPE, seed=0)
+    model.generation_config.eos_token_id = None
+    inputs = random_inputs(model, length=40, ratio_id=1, seed=1)
+    expected = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
+    assert not products  # the caller's model has its own products
+
+    generator = SwiresGenerator(model, AutoProcessor.from_pretrained(tiny_path()))
+    assert torch.equal(generator.generate(**inputs, search="greedy", max_new_tokens=NEW_TOKENS), expected)
+    assert products.count((1, (1024, 512))) == 2 * 4 * (NEW_TOKENS - 1)  # gate and up of four layers
+    assert max(rows for rows, _ in products) <= most_rows(model.lm_head.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_is_for_few_rows_and_large_weights(products, dtype):
+    large, small = nn.Linear(512, 512).to(dtype), nn.Linear(512, 511, bias=False).to(dtype)
+    assert small.weight.numel() < MIN_ELEMENTS == large.weight.numel()
+    model = nn.ModuleList([large, small])
+    use_kernel(model)
+    most = most_rows(large.weight)
+    with torch.inference_mode():
+        for x in (torch.randn(1, 3, 512), torch.randn(512), torch.randn(0, 512), torch.randn(2, most, 512)):
+            for module in model:
+                got, expected = module(x.to(dtype)), nn.functional.linear(x.to(dtype), module.weight, module.bias)
+                torch.testing.assert_close(got, expected)
+    assert products == [(3, (512, 512)), (1, (512, 512)), (0, (512, 512))]
+
+
+def test_it_follows_the_weight():
+    """The caller may change what a parameter holds, or its dtype."""
+    model = nn.Sequential(nn.Linear(512, 512))
+    use_kernel(model)
+    x = torch.randn(2, 512)
+    with torch.inference_mode():
+        model[0].weight.data = torch.randn(512, 512) / 512**0.5
+        torch.testing.assert_close(model(x), nn.functional.linear(x, model[0].weight, model[0].bias))
+        model.half()
+        torch.testing.assert_close(model(x.half()), nn.functional.linear(x.half(), model[0].weight, model[0].bias))
+
+
+def test_weights_of_int8_are_read_as_they_are(products):
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    for dtype in (torch.float32, torch.bfloat16):
+        module = nn.Linear(512, 700).to(dtype)
+        quantize_(nn.Sequential(module), Int8WeightOnlyConfig(set_inductor_config=False))
+        x = torch.randn(3, 512).to(dtype)
+        with torch.inference_mode():
+            got = linear(x, module.weight, module.bias)
+            weight = module.weight.qdata.double() * module.weight.scale.double()
+            exact = nn.functional.linear(x.double(), weight, module.bias.double())
+        torch.testing.assert_close(got, exact.to(dtype))
+    assert products == [(3, (700, 512))] * 2
