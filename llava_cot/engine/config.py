@@ -20,6 +20,8 @@ class EngineConfig:
             that they run on one thread.
         num_threads: CPU threads of a step. None is one thread for a model whose operators are too small for more, and
             as many as torch has been given for others.
+        follow_model: whether every search first looks whether the caller has changed the model, which takes about a
+            millisecond. Without it the engine goes on with the module tree that it has copied.
         canary: a debug flag: whether every pass checks that the pages it reads hold what was computed for the branches
             that read them. A search whose pages do not ends with ``CanaryError``.
 
@@ -33,6 +35,7 @@ class EngineConfig:
     compile: bool = False
     draft_tokens: int | None = None
     num_threads: int | None = None
+    follow_model: bool = True
     canary: bool = False
 
     def __post_init__(self) -> None:

@@ -92,7 +92,7 @@ class Engine:
         """Build everything again if the model has changed: its adapters, parameters, dtype or device."""
         if torch.is_autocast_enabled(self._model.device.type):
             raise TypeError("torch.autocast must be off, since the engine computes in the model's own dtype, got it on")
-        if state_of(self._model) != self._state:
+        if self._config.follow_model and state_of(self._model) != self._state:
             with self._mutex:
                 if self._leader is None:
                     self._collect()

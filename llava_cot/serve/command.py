@@ -72,7 +72,7 @@ def run(settings: ServeSettings) -> None:
         quantize=settings.quantize,
         grammar=settings.grammar,
         system=settings.system,
-        engine=EngineConfig(num_pages=settings.num_pages),
+        engine=EngineConfig(num_pages=settings.num_pages, follow_model=False),  # nobody else has the model
     )
     scorers: dict[str, Scorer] = {}
     if settings.scorer is not None and settings.scorer.startswith(REWARD):

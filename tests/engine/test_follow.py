@@ -100,6 +100,13 @@ CHANGES = {
 }
 
 
+def test_a_model_need_not_be_followed(model, make):
+    generator = make(model, follow_model=False)
+    before = tokens(generator)
+    adapt(model)
+    assert tokens(make(model)) != before == tokens(generator)
+
+
 @pytest.mark.parametrize("prepare, change", CHANGES.values(), ids=CHANGES)
 def test_a_changed_model_is_followed(model, make, prepare, change):
     if prepare:
