@@ -335,7 +335,12 @@ def main():
     parser.add_argument("--rounds", type=int, default=1, help="rounds of SWIRES; no stage closes here, so none passes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--compile", action="store_true", help="compile the decoder layers of the engine and of static")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=torch.cuda.is_available(),
+        help="compile the decoder layers of the engine and of static",
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this JSON file")
     args = parser.parse_args()
     check_device(args.device)

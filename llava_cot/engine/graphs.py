@@ -24,7 +24,7 @@ from llava_cot_kernels.stage_tags import StageTags
 
 MAX_EOS_TOKEN_IDS = 32
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
-MIN_PAGES, MIN_SEGMENTS = 16, 4
+MIN_PAGES, MIN_SEGMENTS = 16, 4  # one segment stays one: then the rows of a step need no sorting by image
 MAX_BYTES = 2 << 30  # of the captured steps of one kind
 
 Step = Callable[[], object]
@@ -45,7 +45,7 @@ class Shape(NamedTuple):
         return cls(
             next((size for size in ROWS if size >= rows), -(-rows // ROWS[-1]) * ROWS[-1]),
             _power_of_two(max(MIN_PAGES, pages)),
-            _power_of_two(max(MIN_SEGMENTS, segments)),
+            _power_of_two(max(MIN_SEGMENTS, segments)) if segments > 1 else 1,
             _power_of_two(prefixes) if prefixes else 0,
             has_blind_rows,
         )
@@ -166,10 +166,11 @@ class PassBuffers:
             slot_mapping=slot_mapping,
             page_table=self.page_table,
             seq_lens=torch.zeros(rows, dtype=torch.int32, device=device),
+            cu_seqlens_q=torch.arange(rows + 1, dtype=torch.int32, device=device),
             prefix_group=prefix_group if shape.prefixes else None,
             prefix_lens=torch.zeros(shape.prefixes, dtype=torch.int32, device=device) if shape.prefixes else None,
             image_group=image_group if view.cross_layers else None,
-            image_cu_seqlens=torch.zeros(shape.segments + 1, dtype=torch.int32, device=device)
+            image_cu_seqlens=torch.zeros(shape.segments + 1, dtype=torch.int64, device=device)
             if view.cross_layers
             else None,
             has_blind_rows=shape.has_blind_rows,
@@ -242,7 +243,8 @@ class StepBuffers:
         self.trail = Trail.behind(torch.zeros_like(self.token)) if has_trail else None
         self.slot_mapping = zeros(num_steps, rows, dtype=torch.int64)
         self.page_table = zeros(rows, shape.pages, dtype=torch.int32)
-        self.image_cu_seqlens = zeros(shape.segments + 1, dtype=torch.int32)
+        self.image_cu_seqlens = zeros(shape.segments + 1, dtype=torch.int64)
+        self.cu_seqlens_q = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self.prefix_lens = zeros(shape.prefixes, dtype=torch.int32)
         self.step = zeros(1, dtype=torch.int64)
         self.drawn = Drawn(zeros(num_steps, 4, rows, dtype=torch.int64), zeros(num_steps, 4, rows, dtype=torch.float32))
@@ -263,6 +265,8 @@ class Window:
         self.eos_token_ids = torch.full((MAX_EOS_TOKEN_IDS,), -2, device=view.device)
         self._eos_token_ids = frozenset[int]()
         self.num_tags = len(tags.tags)
+        as_compiled = view.compiled.compile if view.compiled is not None else lambda function: function
+        self._begin, self._end = as_compiled(_begin_step), as_compiled(_end_step)
         self.captured = CapturedSteps[StepBuffers](view.device, recorder)
 
     def follow(self, eos_token_ids: frozenset[int]) -> None:
@@ -356,30 +360,51 @@ class Window:
 
     def step(self, at: StepBuffers) -> None:
         """One forward pass and one draw, from these buffers into them; the host is neither asked nor waited for."""
-        alive, length = at.left > 0, at.candidates.position  # its last token included
+        slot_mapping, position, seq_lens, prefix_group, image_group, row = self._begin(at)
         batch = Batch(
-            slot_mapping=torch.where(alive, at.slot_mapping.index_select(0, at.step)[0], -1),
+            slot_mapping=slot_mapping,
             page_table=at.page_table,
-            seq_lens=torch.where(alive, length, 0).int(),
-            prefix_group=torch.where(alive, at.prefix_group, -1) if len(at.prefix_lens) else None,
+            seq_lens=seq_lens,
+            cu_seqlens_q=at.cu_seqlens_q,
+            prefix_group=prefix_group if len(at.prefix_lens) else None,
             prefix_lens=at.prefix_lens if len(at.prefix_lens) else None,
-            image_group=torch.where(alive, at.image_group, -1) if self.view.cross_layers else None,
+            image_group=image_group if self.view.cross_layers else None,
             image_cu_seqlens=at.image_cu_seqlens if self.view.cross_layers else None,
             has_blind_rows=at.has_blind_rows,
             trail=at.trail,
         )
-        logits = self.view.decode(at.token, length + at.offset - 1, batch)
-        drawn = draw(logits, at.candidates._replace(row=torch.where(alive, at.candidates.row, -1)), self.tags)
-        for buffer, new in zip(at.drawn, drawn):
-            buffer.index_copy_(0, at.step, new.unsqueeze(0))
-        token, tag_state, tag, _ = drawn.integers
-        ended = (token.unsqueeze(1) == self.eos_token_ids).any(1)
-        ended |= at.ends.gather(1, torch.where(tag < 0, self.num_tags, tag).unsqueeze(1)).squeeze(1)
-        at.left.copy_(torch.where(ended | (token < 0), 0, at.left - 1))
-        at.token.copy_(token.clamp(min=0))
-        at.candidates.tag_state.copy_(tag_state)
-        length.add_(1)
-        at.step.add_(1)
+        logits = self.view.decode(at.token, position, batch)
+        self._end(at, logits, row, self.tags, self.eos_token_ids)
+
+
+def _begin_step(at: StepBuffers) -> tuple[torch.Tensor, ...]:
+    """Where the rows of a step write, their rotary positions and lengths, what they share, and what they draw from."""
+    alive, length = at.left > 0, at.candidates.position  # its last token included
+    return (
+        torch.where(alive, at.slot_mapping.index_select(0, at.step)[0], -1),
+        length + at.offset - 1,
+        torch.where(alive, length, 0).int(),
+        torch.where(alive, at.prefix_group, -1),
+        torch.where(alive, at.image_group, -1),
+        torch.where(alive, at.candidates.row, -1),
+    )
+
+
+def _end_step(
+    at: StepBuffers, logits: torch.Tensor, row: torch.Tensor, tags: StageTags, eos_token_ids: torch.Tensor
+) -> None:
+    """Draw from the logits of ``row``, note what was drawn, and prepare the next step."""
+    drawn = draw(logits, at.candidates._replace(row=row), tags)
+    for buffer, new in zip(at.drawn, drawn):
+        buffer.index_copy_(0, at.step, new.unsqueeze(0))
+    token, tag_state, tag, _ = drawn.integers
+    ended = (token.unsqueeze(1) == eos_token_ids).any(1)
+    no_tag = at.ends.shape[1] - 1
+    ended |= at.ends.gather(1, torch.where(tag < 0, no_tag, tag).unsqueeze(1)).squeeze(1)
+    at.left.copy_(torch.where(ended | (token < 0), 0, at.left - 1))
+    at.token.copy_(token.clamp(min=0))
+    at.candidates.tag_state.copy_(tag_state)
+    torch._foreach_add_([at.candidates.position, at.step], 1)
 
 
 def _reads(branches: list[Branch]) -> list[Read]:

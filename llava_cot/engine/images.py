@@ -37,7 +37,7 @@ class ImageStore:
         self._cu_seqlens = None
 
     def segments(self, starts: list[int]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """(group [len(starts)] int32, cu_seqlens [G + 1] int32): free gaps count as segments that nobody reads.
+        """(group [len(starts)] int32, cu_seqlens [G + 1] int64): free gaps count as segments that nobody reads.
 
         The group of a start of -1, which is no image, is -1. (None, None) for a model without cross-attention, which
         stores nothing.
@@ -46,7 +46,7 @@ class ImageStore:
             return None, None
         bounds = sorted({0, *self._segments, *self._segments.values()})
         if self._cu_seqlens is None:
-            self._cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=self.kv.device)
+            self._cu_seqlens = torch.tensor(bounds, device=self.kv.device)
         index = {-1: -1} | {start: group for group, start in enumerate(bounds)}
         group = torch.tensor([index[start] for start in starts], dtype=torch.int32, device=self.kv.device)
         return group, self._cu_seqlens

@@ -63,7 +63,12 @@ def job_of(model, program, seed: int = 0) -> Job:
 
 def run_all(model, tags, programs, steps_per_look: int) -> tuple[list[Job], Engine]:
     config = EngineConfig(
-        page_size=4, num_pages=400, steps_per_look=steps_per_look, draft_tokens=0, canary=steps_per_look > 1
+        page_size=4,
+        num_pages=400,
+        steps_per_look=steps_per_look,
+        draft_tokens=0,
+        canary=steps_per_look > 1,
+        compile=False,
     )
     engine = Engine(model, tags, config=config)
     jobs = [job_of(model, program, seed) for seed, program in enumerate(programs)]
