@@ -298,6 +298,14 @@ def test_without_a_gpu_nothing_is_built(name, monkeypatch, capsys):
     assert capsys.readouterr().out == f"{name} needs a GPU: torch.cuda.is_available() is False\n"
 
 
+def test_a_python_without_mlx_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_mlx.py", "--mlx-python", "/bin/false"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(BENCHMARKS / "bench_mlx.py"), run_name="__main__")
+    assert end.value.code == 77
+    assert "needs the package mlx-vlm, which /bin/false does not have" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["bench_train_memory.py", "bench_train_step.py"])
 def test_a_missing_package_is_named(name, monkeypatch, capsys):
     for module in ("bench_train_memory", "llava_cot.train.config"):
