@@ -9,8 +9,8 @@ the rounds' median milliseconds of a step:
 - mlx-vlm in float32, and with the weights of its language model in groups of 64 with 4 bits.
 
 The ways take turns. mlx-vlm stores no keys and values of the image. It computes them again for every token, for the
-three padding tiles too, and its decode steps do not mask those. So its rows have the share of transformers' greedy tokens in
-float32, up to the first that differs. For an image of four tiles, which has no padding, they are equal.
+three padding tiles too, and its decode steps do not mask those. So its rows have the share of transformers' greedy
+tokens in float32, up to the first that differs. For an image of four tiles, which has no padding, they are equal.
 """
 
 import argparse
