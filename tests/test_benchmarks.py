@@ -34,7 +34,8 @@ import bench_token_beam  # noqa: E402
 import static_decode  # noqa: E402
 from static_decode import StaticDecoder, prefill  # noqa: E402
 
-WITH_DEVICE = sorted(path.name for path in BENCHMARKS.glob("bench_*.py") if 'add_argument("--device"' in path.read_text())
+GIVEN = 'add_argument("--device"'
+WITH_DEVICE = sorted(path.name for path in BENCHMARKS.glob("bench_*.py") if GIVEN in path.read_text())
 WITH_DEVICE += [f"bench_{stem}.py" for stem in ("attention", "logprob", "paged_kv", "sampling")]  # timing.main's
 GIB = 2**30
 
