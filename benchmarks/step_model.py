@@ -163,7 +163,7 @@ def _key_blocks(keys: int, constants: dict[str, Any]) -> int:
 def _without_data() -> Iterator[None]:
     """A context in which the meta device needs no dlpack: pages have other storages, weights share that of a buffer."""
     with (
-        patch.object(cache, "_without_offset", torch.empty_like),
+        patch.object(cache, "alias", torch.empty_like),
         patch.object(torch.utils.dlpack, "to_dlpack", lambda tensor: tensor),
         patch.object(torch.utils.dlpack, "from_dlpack", lambda tensor: tensor),
     ):

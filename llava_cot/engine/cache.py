@@ -1,10 +1,10 @@
 """The paged cache as transformers sees it: a ``Cache`` of one forward pass, over pages and images that outlive it."""
 
 import torch
-import torch.utils.dlpack
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from llava_cot.engine.alias import alias
 from llava_cot.engine.batch import Batch
 from llava_cot.engine.images import ImageStore
 from llava_cot_kernels.paged_kv import store_kv
@@ -74,7 +74,7 @@ class PagedLayer(_Layer):
         self.keys = self.values = None  # the pages have them, and a pass over long prompts has many layers
 
     def prepare_to_compile(self) -> None:
-        self.key_cache, self.value_cache = map(_without_offset, (self.key_cache, self.value_cache))
+        self.key_cache, self.value_cache = map(alias, (self.key_cache, self.value_cache))
         for pages in (self.key_cache, self.value_cache):
             torch._dynamo.mark_static(pages)
 
@@ -123,12 +123,3 @@ class PagedCache(Cache):
                 layers.append(PagedLayer(kv_cache[:, index - num_cross], batch))
         super().__init__(layers=layers)
         self.batch = batch
-
-
-def _without_offset(tensor: torch.Tensor) -> torch.Tensor:
-    """The same memory as a tensor of its own.
-
-    Of tensors in one storage, one of which is written, a compiler takes all for parts of one, at the offsets that those
-    of the first block have. Those of other blocks would write there too (torch 2.11 to 2.13).
-    """
-    return torch.from_dlpack(torch.utils.dlpack.to_dlpack(tensor))

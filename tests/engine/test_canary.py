@@ -77,8 +77,8 @@ class Fault:
         self.is_armed, self.pool, self.victims = False, engine.pool, set()
         find = getattr(engine.pool, method)
 
-        def spoilt(seqs, *args):
-            found = find(seqs, *args)
+        def spoilt(seqs, *args, **kwargs):
+            found = find(seqs, *args, **kwargs)
             changed = spoil(self, seqs, found) if self.is_armed else None
             return found if changed is None else changed
 
