@@ -10,4 +10,4 @@ def alias(tensor: torch.Tensor) -> torch.Tensor:
     Of tensors in one storage, one of which is written, a compiler takes all for parts of one, at the offsets that they
     had when it compiled (torch 2.11 to 2.13). It refuses to write to one of several that have different dtypes.
     """
-    return torch.from_dlpack(torch.utils.dlpack.to_dlpack(tensor))
+    return torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(tensor))
