@@ -15,8 +15,7 @@ import argparse
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, MllamaForConditionalGeneration
 from triton.runtime.jit import KernelInterface
 
-from llava_cot.engine import cache, fused
+from llava_cot.engine import fused
 from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.engine import CUDA_STEPS_PER_LOOK, Engine
 from llava_cot.engine.graphs import Shape, StepBuffers
@@ -159,17 +158,6 @@ def _key_blocks(keys: int, constants: dict[str, Any]) -> int:
     return -(-(keys if constants["WALK"] else min(keys, split)) // constants["BLOCK_N"])
 
 
-@contextmanager
-def _without_data() -> Iterator[None]:
-    """A context in which the meta device needs no dlpack: pages have other storages, weights share that of a buffer."""
-    with (
-        patch.object(cache, "alias", torch.empty_like),
-        patch.object(torch.utils.dlpack, "to_dlpack", lambda tensor: tensor),
-        patch.object(torch.utils.dlpack, "from_dlpack", lambda tensor: tensor),
-    ):
-        yield
-
-
 def _on_cuda(op: str, device_type: str) -> tuple[str, ...]:
     """Stands in for ``available``: the back ends of ``op`` on CUDA, with the compiled one even if it is not built."""
     is_native = any(f'm.impl("{op}"' in source.read_text() for source in (ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -217,8 +205,10 @@ class Step:
         A candidate has ``private`` tokens after a prompt of ``text`` tokens. ``compile`` traces the compiled step too.
         Without ``fuse`` linear layers compute a product each.
         """
-        may_move = patch.multiple(fused, DEVICES={"meta"}, _may_move=lambda parameter: fuse)
-        with may_move, _without_data(), patch.object(backend, "available", _on_cuda):
+        # Without data a part of a buffer is only known by the buffer's storage.
+        same = {"alias": lambda part: part}
+        may_move = patch.multiple(fused, DEVICES={"meta"}, _may_move=lambda parameter: fuse, **same)
+        with may_move, patch.object(backend, "available", _on_cuda):
             plain, view = cls._record(model, n, tiles, text, private, compile=False)
             compiled, codes = None, []
             if compile:

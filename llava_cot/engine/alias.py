@@ -8,6 +8,9 @@ def alias(tensor: torch.Tensor) -> torch.Tensor:
     """The memory of ``tensor`` as a tensor with a storage of its own.
 
     Of tensors in one storage, one of which is written, a compiler takes all for parts of one, at the offsets that they
-    had when it compiled (torch 2.11 to 2.13). It refuses to write to one of several that have different dtypes.
+    had when it compiled (torch 2.11 to 2.13). It refuses to write to one of several that have different dtypes. Tensors
+    on the meta device have no memory to share.
     """
+    if tensor.is_meta:
+        return torch.empty_like(tensor)
     return torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(tensor))

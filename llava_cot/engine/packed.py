@@ -35,8 +35,7 @@ class Packed:
         if device.type == "cuda":
             self._on_host = self._on_host.pin_memory()
         self.tensors, self.host_tensors = views(self._on_device), views(self._on_host)
-        if device.type != "meta":
-            self.tensors = {name: alias(each) for name, each in self.tensors.items()}
+        self.tensors = {name: alias(each) for name, each in self.tensors.items()}
         self.arrays: dict[str, np.ndarray] = {name: each.numpy() for name, each in self.host_tensors.items()}
 
     def upload(self) -> None:
