@@ -350,9 +350,18 @@ def test_autocast_does_not_round_the_tiles(generator):
 
 
 @pytest.mark.parametrize(
-    "backend, compiler", [("native", "inductor"), ("native", "aot_eager"), ("triton", "aot_eager")]
+    "backend, compiler, stored_logits",
+    [
+        ("native", "inductor", 2**20),
+        ("native", "aot_eager", 2**20),
+        ("native", "aot_eager", 0),
+        ("triton", "aot_eager", 0),
+    ],
 )
-def test_a_compiled_training_step_is_one_graph_and_equals_eager(generator, backend, compiler):
+def test_a_compiled_training_step_is_one_graph_and_equals_eager(
+    generator, monkeypatch, backend, compiler, stored_logits
+):
+    monkeypatch.setattr(logprob, "STORED_LOGITS", stored_logits)
     hidden, weight, targets = draw(generator, 8, 50, 16, torch.float32)
 
     def loss(hidden, weight):
