@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +207,8 @@ def main(cases: Callable[[str, bool], Iterator[Case]], description: str) -> None
     parser.add_argument("--report", action="store_true", help="run every case; default: only the small ones")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--case", default="", help="run only cases with this text in their op and name")
+    parser.add_argument("--only", nargs="+", metavar="PROVIDER", help="time only these")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--plot", type=Path, help="plot the medians to this file (.svg or .png; needs matplotlib)")
@@ -218,8 +220,11 @@ def main(cases: Callable[[str, bool], Iterator[Case]], description: str) -> None
     print(f"{environment(args.device)}; copy bandwidth {peak / 1e9:.1f} GB/s; ms: median (20 % to 80 %)", flush=True)
     results = Results(args.json, machine=environment(args.device), copy_bandwidth=peak, repeats=args.repeats)
     for case in cases(args.device, args.report):
+        if args.case not in f"{case.op}, {case.name}":
+            continue
         case.check()
-        figures = measure_case(case, args.repeats, args.device)
+        timed = {name: call for name, call in case.providers.items() if not args.only or name in args.only}
+        figures = measure_case(replace(case, providers=timed), args.repeats, args.device)
         milliseconds = {name: asdict(quantiles) for name, quantiles in figures.items()}
         results.add({"op": case.op, "case": case.name, "bytes": case.bytes, "ms": milliseconds})
         print(f"\n{case.op}, {case.name}: {case.bytes / 1e6:.3g} MB", flush=True)

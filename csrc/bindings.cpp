@@ -27,9 +27,9 @@ DEFINE_OPS(m) {
   m.def("token_logprobs(Tensor logits, Tensor targets, Tensor(a!) logprobs) -> ()");
   m.def(
       "linear_logprobs(Tensor hidden, Tensor weight, Tensor targets, float temperature, "
-      "Tensor(a!) logprobs, Tensor(b!) lse, Tensor(c!) entropy) -> ()");
+      "Tensor(a!) logprobs, Tensor(b!) lse, Tensor(c!) entropy, Tensor(d!)? logits=None) -> ()");
   m.def(
       "linear_logprobs_backward(Tensor grad_logprobs, Tensor grad_entropy, Tensor hidden, Tensor weight, "
       "Tensor targets, Tensor lse, Tensor entropy, float temperature, "
-      "Tensor(a!)? grad_hidden, Tensor(b!)? grad_weight) -> ()");
+      "Tensor(a!)? grad_hidden, Tensor(b!)? grad_weight, Tensor? logits=None) -> ()");
 }

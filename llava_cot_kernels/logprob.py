@@ -10,6 +10,9 @@ from llava_cot_kernels.checks import FLOATS, Sizes, can_read, check_finite
 from llava_cot_kernels.reference import logprob as reference
 from llava_cot_kernels.reference.logprob import IGNORE_INDEX
 
+STORED_LOGITS = 8 << 20
+"""Logits of so many bytes are stored for the backward in any case."""
+
 
 def token_logprobs(logits: torch.Tensor, targets: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
     """Return the log-prob of one token per row of logits, differentiable in the logits.
@@ -55,11 +58,14 @@ def linear_logprobs(
         logprobs[t] = logits[t, targets[t]] - logsumexp(logits[t])
         entropy[t] = -sum_v p[t, v] log p[t, v]
 
-    The [T, V] tensor is never materialised. The forward carries a running maximum, sum and entropy over tiles of the
-    vocabulary. The backward recomputes the logits of a tile from the saved logsumexp. Products and sums are float32 for
-    every dtype and have a fixed order: with the same number of threads, equal inputs give equal bits. Where the
-    hardware multiplies 16-bit numbers (Triton, and bfloat16 on CPUs with AVX512-BF16), the backward rounds the gradient
-    of the logits to the dtype of the inputs, as plain PyTorch does.
+    The forward carries a running maximum, sum and entropy over tiles of the vocabulary. The backward recomputes the
+    logits of a tile from the saved logsumexp, so a [T, V] tensor needs no memory. On the CPU it finds them instead if
+    they take at most 8 MiB, or fit into the gradient of ``weight``: the forward allocates that gradient then, and
+    leaves the logits in it. The peak memory of forward and backward is the same.
+
+    Products and sums are float32 for every dtype and have a fixed order: with the same number of threads, equal inputs
+    give equal bits. Where the hardware multiplies 16-bit numbers (Triton, and bfloat16 on CPUs with AVX512-BF16), the
+    backward rounds the gradient of the logits to the dtype of the inputs, as plain PyTorch does.
 
     Args:
         hidden: [T, H], float32, bfloat16 or float16.
@@ -89,8 +95,9 @@ def linear_logprobs(
     chosen = choose("linear_logprobs", hidden.device.type, backend)
     if chosen == "reference":
         return reference.linear_logprobs(hidden, weight, targets, temperature=temperature, entropy=entropy)
+    stores_logits = chosen == "native" and torch.is_grad_enabled()
     logprobs, entropies = _LinearLogprobs.apply(
-        _unit_stride(hidden), _unit_stride(weight), targets.contiguous(), temperature, chosen
+        _unit_stride(hidden), _unit_stride(weight), targets.contiguous(), temperature, chosen, stores_logits
     )
     return (logprobs, entropies) if entropy else logprobs
 
@@ -118,10 +125,18 @@ class _TokenLogprobs(torch.autograd.Function):
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, temperature: float, backend: str
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float,
+        backend: str,
+        stores_logits: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logprobs, lse, entropy = (torch.empty_like(targets, dtype=torch.float32) for _ in range(3))
-        OPS[backend].linear_logprobs(hidden, weight, targets, temperature, logprobs, lse, entropy)
+        ctx.logits = _memory_for_logits(len(hidden), weight, *ctx.needs_input_grad[:2]) if stores_logits else None
+        stored = () if ctx.logits is None else (ctx.logits,)
+        OPS[backend].linear_logprobs(hidden, weight, targets, temperature, logprobs, lse, entropy, *stored)
         ctx.save_for_backward(hidden, weight, targets, lse, entropy)
         ctx.temperature, ctx.backend = temperature, backend
         return logprobs, entropy
@@ -130,12 +145,15 @@ class _LinearLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, grad_logprobs: torch.Tensor, grad_entropy: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None, None]:
         hidden, weight, targets, lse, entropy = ctx.saved_tensors
-        grad_hidden, grad_weight = (
-            torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed else None
-            for tensor, needed in zip((hidden, weight), ctx.needs_input_grad)
-        )
+        logits, ctx.logits = ctx.logits, None  # another backward through the same graph recomputes them
+        stored = () if logits is None else (logits,)
+        grad_hidden = _empty_gradient(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            is_gradient = logits is not None and logits.shape == weight.shape
+            grad_weight = logits if is_gradient else _empty_gradient(weight)
         OPS[ctx.backend].linear_logprobs_backward(
             grad_logprobs.contiguous(),
             grad_entropy.contiguous(),
@@ -147,8 +165,30 @@ class _LinearLogprobs(torch.autograd.Function):
             ctx.temperature,
             grad_hidden,
             grad_weight,
+            *stored,
         )
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def _memory_for_logits(
+    num_rows: int, weight: torch.Tensor, needs_hidden: bool, needs_weight: bool
+) -> torch.Tensor | None:
+    """Return memory in which the forward can leave float32 logits for the backward, or None.
+
+    If the logits are large and fit into the gradient of ``weight``, it is that gradient.
+    """
+    floats_per_token = (num_rows + 15) // 16 * 16
+    size = 4 * len(weight) * floats_per_token
+    if size <= STORED_LOGITS and (needs_hidden or needs_weight):
+        return weight.new_empty(size // 4, dtype=torch.float32)
+    fits = floats_per_token * 4 <= weight.shape[1] * weight.element_size()
+    if fits and needs_weight and not torch.compiler.is_compiling():
+        return _empty_gradient(weight)
+    return None
+
+
+def _empty_gradient(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _unit_stride(matrix: torch.Tensor) -> torch.Tensor:
@@ -181,6 +221,7 @@ def _(
     logprobs: torch.Tensor,
     lse: torch.Tensor,
     entropy: torch.Tensor,
+    logits: torch.Tensor | None = None,
 ) -> None:
     return None
 
@@ -197,5 +238,6 @@ def _(
     temperature: float,
     grad_hidden: torch.Tensor | None,
     grad_weight: torch.Tensor | None,
+    logits: torch.Tensor | None = None,
 ) -> None:
     return None

@@ -2,7 +2,8 @@
 //   token_logprobs            the logits are in memory: (row, piece) pairs run in parallel
 //   linear_logprobs           the logits come tile by tile from ATen's float32 GEMM and never leave the tile; those of
 //                             bfloat16, where the CPU multiplies that, from logprob_pairs.cpp
-//   linear_logprobs_backward  the same tiles again, turned into the logits' gradient in place, then two more GEMMs
+//   linear_logprobs_backward  the same tiles again, from the forward if it had memory for them; turned into the logits'
+//                             gradient in place, then two more GEMMs
 #include "cpu/logprob.h"
 
 #include <array>
@@ -111,14 +112,19 @@ struct Tile {
 // bfloat16 GEMM would round the logits before the softmax.
 class LogitTiles {
  public:
-  LogitTiles(const Tensor& hidden, const Tensor& weight, const std::vector<int64_t>& kept)
-      : kept(kept), weight_(weight, "weight"), vocab_size_(weight.size(0)), hidden_size_(hidden.size(1)) {
-    const FloatRows source(hidden, "hidden");
+  LogitTiles(const Linear& linear, Pass pass)
+      : kept(linear.kept),
+        weight_(linear.weight, "weight"),
+        vocab_size_(linear.weight.size(0)),
+        hidden_size_(linear.hidden.size(1)),
+        stored_(linear.stored),
+        restores_(stored_.data && pass == Pass::BACKWARD) {
+    const FloatRows source(linear.hidden, "hidden");
     const int64_t bytes = weight_.is_float32() ? 2 * kTileBytes : kTileBytes;
     const int64_t budget = bytes / static_cast<int64_t>(sizeof(float)), width = std::max<int64_t>(1, hidden_size_);
     tile_tokens = std::min(vocab_size_, std::max<int64_t>(16, budget / width));
     tile_rows = std::min(num_kept(), std::max<int64_t>(16, budget / std::max(width, tile_tokens)));
-    const bool in_place = source.is_float32() && num_kept() == hidden.size(0);
+    const bool in_place = source.is_float32() && num_kept() == linear.hidden.size(0);
     hidden_ = in_place ? view_matrix(source.read(0, 0, 0, nullptr), num_kept(), hidden_size_, source.stride())
                        : gather(source);
   }
@@ -128,17 +134,22 @@ class LogitTiles {
   template <class Visitor>
   void for_each(const Visitor& visit) const {
     if (kept.empty()) return;
-    const Tensor logits = empty_float32(tile_rows, tile_tokens);
+    // The gradient may overwrite stored logits of its own tokens, so those of all rows move out of its way.
+    const int64_t scratch_rows = restores_ ? num_kept() : stored_.data ? 0 : tile_rows;
+    const Tensor scratch = empty_float32(scratch_rows, tile_tokens);
     const Tensor widened = empty_float32(weight_.is_float32() ? 0 : tile_tokens, hidden_size_);
     for (int64_t token = 0; token < vocab_size_; token += tile_tokens) {
       const int64_t num_tokens = std::min(tile_tokens, vocab_size_ - token);
       const Tensor weight = read_weight(token, num_tokens, widened);
+      float* logits = scratch.mutable_data_ptr<float>();
+      if (restores_) copy(stored_.of_token(token), num_kept() * num_tokens, logits);
+      if (stored_.data && !restores_) logits = stored_.of_token(token);
       for (int64_t row = 0; row < num_kept(); row += tile_rows) {
         const int64_t num_rows = std::min(tile_rows, num_kept() - row);
         const float* hidden = hidden_.const_data_ptr<float>() + row * hidden_.stride(0);
         const Tile tile{row, token, view_matrix(hidden, num_rows, hidden_size_, hidden_.stride(0)), weight,
-                        view_matrix(logits.const_data_ptr<float>(), num_rows, num_tokens)};
-        mm_out(tile.hidden, torch::stable::transpose(weight, 0, 1), tile.logits);
+                        view_matrix(logits + (stored_.data ? row * num_tokens : 0), num_rows, num_tokens)};
+        if (!restores_) mm_out(tile.hidden, torch::stable::transpose(weight, 0, 1), tile.logits);
         visit(tile);
       }
     }
@@ -148,6 +159,12 @@ class LogitTiles {
   int64_t tile_rows, tile_tokens;  // the size of a full tile
 
  private:
+  static void copy(const float* source, int64_t n, float* target) {
+    parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {
+      std::copy(source + begin, source + end, target + begin);
+    });
+  }
+
   Tensor gather(const FloatRows& source) const {
     const Tensor gathered = empty_float32(num_kept(), hidden_size_);
     float* out = gathered.mutable_data_ptr<float>();
@@ -174,6 +191,8 @@ class LogitTiles {
 
   FloatRows weight_;
   int64_t vocab_size_, hidden_size_;
+  const StoredLogits& stored_;
+  bool restores_;
   Tensor hidden_;  // float32 [num_kept, H]: the caller's if it can be used as it is, else gathered
 };
 
@@ -188,20 +207,22 @@ void for_each_row(const Tile& tile, const Visitor& visit) {
 }
 
 void linear_logprobs(Tensor hidden, Tensor weight, Tensor targets, double temperature, Tensor logprobs, Tensor lse,
-                     Tensor entropy) {
+                     Tensor entropy, std::optional<Tensor> logits) {
   check_linear(hidden, weight, temperature);
   for (Tensor* out : {&logprobs, &lse, &entropy}) {
     check_row_vector(*out, "each output", hidden.size(0));
     torch::stable::zero_(*out);
   }
   const std::vector<int64_t> kept = kept_rows(targets, hidden.size(0), weight.size(0));
-  const Linear linear{hidden, weight, kept, targets.const_data_ptr<int64_t>(), static_cast<float>(1 / temperature)};
+  const StoredLogits stored(logits, hidden.size(0), weight.size(0));
+  const Linear linear{hidden, weight, kept, targets.const_data_ptr<int64_t>(), static_cast<float>(1 / temperature),
+                      stored};
   std::vector<Softmax> softmax(kept.size(), Softmax{1 / temperature});
   std::vector<float> target_logit(kept.size());
   if (has_pairs(hidden)) {
     reduce_pairs(linear, softmax.data(), target_logit.data());
   } else {
-    LogitTiles(hidden, weight, kept).for_each([&](const Tile& tile) {
+    LogitTiles(linear, Pass::FORWARD).for_each([&](const Tile& tile) {
       const int64_t num_tokens = tile.logits.size(1);
       for_each_row(tile, [&](int64_t k, const float* x) {
         const int64_t index = linear.target[kept[k]] - tile.token;
@@ -272,7 +293,7 @@ void add_gradients(const Linear& linear, const RowStatistics& rows, float* hidde
 
 void linear_logprobs_backward(Tensor grad_logprobs, Tensor grad_entropy, Tensor hidden, Tensor weight, Tensor targets,
                               Tensor lse, Tensor entropy, double temperature, std::optional<Tensor> grad_hidden,
-                              std::optional<Tensor> grad_weight) {
+                              std::optional<Tensor> grad_weight, std::optional<Tensor> logits) {
   check_linear(hidden, weight, temperature);
   for (const Tensor* in : {&grad_logprobs, &grad_entropy, &lse, &entropy}) {
     check_row_vector(*in, "each gradient and statistic", hidden.size(0));
@@ -281,7 +302,9 @@ void linear_logprobs_backward(Tensor grad_logprobs, Tensor grad_entropy, Tensor 
   if (grad_weight) check_gradient(*grad_weight, weight, "grad_weight");
   const std::vector<int64_t> kept = kept_rows(targets, hidden.size(0), weight.size(0));
   if (grad_weight && kept.empty()) torch::stable::zero_(*grad_weight);
-  const Linear linear{hidden, weight, kept, targets.const_data_ptr<int64_t>(), static_cast<float>(1 / temperature)};
+  const StoredLogits stored(logits, hidden.size(0), weight.size(0));
+  const Linear linear{hidden, weight, kept, targets.const_data_ptr<int64_t>(), static_cast<float>(1 / temperature),
+                      stored};
   const RowStatistics rows{lse.const_data_ptr<float>(), entropy.const_data_ptr<float>(),
                            grad_logprobs.const_data_ptr<float>(), grad_entropy.const_data_ptr<float>()};
 
@@ -292,7 +315,7 @@ void linear_logprobs_backward(Tensor grad_logprobs, Tensor grad_entropy, Tensor 
     gradients_of_pairs(linear, rows, hidden_sums,
                        grad_weight ? static_cast<uint16_t*>(grad_weight->mutable_data_ptr()) : nullptr);
   } else {
-    const LogitTiles tiles(hidden, weight, kept);
+    const LogitTiles tiles(linear, Pass::BACKWARD);
     if (grad_weight) weight_sum = sums_of(*grad_weight, tiles.tile_tokens);
     add_gradients(linear, rows, hidden_sums, weight_sum ? &*weight_sum : nullptr, grad_weight, tiles);
   }

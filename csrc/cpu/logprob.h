@@ -112,6 +112,28 @@ inline void check_gradient(const Tensor& grad, const Tensor& of, const char* nam
                   name, " must be contiguous, with the shape and dtype of its tensor");
 }
 
+// ---- logits that wait for the backward ----
+
+// The forward may leave the logits in memory that it is given, so that the backward need not compute them again. They
+// fill its end, `stride` floats for each token. So it may be the memory of the weight's gradient, if a token's gradient
+// is no smaller than its logits: one tile of tokens after the other, the gradient then reaches no logits of later tiles.
+struct StoredLogits {
+  float* data;  // null if there is no such memory
+  int64_t stride;
+
+  StoredLogits(const std::optional<Tensor>& memory, int64_t rows, int64_t vocab_size)
+      : data(nullptr), stride(round_up(rows, LANES)) {
+    if (!memory) return;
+    const int64_t size = memory->numel() * memory->element_size() / static_cast<int64_t>(sizeof(float));
+    STD_TORCH_CHECK(memory->is_contiguous(), "logits must be contiguous");
+    STD_TORCH_CHECK(size >= vocab_size * stride, "logits must have ", vocab_size * stride * 4, " bytes, got ", size * 4);
+    data = static_cast<float*>(memory->mutable_data_ptr()) + size - vocab_size * stride;
+  }
+  float* of_token(int64_t token) const { return data + token * stride; }
+};
+
+enum class Pass { FORWARD, BACKWARD };
+
 // ---- linear_logprobs where one instruction multiplies pairs of bfloat16: logprob_pairs.cpp ----
 
 struct Linear {
@@ -119,6 +141,7 @@ struct Linear {
   const std::vector<int64_t>& kept;  // the rows of hidden that have a target, in order
   const int64_t* target;             // one for each row of hidden
   float scale;                       // 1 / temperature
+  const StoredLogits& stored;
 };
 
 // Results for each row of hidden.

@@ -101,13 +101,14 @@ void multiply(const Product& p, const Panels& panels) {
 // Transposed: [tokens][stride], one column for each kept row and zeros up to the stride.
 class LogitTiles {
  public:
-  explicit LogitTiles(const Linear& linear)
+  LogitTiles(const Linear& linear, Pass pass)
       : stride(round_up(static_cast<int64_t>(linear.kept.size()), LANES)),
         linear_(linear),
-        hidden_{stride, linear.hidden.size(1) / 2},
+        restores_(linear.stored.data && pass == Pass::BACKWARD),
+        hidden_{restores_ ? 0 : stride, linear.hidden.size(1) / 2},
         max_tokens_(tokens_of_tile(linear, stride)),
-        logits_(max_tokens_ * stride) {
-    fill_from_columns(hidden_, linear.hidden, linear.kept);
+        scratch_(linear.stored.data ? 0 : max_tokens_ * stride) {
+    if (!restores_) fill_from_columns(hidden_, linear.hidden, linear.kept);
   }
 
   int64_t max_tokens() const { return max_tokens_; }
@@ -118,8 +119,11 @@ class LogitTiles {
     const int64_t vocab_size = linear_.weight.size(0);
     for (int64_t token = 0; token < vocab_size; token += max_tokens_) {
       const int64_t num_tokens = std::min(max_tokens_, vocab_size - token), row_stride = linear_.weight.stride(0) * 2;
-      multiply({row_of(linear_.weight, token), row_stride, 4, num_tokens, Sum::STORE, logits_.data(), stride}, hidden_);
-      visit(token, num_tokens, logits_.data());
+      float* logits = linear_.stored.data ? linear_.stored.of_token(token) : scratch_.data();
+      if (!restores_) {
+        multiply({row_of(linear_.weight, token), row_stride, 4, num_tokens, Sum::STORE, logits, stride}, hidden_);
+      }
+      visit(token, num_tokens, logits);
     }
   }
 
@@ -134,9 +138,10 @@ class LogitTiles {
   }
 
   const Linear& linear_;
+  bool restores_;
   Panels hidden_;
   int64_t max_tokens_;
-  Buffer<float> logits_;
+  Buffer<float> scratch_;
 };
 
 template <class Visitor>
@@ -155,7 +160,7 @@ bool has_pairs(const Tensor& hidden) {
 
 void reduce_pairs(const Linear& linear, Softmax* softmax, float* target_logit) {
   if (linear.kept.empty()) return;
-  const LogitTiles tiles(linear);
+  const LogitTiles tiles(linear, Pass::FORWARD);
   tiles.for_each([&](int64_t token, int64_t num_tokens, const float* logits) {
     for_each_sixteen_rows(linear, num_tokens, [&](int64_t first, int64_t num_rows) {
       for (int64_t t = 0; t < num_tokens; t += kReduced) {
@@ -175,7 +180,7 @@ void reduce_pairs(const Linear& linear, Softmax* softmax, float* target_logit) {
 void gradients_of_pairs(const Linear& linear, const RowStatistics& rows, float* grad_hidden, uint16_t* grad_weight) {
   if (linear.kept.empty()) return;
   const int64_t num_rows = static_cast<int64_t>(linear.kept.size()), width = linear.hidden.size(1);
-  const LogitTiles tiles(linear);
+  const LogitTiles tiles(linear, Pass::BACKWARD);
   const Panels hidden{grad_weight ? width : 0, ceil_div(num_rows, 2)};
   fill_from_rows(hidden, grad_weight ? num_rows : 0, [&](int64_t k) { return row_of(linear.hidden, linear.kept[k]); });
   const int64_t stride = tiles.stride;

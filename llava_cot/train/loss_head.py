@@ -1,4 +1,4 @@
-"""The output layer as a module that returns log-probs, so that [tokens, vocabulary] is never materialised."""
+"""The output layer as a module that returns log-probs, so that [tokens, vocabulary] needs no memory of its own."""
 
 import torch
 from torch import nn

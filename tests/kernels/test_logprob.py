@@ -271,6 +271,67 @@ def test_logits_are_never_all_in_memory():
     assert float(result.stdout) < 100, f"peak memory grew by {result.stdout} MiB"
 
 
+# Logits of 64 tokens' width; several vocabulary tiles (H big), also with several row tiles; odd sizes of 16-bit memory.
+STORED_SHAPES = [(16, 301, 64), (13, 301, 16411), (290, 997, 16411), (41, 4099, 134), (9, 1, 35), (31, 2999, 67)]
+
+
+@pytest.mark.parametrize("place", ["own memory", "the gradient of the weight"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T, V, H", STORED_SHAPES)
+def test_stored_logits_give_the_gradients_that_recomputed_ones_give(generator, monkeypatch, T, V, H, dtype, place):
+    """The first backward finds the forward's logits. A second one through the same graph computes them again."""
+    is_separate = place == "own memory"
+    monkeypatch.setattr(logprob, "STORED_LOGITS", 2**40 if is_separate else 0)
+    hidden, weight, targets = draw(generator, T, V, H, dtype)
+    hidden.requires_grad_(), weight.requires_grad_()
+    outputs = linear_logprobs(hidden, weight, targets, temperature=0.7, entropy=True, backend="native")
+    logits = outputs[0].grad_fn.logits
+    assert logits.shape == ((V * -(-T // 16) * 16,) if is_separate else weight.shape)
+    grads = torch.randn(2, T, generator=generator)
+    stored = torch.autograd.grad(outputs, (hidden, weight), grads.unbind(), retain_graph=True)
+    assert outputs[0].grad_fn.logits is None and (is_separate or stored[1].data_ptr() == logits.data_ptr())
+    recomputed = torch.autograd.grad(outputs, (hidden, weight), grads.unbind())
+    for ours, theirs in zip(stored, recomputed):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_logits_are_stored_only_for_a_backward_and_where_they_fit(generator, monkeypatch):
+    monkeypatch.setattr(logprob, "STORED_LOGITS", 0)
+    hidden, weight, targets = draw(generator, 16, 7, 16, torch.float32, ignored=0)
+
+    def logits(rows, needs_hidden=True, needs_weight=True):
+        inputs = hidden[:rows].clone().requires_grad_(needs_hidden), weight.clone().requires_grad_(needs_weight)
+        return linear_logprobs(*inputs, targets[:rows], backend="native").grad_fn.logits
+
+    assert logits(16) is not None and logits(16, needs_hidden=False) is not None
+    assert logits(16, needs_weight=False) is None  # there will be no gradient to leave them in
+    hidden, targets = hidden.repeat(2, 1), targets.repeat(2)
+    assert logits(17) is None  # a token has 32 logits with the padding, and 16 numbers of the gradient
+    with torch.no_grad():
+        outputs = linear_logprobs(hidden.requires_grad_(), weight.requires_grad_(), targets, backend="native")
+    assert outputs.grad_fn is None
+
+
+def test_stored_logits_do_not_raise_the_peak():
+    """64 MiB of logits in a gradient of 128 MiB: forward and backward need little more than the gradient."""
+    script = """if True:
+        import resource, torch
+        from llava_cot_kernels.logprob import linear_logprobs
+        peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        hidden, weight = torch.randn(256, 512, requires_grad=True), torch.randn(65536, 512, requires_grad=True)
+        def step(n, vocab_size):
+            out = linear_logprobs(hidden[:n], weight[:vocab_size], torch.arange(n), backend="native")
+            return torch.autograd.grad(out.sum(), (hidden, weight) if vocab_size == 65536 else hidden)
+        torch.set_num_threads(2)
+        step(1, 64)
+        before = peak()
+        step(256, 65536)
+        print(peak() - before)
+    """
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(result.stdout) < 128 + 48, f"peak memory grew by {result.stdout} MiB"
+
+
 def test_gradcheck_of_the_reference(generator):
     hidden, weight, targets = draw(generator, 5, 7, 3, torch.float64)
     targets[2] = -100
@@ -289,9 +350,18 @@ def test_autocast_does_not_round_the_tiles(generator):
 
 
 @pytest.mark.parametrize(
-    "backend, compiler", [("native", "inductor"), ("native", "aot_eager"), ("triton", "aot_eager")]
+    "backend, compiler, stored_logits",
+    [
+        ("native", "inductor", 2**20),
+        ("native", "aot_eager", 2**20),
+        ("native", "aot_eager", 0),
+        ("triton", "aot_eager", 0),
+    ],
 )
-def test_a_compiled_training_step_is_one_graph_and_equals_eager(generator, backend, compiler):
+def test_a_compiled_training_step_is_one_graph_and_equals_eager(
+    generator, monkeypatch, backend, compiler, stored_logits
+):
+    monkeypatch.setattr(logprob, "STORED_LOGITS", stored_logits)
     hidden, weight, targets = draw(generator, 8, 50, 16, torch.float32)
 
     def loss(hidden, weight):
@@ -351,6 +421,8 @@ def test_opcheck(generator, needs_weight):
     torch.library.opcheck(OPS.token_logprobs.default, (hidden @ weight.T, targets, torch.empty(6)))
     logprobs, lse, entropy = (torch.zeros(6) for _ in range(3))
     torch.library.opcheck(OPS.linear_logprobs.default, (hidden, weight, targets, 1.0, logprobs, lse, entropy))
+    logits = torch.empty(41, 16)
+    torch.library.opcheck(OPS.linear_logprobs.default, (hidden, weight, targets, 1.0, logprobs, lse, entropy, logits))
     OPS.linear_logprobs(hidden, weight, targets, 1.0, logprobs, lse, entropy)
     grad_weight = torch.empty_like(weight) if needs_weight else None
     torch.library.opcheck(
@@ -376,8 +448,11 @@ def test_raw_ops_check_what_memory_safety_needs():
         OPS.token_logprobs(logits, targets, torch.empty(3))
     with pytest.raises(RuntimeError, match=r"logprobs must have shape \[T=3\]"):
         OPS.token_logprobs(logits, targets % 5, torch.empty(2))
+    outputs = [torch.empty(3) for _ in range(3)]
     with pytest.raises(RuntimeError, match="weight must have size 4 in dimension 1, got 3"):
-        OPS.linear_logprobs(torch.ones(3, 4), torch.ones(5, 3), targets % 5, 1.0, *(torch.empty(3) for _ in range(3)))
+        OPS.linear_logprobs(torch.ones(3, 4), torch.ones(5, 3), targets % 5, 1.0, *outputs)
+    with pytest.raises(RuntimeError, match="logits must have 320 bytes, got 316"):
+        OPS.linear_logprobs(torch.ones(3, 4), torch.ones(5, 4), targets % 5, 1.0, *outputs, torch.empty(79))
 
 
 # ---- what the public functions say of bad input ----
