@@ -39,7 +39,7 @@ SEARCHES = {
     "best of 4": BestOfNConfig(n=4, max_new_tokens=MAX_NEW_TOKENS),
 }
 WITH_DRAFTS = "swires (published)"
-MATRIX_OPS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
+MATRIX_OPS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "llava_cot_kernels::few_row_linear"}
 OWN_OPS = {
     "llava_cot_kernels::paged_attention": "attention",
     "llava_cot_kernels::shared_attention": "attention",

@@ -171,7 +171,12 @@ def main() -> None:
     parser.add_argument("--text", type=int, default=600, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=150, help="tokens that each candidate draws")
     parser.add_argument("--steps-per-look", type=int)
-    parser.add_argument("--compile", action="store_true", help="compile the decoder layers")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=torch.cuda.is_available(),
+        help="compile the decoder layers",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--profile", action="store_true", help="profile a few steps of the engine instead")
     parser.add_argument("--json", type=Path, help="write the figures to this file")

@@ -5,9 +5,16 @@
 cut at 24 / 96 / 160 / 16 tokens. The peers are transformers' own:
 
 - cached: the cache of the prompt and its image is computed once and copied. The candidates of a parent are one batch.
-- static, on a GPU: the cached loop on ``StaticDecoder``, which replays a graph in place of ``generate``. It draws other
+- cached-static: the cached loop, with transformers' static cache. On a GPU transformers compiles its steps.
+- static: the cached loop on ``StaticDecoder``, which replays a graph on a GPU in place of ``generate``. It draws other
   tokens, finds no tags and scores nothing, but it decodes as many tokens in the same batches.
+- returned: the candidates of a parent are one ``generate`` call from pixels, with ``num_return_sequences``.
+- returned-static: the same call with ``cache_implementation="static"``, which Mllama has from transformers 5.24 on.
 - published: every candidate is a ``generate`` call at batch 1, from pixels. The text is decoded after every token.
+
+``--compile`` compiles the engine's decoder layers and those of static. On a CPU it also makes transformers compile its
+steps with a static cache, which is slower there. ``--dtype`` and, on a CPU, ``--quantize`` choose the weights of all
+ways.
 
 The engine runs all questions as one continuous batch, which the loops cannot. With ``--drafts`` it also runs with
 drafts, which a model of this size does without on a CPU. Random weights repeat nothing, so that row says what drafts
@@ -15,9 +22,10 @@ cost where they do not help. All run in one process on the same weights. Each wa
 engine runs the very same search, and the loops run one question with 2 tokens a stage. The seconds of that first run,
 with compilation and captures, are reported beside the timed ones.
 
-The answers are compared token for token. On the CPU they must be equal; otherwise the figures of the loop are an error.
-In bfloat16 the share of equal tokens, up to the first that differs, is reported. A way that fails leaves its error in
-its row and does not affect the other figures. The exit code is then 1, unless it was a peer that ran out of memory.
+The answers are compared token for token. In float32 on the CPU they must be equal; otherwise the figures of the loop
+are an error. Elsewhere the share of equal tokens, up to the first that differs, is reported. A way that fails leaves
+its error in its row and does not affect the other figures. The exit code is then 1, unless it was a peer that ran out
+of memory or that the installed transformers does not have.
 """
 
 import argparse
@@ -25,6 +33,7 @@ import ctypes
 import gc
 import platform
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -39,13 +48,15 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from bench_decode import random_mllama
+from generate_ways import ReturnedWay, StaticCachedWay, StaticReturnedWay, StaticWay, Unavailable
 from helpers.random_mllama import build_random_mllama, random_inputs
-from helpers.reference_loop import CachedWay, Counts, PublishedWay, Text, swires
-from static_decode import StaticDecoder, prefill
+from helpers.reference_loop import CachedWay, PublishedWay, swires
+from static_decode import StaticDecoder
 from timing import Results, check_device
 
 from llava_cot import EngineConfig, SwiresConfig, SwiresGenerator, tiny_path
 from llava_cot.engine.drafts import DRAFT_TOKENS
+from llava_cot.quantize import check_quantize, loading_settings
 
 ROOT = Path(__file__).parents[1]
 STAGE_TOKENS = {"SUMMARY": 24, "CAPTION": 96, "REASONING": 160, "CONCLUSION": 16}
@@ -59,7 +70,14 @@ PAGE_SIZE = 16
 PROMPT_PAGES = PROMPT_TOKENS // PAGE_SIZE + 1
 MOST_CANDIDATES = 4  # in a stage
 SHORT = 2  # tokens per stage of the search that warms up a loop
-LOOPS = {"cached": "cached", "static": "cached, static graph", "published": "published"}  # in this order
+LOOPS = {  # in this order
+    "cached": "cached",
+    "cached-static": "cached, static cache",
+    "static": "cached, static graph",
+    "returned": "num_return_sequences",
+    "returned-static": "num_return_sequences, static cache",
+    "published": "published",
+}
 
 
 class PeakCudaMemory:
@@ -107,6 +125,16 @@ def build_model(device):
     return model
 
 
+def quantized(model: Any, name: str, dtype: str) -> Any:
+    """Return ``model`` as transformers loads it with quantised weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        settings = loading_settings(name, model.config, dtype, "cpu")
+        loaded = type(model).from_pretrained(folder, **settings)
+    loaded.generation_config.eos_token_id = None
+    return loaded
+
+
 def peak_memory(model):
     return PeakCudaMemory() if model.device.type == "cuda" else PeakMemory()
 
@@ -144,7 +172,7 @@ class Ways:
             at = traceback.extract_tb(error.__traceback__)[-1]
             message = (str(error).splitlines() or [""])[0]
             row["error"] = f"{type(error).__name__} at {Path(at.filename).name}:{at.lineno}: {message}"
-            if way == "engine" or not isinstance(error, torch.OutOfMemoryError):
+            if way == "engine" or not isinstance(error, (torch.OutOfMemoryError, Unavailable)):
                 self.failed.append(name)
         self.results.add(row)
         gc.collect()  # compiled layers hold memory in cycles
@@ -156,29 +184,8 @@ class Ways:
         return None
 
     def exit(self) -> None:
-        """Exit with 1 if a way failed, unless it was a peer that ran out of memory."""
+        """Exit with 1 if a way failed, unless it was a peer that ran out of memory or is not available."""
         sys.exit(f"failed: {'; '.join(self.failed)}" if self.failed else 0)
-
-
-class StaticWay:
-    """``CachedWay`` on ``StaticDecoder`` objects, one per number of candidates. All questions share them."""
-
-    def __init__(self, model, tokenizer, inputs, backend, *, decoders: dict[int, StaticDecoder], **settings):
-        self.model, self.decoders, self.settings = model, decoders, settings
-        self.prompt = prefill(model, inputs)
-        for decoder in decoders.values():
-            decoder.load(self.prompt)
-        self.counts = Counts(prefilled=self.prompt.length - 1, image_encodings=1)
-
-    def draw(self, prefix, seeds, params, limit):
-        n = len(seeds)
-        if n not in self.decoders:
-            sampling = {"temperature": params.temperature, "top_p": params.top_p}
-            self.decoders[n] = StaticDecoder(self.model, self.prompt, n, **sampling, **self.settings)
-        self.counts.prefilled += len(prefix)
-        self.counts.decoded += n * limit
-        nothing = [0.0] * limit
-        return [Text(tokens, nothing, nothing, None, False) for tokens in self.decoders[n].run(limit, prefix).tolist()]
 
 
 def search_config(stage_tokens: dict[str, int], rounds: int) -> SwiresConfig:
@@ -250,6 +257,7 @@ def bench(args: argparse.Namespace, model, ways: Ways) -> list[dict[str, Any]]:
         for seed in range(args.questions + 1)
     )
     expected: list[list[int]] = []  # the engine's tokens
+    is_exact = args.device == "cpu" and model.dtype == torch.float32 and not args.quantize
 
     def engine(draft_tokens: int | None = None) -> dict[str, Any]:
         num_pages = args.questions * pages_needed(config)
@@ -270,14 +278,22 @@ def bench(args: argparse.Namespace, model, ways: Ways) -> list[dict[str, Any]]:
         row = {"first_run": f"one question, {SHORT} tokens a stage", "first_seconds": first["seconds"], **found}
         if not (is_compared and expected):
             return row
-        if args.device == "cpu" and tokens != expected[: len(looped)]:
+        if is_exact and tokens != expected[: len(looped)]:
             raise RuntimeError(
                 "it draws other tokens than the engine, and a ratio between different searches means nothing"
             )
         return {**row, "agreement": agreement(tokens, expected)}
 
-    static = {"decoders": {}, "max_new_tokens": config.max_new_tokens, "compile": args.compile}
-    opened = {"cached": CachedWay, "published": PublishedWay, "static": partial(StaticWay, **static)}
+    static = {"max_new_tokens": config.max_new_tokens, "compile": args.compile}
+    decoders: dict[int, StaticDecoder] = {}
+    opened = {
+        "cached": CachedWay,
+        "cached-static": partial(StaticCachedWay, **static),
+        "static": partial(StaticWay, decoders=decoders, **static),
+        "returned": ReturnedWay,
+        "returned-static": partial(StaticReturnedWay, **static),
+        "published": PublishedWay,
+    }
     calls: dict[str, Callable[[], dict[str, Any]]] = {"engine": engine}
     if args.drafts:
         calls["engine, drafts"] = partial(engine, DRAFT_TOKENS)
@@ -296,7 +312,7 @@ def bench(args: argparse.Namespace, model, ways: Ways) -> list[dict[str, Any]]:
                 flush=True,
             )
         if way == LOOPS["static"]:
-            static["decoders"].clear()
+            decoders.clear()
     return rows
 
 
@@ -330,19 +346,30 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=2)
     parser.add_argument("--looped", type=int, help="questions for the loops, which run them one by one; default: all")
-    parser.add_argument("--peers", nargs="*", choices=LOOPS, help="loops to run; default: all (no static on the CPU)")
+    parser.add_argument("--peers", nargs="*", choices=LOOPS, default=[*LOOPS], help="loops to run; default: all")
     parser.add_argument("--drafts", action="store_true", help="also run the engine with drafts")
     parser.add_argument("--rounds", type=int, default=1, help="rounds of SWIRES; no stage closes here, so none passes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--compile", action="store_true", help="compile the decoder layers of the engine and of static")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32, on a GPU bfloat16")
+    parser.add_argument("--quantize", choices=("int8",), help="quantise the weights of all ways, on the CPU")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=torch.cuda.is_available(),
+        help="compile the engine's layers, and the static peers'",
+    )
     parser.add_argument("--json", type=Path, help="write the figures to this JSON file")
     args = parser.parse_args()
     check_device(args.device)
-    if args.peers is None:
-        args.peers = [name for name in LOOPS if name != "static" or args.device == "cuda"]
+    dtype = args.dtype or {"cpu": "float32", "cuda": "bfloat16"}[args.device]
+    if args.quantize:
+        if args.device != "cpu":
+            parser.error(f"--device must be cpu with --quantize, got {args.device}")
+        check_quantize(args.quantize, dtype, "cpu")
     torch.set_num_threads(args.threads)
     model = build_model(args.device)
+    model = quantized(model, args.quantize, dtype) if args.quantize else model.to(getattr(torch, dtype))
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(
         f"{millions:.0f}M parameters, {args.questions} questions, {args.rounds} rounds, {args.threads} threads",
@@ -355,6 +382,8 @@ def main():
         parameters_million=round(millions, 1),
         questions=args.questions,
         rounds=args.rounds,
+        dtype=dtype,
+        quantize=args.quantize,
         compile=args.compile,
         stage_tokens=STAGE_TOKENS,
     )

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from llava_cot.engine.compile import compile_layer
+from llava_cot.engine.compile import compiled, number
 from llava_cot.engine.graphs import open_recorder
 from llava_cot.engine.model import cache_parameter, copy_around_tensors
 
@@ -181,10 +181,11 @@ def _compiled(model: PreTrainedModel, cache: Cache) -> PreTrainedModel:
     """Return a copy that shares the tensors of ``model`` and has compiled decoder layers."""
     model, parameter = copy_around_tensors(model), cache_parameter(model)
     for layer, of_layer in zip(model.model.language_model.layers, cache.layers):
-        layer.forward = partial(_forward_layer, compile_layer(layer), parameter, of_layer)
+        number(layer, 0)
+        layer.forward = partial(_forward_layer, compiled(layer.forward, model.device.type), parameter, of_layer)
     return model
 
 
-def _forward_layer(compiled: Any, parameter: str, of_layer: Any, *args: Any, **kwargs: Any) -> Any:
+def _forward_layer(forward: Any, parameter: str, of_layer: Any, *args: Any, **kwargs: Any) -> Any:
     kwargs[parameter] = Cache(layers=[of_layer])
-    return compiled(*args, **kwargs)
+    return forward(*args, **kwargs)

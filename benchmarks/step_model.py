@@ -2,9 +2,10 @@
 
 ``python benchmarks/step_model.py --compile`` needs no GPU and measures nothing. The engine's own step runs on tensors
 without data, in an Mllama of the 11B model's shape. Every operator that would launch a kernel is counted. Triton's
-kernels are counted where the code launches them. The time of a kernel follows from the constants below. They are
-assumed until ``--floor FLOOR.json``, which bench_floor.py writes, replaces them. ``--measured DECODE.json``, which
-bench_decode.py writes, shows the measured time of a step beside the expected one.
+kernels are counted where the code launches them. With ``--compile`` they are counted in the code that Inductor writes
+for CUDA, too. The time of a kernel follows from the constants below. They are assumed until ``--floor FLOOR.json``,
+which bench_floor.py writes, replaces them. ``--measured DECODE.json``, which bench_decode.py writes, shows the measured
+time of a step beside the expected one.
 
 Copying the drawn tokens to the host is part of the bubble. The model leaves out two things: the kernels that cuBLAS
 adds when it splits a sum, and the second and later waves of programs of an attention kernel, which 64 candidates need.
@@ -14,7 +15,8 @@ import argparse
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -24,13 +26,16 @@ from unittest.mock import patch
 import torch
 import transformers
 from bench_decode import step_bytes
+from inductor_code import Code, compiling_for_cuda
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, MllamaForConditionalGeneration
 from triton.runtime.jit import KernelInterface
 
+from llava_cot.engine import cache, fused
 from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.engine import CUDA_STEPS_PER_LOOK, Engine
 from llava_cot.engine.graphs import Shape, StepBuffers
+from llava_cot.engine.model import ModelView
 from llava_cot_kernels import backend
 from llava_cot_kernels.backend import available
 from llava_cot_kernels.stage_tags import StageTags
@@ -57,10 +62,6 @@ class Card:
 CARDS = {"H100": Card(peak_tb_s=3.35, copy_tb_s=3.0), "H200": Card(peak_tb_s=4.8, copy_tb_s=4.3)}
 # ASSUMED: a GEMM of few rows reads a weight matrix of fewer MB than this at that share of the peak.
 ACHIEVED = {16: 0.40, 64: 0.70, math.inf: 0.85}
-# ASSUMED: launches of a compiled layer besides its GEMMs and the project's own kernels. They were counted once in the
-# code that inductor of torch 2.11 wrote for a mocked CUDA device: 18 launches in a self-attention layer, 14 in a
-# cross-attention layer.
-FUSED = {"self": 8, "cross": 6}
 
 PARTS = ("GEMMs", "tiny kernels", "attention", "image attention", "sampler", "bubble")
 PART_OF_KERNEL = {  # the project's own kernels, by their name in Triton or by the op that launches one
@@ -68,7 +69,19 @@ PART_OF_KERNEL = {  # the project's own kernels, by their name in Triton or by t
     **{"_group_queries": "tiny kernels", "_merge": "tiny kernels", "store_kv": "tiny kernels"},
 }
 ONE_KERNEL = {  # operators that launch one kernel, besides those that torch tags as pointwise
-    *("_to_copy", "any", "arange", "bmm", "cat", "copy_", "embedding", "gather", "index", "index_copy_"),
+    *(
+        "_foreach_add_",
+        "_to_copy",
+        "any",
+        "arange",
+        "bmm",
+        "cat",
+        "copy_",
+        "embedding",
+        "gather",
+        "index",
+        "index_copy_",
+    ),
     *("index_select", "mean", "scalar_tensor", "stack"),
 }
 NO_KERNEL = {"_unsafe_view", "empty", "empty_like", "new_empty"}  # and views
@@ -79,7 +92,6 @@ class Kernel(NamedTuple):
 
     part: str
     name: str
-    is_fused: bool = False  # if the layers are compiled
     weight: torch.Tensor | None = None  # of a GEMM, which gives its bytes, N, K and M
     nbytes: int = 0
     shape: tuple[int, int, int] = (0, 0, 0)
@@ -92,7 +104,7 @@ class Trace(TorchDispatchMode):
     def __init__(self, keys: dict[str, int]):
         super().__init__()
         self.kernels: list[Kernel] = []
-        self.in_layer = False
+        self.of_op: dict[str, list[Kernel]] = {}  # those of the last call of an op that is written in Triton
         self._keys = keys  # keys that a query sees, by op
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -110,7 +122,7 @@ class Trace(TorchDispatchMode):
             (m, k), n = args[0].shape, args[1].shape[1]
             self.kernels.append(Kernel("GEMMs", name, weight=args[1], nbytes=args[1].nbytes, shape=(n, k, m)))
         elif name in ONE_KERNEL or torch.Tag.pointwise in function.tags:
-            self.kernels.append(Kernel("tiny kernels", name, is_fused=self.in_layer))
+            self.kernels.append(Kernel("tiny kernels", name))
         elif name not in NO_KERNEL and not function.is_view:
             raise ValueError(f"operator must be in a list of benchmarks/step_model.py, got {function}")
         return function(*args, **kwargs)
@@ -118,9 +130,11 @@ class Trace(TorchDispatchMode):
     def _launch_noting(self, op: str, args: tuple) -> None:
         """Run the op's own Python code, which decides what is launched. Each kernel then records its launch."""
         names = [name for name, found in vars(attention).items() if isinstance(found, KernelInterface)]
+        before = len(self.kernels)
         noting: dict[str, Any] = {name: _Noting(partial(self._note, name, self._keys[op])) for name in names}
         with patch.multiple(attention, **noting), self:
             getattr(attention, op)._init_fn(*args)
+        self.of_op[op] = self.kernels[before:]
 
     def _note(self, name: str, keys: int = 0, *_: Any, **constants: Any) -> None:
         if name not in PART_OF_KERNEL:
@@ -145,10 +159,35 @@ def _key_blocks(keys: int, constants: dict[str, Any]) -> int:
     return -(-(keys if constants["WALK"] else min(keys, split)) // constants["BLOCK_N"])
 
 
+@contextmanager
+def _without_data() -> Iterator[None]:
+    """A context in which the meta device needs no dlpack: pages have other storages, weights share that of a buffer."""
+    with (
+        patch.object(cache, "alias", torch.empty_like),
+        patch.object(torch.utils.dlpack, "to_dlpack", lambda tensor: tensor),
+        patch.object(torch.utils.dlpack, "from_dlpack", lambda tensor: tensor),
+    ):
+        yield
+
+
 def _on_cuda(op: str, device_type: str) -> tuple[str, ...]:
     """Stands in for ``available``: the back ends of ``op`` on CUDA, with the compiled one even if it is not built."""
     is_native = any(f'm.impl("{op}"' in source.read_text() for source in (ROOT / "csrc" / "cuda").glob("*.cu"))
     return ("native",) if is_native else available(op, "cuda")
+
+
+def _parts(launch: str, of_op: dict[str, list[Kernel]]) -> list[str]:
+    """Return the parts of the kernels that a call in Inductor's code launches."""
+    if launch.endswith(".run"):
+        return ["tiny kernels"]
+    names = launch.split(".")
+    if names[0] == "extern_kernels":
+        return ["GEMMs"]
+    if names[2] == "llava_cot_kernels_triton":
+        return [kernel.part for kernel in of_op[names[3]]]
+    if names[2] == "llava_cot_kernels":
+        return [PART_OF_KERNEL[names[3]]]
+    raise ValueError(f"Inductor's code must launch only Triton's kernels, GEMMs and ops of the project, got {launch}")
 
 
 @dataclass(frozen=True)
@@ -157,43 +196,69 @@ class Step:
 
     candidates: int
     kernels: list[Kernel]
-    layers: Counter[str]  # number of layers by kind, "self" and "cross"
     bytes: dict[str, int]  # bytes that each part must read
+    compiled: Counter[str] | None  # nodes of each part, if the step is compiled
+    codes: list[Code]  # what it is compiled to
 
     @classmethod
-    def trace(cls, model: MllamaForConditionalGeneration, n: int, tiles: int, text: int, private: int) -> "Step":
+    def trace(
+        cls,
+        model: MllamaForConditionalGeneration,
+        n: int,
+        tiles: int,
+        text: int,
+        private: int,
+        *,
+        compile: bool = False,
+        fuse: bool = True,
+    ) -> "Step":
         """Trace a step of ``model``, which is on the meta device.
 
-        A candidate has ``private`` tokens after a prompt of ``text`` tokens.
+        A candidate has ``private`` tokens after a prompt of ``text`` tokens. ``compile`` traces the compiled step too.
+        Without ``fuse`` linear layers compute a product each.
         """
+        may_move = patch.multiple(fused, DEVICES={"meta"}, _may_move=lambda parameter: fuse)
+        with may_move, _without_data(), patch.object(backend, "available", _on_cuda):
+            plain, view = cls._record(model, n, tiles, text, private, compile=False)
+            compiled, codes = None, []
+            if compile:
+                with compiling_for_cuda() as codes:
+                    around, _ = cls._record(model, n, tiles, text, private, compile=True)
+                compiled = Counter(kernel.part for kernel in around.kernels)
+                for code in codes:
+                    for name, count in code.launches.items():
+                        for part in _parts(name, plain.of_op):
+                            compiled[part] += count * code.runs
+        weights = step_bytes(model, n, 0, 0, 0)
+        with_image = step_bytes(model, n, tiles, 0, 0)
+        with_text = step_bytes(model, n, tiles, text, private)
+        logits = n * view.vocab_size * model.dtype.itemsize
+        sizes = (weights, 0, with_text - with_image, with_image - weights, logits, 0)
+        return cls(n, plain.kernels, dict(zip(PARTS, sizes)), compiled, codes)
+
+    @staticmethod
+    def _record(
+        model: MllamaForConditionalGeneration, n: int, tiles: int, text: int, private: int, *, compile: bool
+    ) -> tuple[Trace, ModelView]:
         pages = -(-(text + private) // PAGE_SIZE)
         tags = StageTags([b"a", b"</x>"], ["</x>"])
-        config = EngineConfig(PAGE_SIZE, pages, steps_per_look=CUDA_STEPS_PER_LOOK)
+        config = EngineConfig(PAGE_SIZE, pages, steps_per_look=CUDA_STEPS_PER_LOOK, compile=compile)
         engine = Engine(model, tags, config=config)
         view, window = engine.view, engine.window
         shape = Shape.with_room(n, pages, segments=1, prefixes=int(n > 1))
         buffers = StepBuffers(shape, window.num_steps, window.num_tags, view.device)
         image = view.image_tokens({"cross_attention_mask": torch.ones(1, 1, 1, tiles)})
         trace = Trace({"paged_attention": text + private, "shared_attention": image})
-        layers = view._model.model.language_model.layers
-        for layer in layers:
-            layer.register_forward_pre_hook(lambda *_: setattr(trace, "in_layer", True))
-            layer.register_forward_hook(lambda *_: setattr(trace, "in_layer", False))
-        with patch.object(backend, "available", _on_cuda), torch.inference_mode(), trace:
+        with torch.inference_mode(), trace:
             window.step(buffers)
-        kinds = Counter({"cross": len(view.cross_layers), "self": len(layers) - len(view.cross_layers)})
-        weights = step_bytes(model, n, 0, 0, 0)
-        with_image = step_bytes(model, n, tiles, 0, 0)
-        with_text = step_bytes(model, n, tiles, text, private)
-        logits = n * view.vocab_size * model.dtype.itemsize
-        sizes = (weights, 0, with_text - with_image, with_image - weights, logits, 0)
-        return cls(n, trace.kernels, kinds, dict(zip(PARTS, sizes)))
+        return trace, view
 
     def nodes(self, compiled: bool) -> Counter[str]:
         """Return the number of graph nodes of each part."""
-        nodes = Counter(kernel.part for kernel in self.kernels if not (compiled and kernel.is_fused))
-        nodes["tiny kernels"] += compiled * sum(FUSED[kind] * count for kind, count in self.layers.items())
-        return nodes
+        if not compiled:
+            return Counter(kernel.part for kernel in self.kernels)
+        assert self.compiled is not None
+        return self.compiled.copy()
 
     def milliseconds(self, card: Card, compiled: bool) -> dict[str, float]:
         """Return the expected time of each part."""
@@ -315,14 +380,17 @@ def main() -> None:
     with torch.device("meta"):
         settings = AutoConfig.from_pretrained(args.model)
         model = MllamaForConditionalGeneration._from_config(settings, dtype=torch.bfloat16).eval()
-    steps = {(n, tiles): Step.trace(model, n, tiles, text, private) for n, tiles, *_ in asked}
+    steps = {
+        (n, tiles): Step.trace(model, n, tiles, text, private, compile=any(kind for *_, kind, _ in asked))
+        for n, tiles, *_ in asked
+    }
     print("# The decode step on paper\n")
     command = f"python benchmarks/step_model.py{' --compile' * args.compile}"
     print(f"An ESTIMATE by `{command}`, whose docstring says how; not a measurement of a step.")
     print(f"{text} tokens of prompt, {private} of each candidate, bfloat16; the code of torch {torch.__version__} and")
     print(f"transformers {transformers.__version__}. Constants are assumed unless measured:\n")
     print("- a GEMM reads a weight of fewer MB than this at that share of the peak:", ACHIEVED)
-    print("- launches of a compiled layer besides GEMMs and the project's own kernels:", FUSED, end="\n\n")
+    print()
     names = [column.name for column in fields(Card) if column.name != "gemm_us"]
     values = [[name, *(getattr(card, each) for each in names)] for name, card in cards.items()]
     measured = ["copy_tb_s, node_us, GEMMs" if card.gemm_us else "none" for card in cards.values()]

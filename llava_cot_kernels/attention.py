@@ -94,7 +94,9 @@ def paged_attention(
             )
         cu_seqlens_q = torch.arange(sizes["B"] + 1, dtype=torch.int32, device=query.device)
     else:
-        sizes.check("cu_seqlens_q", cu_seqlens_q, str(sizes["B"] + 1), torch.int32, query.device)
+        sizes.check("cu_seqlens_q", cu_seqlens_q, "_", torch.int32, query.device)
+        if len(cu_seqlens_q) != sizes["B"] + 1:  # compared as a number, which a compiler may leave open
+            raise ValueError(f"cu_seqlens_q must have {sizes['B'] + 1} in dimension 0, got {len(cu_seqlens_q)}")
         check_contiguous("cu_seqlens_q", cu_seqlens_q)
         _check_offsets("cu_seqlens_q", cu_seqlens_q, sizes["T"], whole=True)
     check_range("seq_lens", seq_lens, 0, sizes["P"] * sizes["page_size"] if sizes["num_pages"] else 0)

@@ -52,9 +52,10 @@ def few_row_linear(
     return out
 
 
-def most_rows(weight: Tensor) -> int:
-    """Return for how many rows ``few_row_linear`` was measured to be faster on a CPU than PyTorch's product."""
-    if weight.dtype == torch.float32 and not _C.isa().startswith("avx512"):
+@torch.compiler.assume_constant_result
+def most_rows(dtype: torch.dtype) -> int:
+    """Return for how many rows and weights of ``dtype`` the kernel was measured to be faster on a CPU than PyTorch."""
+    if dtype == torch.float32 and not _C.isa().startswith("avx512"):
         return 8
     return 32
 

@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
+from transformers.generation import GenerationMixin
 
 from llava_cot import GreedyConfig
 from llava_cot.engine.plan import memory_plan
@@ -33,7 +34,8 @@ import bench_token_beam  # noqa: E402
 import static_decode  # noqa: E402
 from static_decode import StaticDecoder, prefill  # noqa: E402
 
-WITH_DEVICE = sorted(path.name for path in BENCHMARKS.glob("bench_*.py") if '"--device"' in path.read_text())
+GIVEN = 'add_argument("--device"'
+WITH_DEVICE = sorted(path.name for path in BENCHMARKS.glob("bench_*.py") if GIVEN in path.read_text())
 WITH_DEVICE += [f"bench_{stem}.py" for stem in ("attention", "logprob", "paged_kv", "sampling")]  # timing.main's
 GIB = 2**30
 
@@ -89,6 +91,7 @@ def raising(error):
     return call
 
 
+WORK = ("decoded_tokens", "prefilled_tokens", "image_encodings")
 OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 53.70 GiB.\nMore lines")
 
 
@@ -99,6 +102,37 @@ def test_search_is_warm_before_it_is_timed(run, small):
     assert [row["first_run"] for row in rows] == ["the same search"] + 3 * ["one question, 2 tokens a stage"]
     assert all(row["seconds"] > 0 and row["first_seconds"] > 0 for row in rows)
     assert [row.get("agreement") for row in rows] == [1.0, 1.0, None, 1.0]
+
+
+def test_every_form_of_generate_draws_the_tokens_of_the_engine(run, small):
+    code, (_, cached, static, returned, returned_static, published) = run(
+        bench_search, "--peers", "cached", "cached-static", "returned", "returned-static", "published"
+    )
+    assert code == 0
+    pairs = [(cached, cached), (static, cached), (returned, published)]
+    if "error" not in returned_static:  # transformers before 5.24 has no static cache for Mllama
+        pairs.append((returned_static, published))
+    for row, plain in pairs:
+        assert row["agreement"] == 1.0
+        assert {key: row[key] for key in WORK} == {key: plain[key] for key in WORK}
+
+
+def test_a_transformers_without_a_static_cache_is_no_failure(run, small, monkeypatch, endless):
+    monkeypatch.setattr(type(endless), "_prepare_static_cache", GenerationMixin._prepare_static_cache)
+    code, (_, row) = run(bench_search, "--peers", "returned-static", "--questions", "1")
+    assert code == 0
+    assert "has no static cache for Mllama" in row["error"]
+
+
+def test_other_weights_need_not_give_the_same_tokens(run, small, monkeypatch):
+    sizes = {**TINY_SHAPE, "hidden": 64}
+    monkeypatch.setattr(bench_search, "build_model", lambda device: build_random_mllama(**sizes, seed=0))
+    for weights in (["--dtype", "bfloat16"], ["--quantize", "int8"]):
+        if "int8" in weights:
+            pytest.importorskip("torchao")
+        code, rows = run(bench_search, *weights, "--peers", "cached", "returned", "--questions", "1")
+        assert code == 0
+        assert all(0 <= row["agreement"] <= 1 for row in rows)
 
 
 def test_the_static_loop_does_the_work_of_the_cached_one(run, small, monkeypatch):
@@ -263,6 +297,14 @@ def test_without_a_gpu_nothing_is_built(name, monkeypatch, capsys):
         runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
     assert end.value.code == 77
     assert capsys.readouterr().out == f"{name} needs a GPU: torch.cuda.is_available() is False\n"
+
+
+def test_a_python_without_mlx_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_mlx.py", "--mlx-python", "/bin/false"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(BENCHMARKS / "bench_mlx.py"), run_name="__main__")
+    assert end.value.code == 77
+    assert "needs the package mlx-vlm, which /bin/false does not have" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["bench_train_memory.py", "bench_train_step.py"])

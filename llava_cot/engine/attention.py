@@ -55,8 +55,8 @@ def paged_attention_forward(
         assert paged_batch.page_table is not None and paged_batch.seq_lens is not None
         out = paged_attention(
             rows,
-            layer.kv_cache[0],
-            layer.kv_cache[1],
+            layer.key_cache,
+            layer.value_cache,
             paged_batch.page_table,
             paged_batch.seq_lens,
             softmax_scale=scaling,

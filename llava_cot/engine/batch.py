@@ -46,11 +46,11 @@ class Batch:
     slot_mapping: torch.Tensor  # [T] int64, where each token's key and value go; -1: nowhere
     page_table: torch.Tensor | None = None  # [B, max_pages] int32
     seq_lens: torch.Tensor | None = None  # [B] int32, keys per sequence, this step's included
-    cu_seqlens_q: torch.Tensor | None = None  # [B + 1] int32; None where T == B
+    cu_seqlens_q: torch.Tensor | None = None  # [B + 1] int32, where the tokens of each sequence start
     prefix_group: torch.Tensor | None = None  # [B] int32, sequences that share their first tokens; None where none do
     prefix_lens: torch.Tensor | None = None  # [P] int32, how many
     image_group: torch.Tensor | None = None  # [T] int32, the image segment of each token; None where none is stored
-    image_cu_seqlens: torch.Tensor | None = None  # [G + 1] int32, the segments of the store; None where none is stored
+    image_cu_seqlens: torch.Tensor | None = None  # [G + 1] int64, the segments of the store; None where none is stored
     has_blind_rows: bool = False  # whether the image group of some rows is -1: they must pass cross-attention unchanged
     masks: Masks | None = None  # of a prefill
     trail: Trail | None = None  # of a pass that reads pages, where the canary is on
@@ -58,6 +58,11 @@ class Batch:
     @property
     def is_prefill(self) -> bool:
         return self.page_table is None
+
+    @property
+    def is_step(self) -> bool:
+        """Whether it decodes one token of each sequence."""
+        return self.seq_lens is not None and len(self.seq_lens) == len(self.slot_mapping)
 
 
 def has_blind_rows(branches: Iterable[Branch], image_group: torch.Tensor | None) -> bool:

@@ -4,6 +4,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from llava_cot.engine.alias import alias
 from llava_cot.engine.batch import Batch
 from llava_cot.engine.images import ImageStore
 from llava_cot_kernels.paged_kv import store_kv
@@ -41,13 +42,17 @@ class _Layer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    def prepare_to_compile(self) -> None:
+        """Let what is compiled next depend on the sizes of this layer's memory, which never change."""
+        raise NotImplementedError
+
 
 class PagedLayer(_Layer):
     """Self-attention: new keys and values go to their slots, the attention function reads the pages."""
 
     def __init__(self, kv_cache: torch.Tensor, batch: Batch) -> None:
         super().__init__()
-        self.kv_cache = kv_cache  # [2, num_pages, page_size, Hkv, D]
+        self.key_cache, self.value_cache = kv_cache  # [num_pages + 1, page_size, Hkv, D]
         self.batch = batch
 
     def update(
@@ -55,7 +60,11 @@ class PagedLayer(_Layer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # [rows, Hkv, T, D], a strided view of the projection; of a single row it stays one
         key, value = (states.transpose(1, 2).flatten(0, 1) for states in (key_states, value_states))
-        store_kv(key, value, self.kv_cache[0], self.kv_cache[1], self.batch.slot_mapping)
+        if torch.compiler.is_compiling():  # then it is fused with what computes the keys
+            for pages, new in ((self.key_cache, key), (self.value_cache, value)):
+                pages.flatten(0, 1).index_put_((self.batch.slot_mapping,), new)
+        else:
+            store_kv(key, value, self.key_cache, self.value_cache, self.batch.slot_mapping)
         if self.batch.is_prefill:
             self.keys, self.values = key_states, value_states
         return key_states, value_states
@@ -63,6 +72,11 @@ class PagedLayer(_Layer):
     def check_unchanged(self, key: torch.Tensor, value: torch.Tensor) -> None:
         super().check_unchanged(key, value)
         self.keys = self.values = None  # the pages have them, and a pass over long prompts has many layers
+
+    def prepare_to_compile(self) -> None:
+        self.key_cache, self.value_cache = map(alias, (self.key_cache, self.value_cache))
+        for pages in (self.key_cache, self.value_cache):
+            torch._dynamo.mark_static(pages)
 
     def get_seq_length(self) -> int:
         return 0 if self.batch.is_prefill else 1  # models that are given positions only ask whether there is anything
@@ -83,12 +97,19 @@ class ImageLayer(_Layer):
         self.is_initialized = True
         return key_states, value_states
 
+    def prepare_to_compile(self) -> None:
+        for stored in (self.keys, self.values):
+            torch._dynamo.mark_static(stored)
+
     def get_seq_length(self) -> int:
         return 0 if self.keys is None else self.keys.shape[-2]
 
 
 class PagedCache(Cache):
-    """The cache of one forward pass over ``kv_cache`` [2, num_self_layers, num_pages, page_size, Hkv, D]."""
+    """The cache of one forward pass over ``kv_cache`` [2, num_self_layers, num_pages + 1, page_size, Hkv, D].
+
+    The last page belongs to no sequence. Slot -1 counts from the end, so what is written there by index is lost.
+    """
 
     def __init__(self, kv_cache: torch.Tensor, images: ImageStore, cross_layers: tuple[int, ...], batch: Batch) -> None:
         layers: list[_Layer] = []

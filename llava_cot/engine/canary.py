@@ -113,10 +113,11 @@ class Canary:
         trail, cu_seqlens = batch.trail, batch.cu_seqlens_q
         assert trail is not None and batch.page_table is not None and batch.seq_lens is not None
         seq_lens = batch.seq_lens.long()
-        if cu_seqlens is None:
+        if batch.is_step:
             terms = _term(token_ids, seq_lens - 1)
             words = last = trail.words + terms
         else:
+            assert cu_seqlens is not None
             arange = torch.arange(len(token_ids), device=token_ids.device)
             row = torch.repeat_interleave(arange[: len(seq_lens)], cu_seqlens.diff(), output_size=len(token_ids))
             terms = _term(token_ids, arange + (seq_lens - cu_seqlens[1:])[row])

@@ -14,7 +14,8 @@ class EngineConfig:
         num_pages: pages of the KV cache; None takes them from the memory that is free.
         steps_per_look: steps between two looks of the host at what was drawn, where nothing but growing is to be done.
             Up to so many steps run in vain once all candidates have finished. None is 4 on CUDA and 1 on the CPU.
-        compile: whether torch compiles the decoder layers.
+        compile: whether torch compiles the steps of decoding, which takes a minute or more at the first ones. None
+            compiles on CUDA, unless a decoder layer has a hook, and not on the CPU.
         draft_tokens: the most tokens that are drafted for a candidate in a step, from what the search drew before; 0
             drafts nothing. None is 8 where a step takes no longer for it: on CUDA, and on the CPU for models so small
             that they run on one thread.
@@ -32,7 +33,7 @@ class EngineConfig:
     page_size: int = 16
     num_pages: int | None = None
     steps_per_look: int | None = None
-    compile: bool = False
+    compile: bool | None = None
     draft_tokens: int | None = None
     num_threads: int | None = None
     follow_model: bool = True

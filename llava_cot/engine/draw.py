@@ -62,12 +62,47 @@ class Row(NamedTuple):
 class Drawn(NamedTuple):
     """A ``Row`` for each of N draws, as the device has it."""
 
-    integers: torch.Tensor  # int64 [4, N]: token, tag_state, tag, overhang
-    reals: torch.Tensor  # float32 [4, N]: logprob, sampling_logprob, entropy, certainty
+    integers: torch.Tensor  # int64 [4, N]: token, tag_state, tag, overhang; of a window [S, 4, N]
+    reals: torch.Tensor  # float32 [4, N]: logprob, sampling_logprob, entropy, certainty; of a window [S, 4, N]
 
     def rows(self) -> list[Row]:
         """The host looks at the device here."""
         return [Row(*row) for row in zip(*self.integers.tolist(), *self.reals.tolist())]
+
+    def runs(self) -> list["Run"]:
+        """What the S steps of a window drew for each of N branches."""
+        counts = (self.integers[:, 0] >= 0).sum(0).tolist()
+        integers, reals = (part.permute(2, 1, 0).tolist() for part in self)
+        return [Run(count, *of_integers, *of_reals) for count, of_integers, of_reals in zip(counts, integers, reals)]
+
+
+class Run(NamedTuple):
+    """What the steps of a window drew for a branch: the columns of their rows, and how many of them drew a token.
+
+    The first rows do. They end where the branch has finished, or where there was nothing to draw from.
+    """
+
+    drawn: int
+    tokens: list[int]
+    tag_states: list[int]
+    tags: list[int]
+    overhangs: list[int]
+    logprobs: list[float]
+    sampling_logprobs: list[float]
+    entropies: list[float]
+    certainties: list[float]
+
+    def row(self, step: int) -> Row:
+        return Row(
+            self.tokens[step],
+            self.tag_states[step],
+            self.tags[step],
+            self.overhangs[step],
+            self.logprobs[step],
+            self.sampling_logprobs[step],
+            self.entropies[step],
+            self.certainties[step],
+        )
 
 
 def candidates(draws: Sequence[Draw], device: torch.device) -> Candidates:
@@ -134,6 +169,27 @@ def grow(
         if slot.branch.finish is not None or row.token != guess:
             break
     return count
+
+
+def grow_along(slot: Slot, run: Run, eos_token_ids: frozenset[int], tags: StageTags) -> int:
+    """Note the tokens of ``run``, and whether the branch ends with them; only the last can end it.
+
+    Returns how many tokens were drawn.
+
+    Raises:
+        ValueError: there was nothing to draw from.
+    """
+    branch, before = slot.branch, max(0, run.drawn - 1)
+    branch.tokens += run.tokens[:before]
+    branch.logprobs += run.logprobs[:before]
+    branch.sampling_logprobs += run.sampling_logprobs[:before]
+    branch.entropies += run.entropies[:before]
+    branch.certainties += run.certainties[:before]
+    branch.length += before
+    for step in range(before, len(run.tokens)):  # the last token, and one that is missing if it has not ended
+        if branch.finish is None:
+            _note(slot, run.row(step), eos_token_ids, tags)
+    return run.drawn
 
 
 def _note(slot: Slot, row: Row, eos_token_ids: frozenset[int], tags: StageTags) -> None:

@@ -14,7 +14,7 @@ from llava_cot.engine.branch import Branch
 from llava_cot.engine.call import call_together
 from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.drafts import DRAFT_TOKENS, Drafts, SpoiltDraft, drawing, may_draw
-from llava_cot.engine.draw import Draw, Row, draw_rows, grow
+from llava_cot.engine.draw import Draw, Row, Run, draw_rows, grow, grow_along
 from llava_cot.engine.extend import read_extensions
 from llava_cot.engine.follow import state_of
 from llava_cot.engine.fused import gather_weights
@@ -310,6 +310,28 @@ class Engine:
                     self.drafts.note(job, branch)
             job.slots = [slot for slot in job.slots if slot.branch.finish is None]
 
+    def _grow_along(self, job: Job, runs: dict[Slot, Run], ends: frozenset[int]) -> None:
+        """Note what the growing branches of ``job`` drew in a window, as if it had been noted after every step."""
+        if any(slot.request.limit for slot in job.slots):  # which may end them after any step
+            for step in range(self.window.num_steps):
+                if job.slots:
+                    job.usage.steps += 1
+                    job.usage.decoded_tokens += len(job.slots)
+                    self._grow([job], {slot: [runs[slot].row(step)] for slot in job.slots}, {})
+            return
+        try:
+            counts = [grow_along(slot, runs[slot], ends, self.tags) for slot in job.slots]
+        except ValueError as error:
+            job.error, job.slots, counts = error, [], []
+        job.usage.steps += max(counts, default=0)
+        job.usage.decoded_tokens += sum(counts)
+        job.usage.generated_tokens += sum(counts)
+        job.tick(time.perf_counter())
+        finished = [slot for slot in job.slots if slot.branch.finish is not None]
+        for slot in sorted(finished, key=lambda slot: runs[slot].drawn):
+            self.drafts.note(job, slot.branch)
+        job.slots = [slot for slot in job.slots if slot.branch.finish is None]
+
     def _window(self, running: list[Job]) -> bool:
         """Let all branches grow by several tokens, if that is all there is to do; False if it takes a ``_decode``."""
         slots = [slot for job in running for slot in job.slots]
@@ -331,12 +353,11 @@ class Engine:
             slot_mapping = self.runner.append(seqs, counts)
         except OutOfPages:
             return False
-        self.window.follow(self.eos_token_ids)
-        for rows in self.window.run(slots, counts, slot_mapping, self.pool.page_table(seqs)):
-            for job in running:
-                job.usage.steps += bool(job.slots)
-                job.usage.decoded_tokens += len(job.slots)
-            self._grow(running, {slot: [row] for slot, row in zip(slots, rows)}, {})
+        ends = self.eos_token_ids
+        self.window.follow(ends)
+        runs = dict(zip(slots, self.window.run(slots, counts, slot_mapping, self.pool)))
+        for job in running:
+            self._grow_along(job, runs, ends)
         for slot in slots:
             if slot.branch.finish is not None:
                 self.pool.truncate(slot.branch.seq, slot.branch.length - 1)

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from typing import TypeGuard
 
 import torch
-import torch.utils.dlpack
 from torch import nn
 from transformers import PreTrainedModel
 
+from llava_cot.engine.alias import alias
 from llava_cot.engine.follow import place
 from llava_cot.families import family_of
 
@@ -147,7 +147,7 @@ def _gather(parameters: Sequence[nn.Parameter]) -> None:
     buffer = torch.empty(sum(map(len, parameters)), *first.shape[1:], dtype=first.dtype, device=first.device)
     for parameter, part in zip(parameters, buffer.split([*map(len, parameters)])):
         part.copy_(parameter.data)
-        parameter.data = torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(part))
+        parameter.data = alias(part)
         parameter.untyped_storage().buffer = buffer  # type: ignore[attr-defined]
 
 

@@ -7,24 +7,28 @@ for every growing branch before the host looks at the first.
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
-from typing import Any, Generic, NamedTuple, TypeVar
+from operator import add
+from typing import Generic, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 
-from llava_cot.engine.batch import Batch, Trail, has_blind_rows, shared_prefixes
+from llava_cot.engine.batch import Batch, Trail, shared_prefixes
 from llava_cot.engine.branch import Branch
 from llava_cot.engine.canary import Read
-from llava_cot.engine.draw import Candidates, Draw, Drawn, Row, candidates, draw
+from llava_cot.engine.draw import Candidates, Drawn, Run, draw
 from llava_cot.engine.model import ModelView
+from llava_cot.engine.packed import Packed
 from llava_cot.engine.session import Slot
+from llava_cot_kernels.page_pool import PagePool
 from llava_cot_kernels.stage_tags import StageTags
 
 MAX_EOS_TOKEN_IDS = 32
 ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
-MIN_PAGES, MIN_SEGMENTS = 16, 4
+MIN_PAGES, MIN_SEGMENTS = 16, 4  # one segment stays one: then the rows of a step need no sorting by image
 MAX_BYTES = 2 << 30  # of the captured steps of one kind
 
 Step = Callable[[], object]
@@ -45,7 +49,7 @@ class Shape(NamedTuple):
         return cls(
             next((size for size in ROWS if size >= rows), -(-rows // ROWS[-1]) * ROWS[-1]),
             _power_of_two(max(MIN_PAGES, pages)),
-            _power_of_two(max(MIN_SEGMENTS, segments)),
+            _power_of_two(max(MIN_SEGMENTS, segments)) if segments > 1 else 1,
             _power_of_two(prefixes) if prefixes else 0,
             has_blind_rows,
         )
@@ -166,10 +170,11 @@ class PassBuffers:
             slot_mapping=slot_mapping,
             page_table=self.page_table,
             seq_lens=torch.zeros(rows, dtype=torch.int32, device=device),
+            cu_seqlens_q=torch.arange(rows + 1, dtype=torch.int32, device=device),
             prefix_group=prefix_group if shape.prefixes else None,
             prefix_lens=torch.zeros(shape.prefixes, dtype=torch.int32, device=device) if shape.prefixes else None,
             image_group=image_group if view.cross_layers else None,
-            image_cu_seqlens=torch.zeros(shape.segments + 1, dtype=torch.int32, device=device)
+            image_cu_seqlens=torch.zeros(shape.segments + 1, dtype=torch.int64, device=device)
             if view.cross_layers
             else None,
             has_blind_rows=shape.has_blind_rows,
@@ -229,30 +234,55 @@ class StepBuffers:
         self, shape: Shape, num_steps: int, num_tags: int, device: torch.device, *, has_trail: bool = False
     ) -> None:
         rows = shape.rows
-
-        def zeros(*size: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.zeros(size, dtype=dtype, device=device)
-
-        # Of idle rows too the parameters must be valid.
-        self.candidates = Candidates(*(column.new_zeros(rows) for column in candidates([], device)))
-        self.candidates.top_p.fill_(1.0)
-        self.token, self.offset, self.left = zeros(3, rows, dtype=torch.int64)  # offset: of its rotary positions
-        self.image_group, self.prefix_group = zeros(2, rows, dtype=torch.int32)
-        self.ends = zeros(rows, num_tags + 1, dtype=torch.bool)  # by tag; the last column is for no tag
+        integers, small, reals = torch.int64, torch.int32, torch.float32
+        self.inputs = Packed(
+            {
+                # What the sampler is asked, of each row.
+                **dict.fromkeys(("row", "top_k", "seed", "position"), (integers, (rows,))),
+                **dict.fromkeys(("temperature", "top_p", "min_p"), (reals, (rows,))),
+                "tag_state": (small, (rows,)),
+                # What else belongs to a row; its rotary positions begin at ``offset``.
+                **dict.fromkeys(("token", "offset", "left"), (integers, (rows,))),
+                **dict.fromkeys(("image_group", "prefix_group"), (small, (rows,))),
+                "ends": (torch.bool, (rows, num_tags + 1)),  # by tag; the last column is for no tag
+                "slot_mapping": (integers, (num_steps, rows)),
+                "page_table": (small, (rows, shape.pages)),
+                # What belongs to all.
+                "image_cu_seqlens": (integers, (shape.segments + 1,)),
+                "prefix_lens": (small, (shape.prefixes,)),
+                "step": (integers, (1,)),
+            },
+            device,
+        )
+        tensors = self.inputs.tensors
+        self.candidates = Candidates(**{name: tensors[name] for name in Candidates._fields})
+        self.token, self.offset, self.left = tensors["token"], tensors["offset"], tensors["left"]
+        self.image_group, self.prefix_group = tensors["image_group"], tensors["prefix_group"]
+        self.ends, self.slot_mapping, self.page_table = tensors["ends"], tensors["slot_mapping"], tensors["page_table"]
+        self.image_cu_seqlens, self.prefix_lens = tensors["image_cu_seqlens"], tensors["prefix_lens"]
+        self.step = tensors["step"]
+        self.inputs.arrays["row"][:] = range(rows)
+        self.inputs.arrays["top_p"].fill(1)  # of idle rows too the parameters must be valid
+        self.inputs.upload()
+        self.seqs = list[int]()  # the sequences whose parameters the first rows have; no other is ever named so
+        self.has_blind_rows = shape.has_blind_rows
         self.trail = Trail.behind(torch.zeros_like(self.token)) if has_trail else None
-        self.slot_mapping = zeros(num_steps, rows, dtype=torch.int64)
-        self.page_table = zeros(rows, shape.pages, dtype=torch.int32)
-        self.image_cu_seqlens = zeros(shape.segments + 1, dtype=torch.int32)
-        self.prefix_lens = zeros(shape.prefixes, dtype=torch.int32)
-        self.step = zeros(1, dtype=torch.int64)
-        self.drawn = Drawn(zeros(num_steps, 4, rows, dtype=torch.int64), zeros(num_steps, 4, rows, dtype=torch.float32))
+        self.cu_seqlens_q = torch.arange(rows + 1, dtype=small, device=device)
+        self.drawn = Drawn(
+            torch.zeros(num_steps, 4, rows, dtype=integers, device=device),
+            torch.zeros(num_steps, 4, rows, dtype=reals, device=device),
+        )
         # Where the host looks; there is no pinned memory without a GPU, and no need of it.
         is_cuda = device.type == "cuda"
-        self.has_blind_rows = shape.has_blind_rows
         self.seen = (
             Drawn(*(torch.zeros_like(t, device="cpu").pin_memory() for t in self.drawn)) if is_cuda else self.drawn
         )
-        self.marks = [torch.cuda.Event() for _ in range(num_steps)] if is_cuda else []
+        self.mark = torch.cuda.Event() if is_cuda else None  # behind the last window
+
+    def wait(self) -> None:
+        """Wait for the last window: then the host may read what was drawn, and write what the next one is given."""
+        if self.mark is not None:
+            self.mark.synchronize()
 
 
 class Window:
@@ -263,6 +293,9 @@ class Window:
         self.eos_token_ids = torch.full((MAX_EOS_TOKEN_IDS,), -2, device=view.device)
         self._eos_token_ids = frozenset[int]()
         self.num_tags = len(tags.tags)
+        as_compiled = view.compiled.compile if view.compiled is not None else lambda function: function
+        self._begin, self._end = as_compiled(_begin_step), as_compiled(_end_step)
+        self._steps = np.arange(num_steps)
         self.captured = CapturedSteps[StepBuffers](view.device, recorder)
 
     def follow(self, eos_token_ids: frozenset[int]) -> None:
@@ -273,71 +306,79 @@ class Window:
         self.eos_token_ids.copy_(torch.tensor(ids))
         self._eos_token_ids = eos_token_ids
 
-    def run(
-        self, slots: list[Slot], counts: list[int], slot_mapping: torch.Tensor, page_table: torch.Tensor
-    ) -> Iterator[list[Row]]:
-        """Let each branch grow by up to ``counts[i]`` tokens, until it finishes.
+    def run(self, slots: list[Slot], counts: list[int], slot_mapping: torch.Tensor, pool: PagePool) -> list[Run]:
+        """Let each branch grow by up to ``counts[i]`` tokens, until it finishes: what was drawn for each.
 
         Args:
             slot_mapping: int64 [sum(counts)], where the keys and values of each branch's tokens go.
-            page_table: int32 [N, P], with room for them.
-
-        Returns:
-            for each step the ``Row`` of each branch; those behind its end mean nothing. While the host is busy with one
-            step the device goes on with the next ones. To be read before the next call.
+            pool: has pages for them.
 
         Raises:
-            CanaryError: behind the last step, if the canary is on and one of them has read a wrong word.
+            CanaryError: if the canary is on and one of the steps has read a wrong word.
         """
-        at = self._launch(slots, counts, slot_mapping, page_table)
-        for index in range(max(counts)):
-            for mark in at.marks[index : index + 1]:
-                mark.synchronize()
-            yield Drawn(*(part[index, :, : len(slots)] for part in at.seen)).rows()
+        at = self._launch(slots, counts, slot_mapping, pool)
+        at.wait()
+        runs = Drawn(*(part[: max(counts), :, : len(slots)] for part in at.seen)).runs()
         if self.view.canary is not None and at.trail is not None:
-            self.view.canary.look(_reads([slot.branch for slot in slots]), at.page_table, at.trail)
+            reads = [
+                read._replace(new=read.branch.tokens[-1:] + run.tokens[: run.drawn][:-1])
+                for read, run in zip(_reads([slot.branch for slot in slots]), runs)
+            ]
+            self.view.canary.look(reads, at.page_table, at.trail)
+        return runs
 
     @torch.inference_mode()
-    def _launch(
-        self, slots: list[Slot], counts: list[int], slot_mapping: torch.Tensor, page_table: torch.Tensor
-    ) -> StepBuffers:
+    def _launch(self, slots: list[Slot], counts: list[int], slot_mapping: torch.Tensor, pool: PagePool) -> StepBuffers:
         n, branches = len(slots), [slot.branch for slot in slots]
+        lengths = [branch.length for branch in branches]
         with torch.cuda.device_of(self.view.kv_cache):
-            image_group, image_cu_seqlens = self.view.images.segments([branch.image for branch in branches])
+            image_group, image_bounds = self.view.images.layout([branch.image for branch in branches])
             prefix_group, prefix_lens = shared_prefixes(branches)
-            num_segments = 0 if image_cu_seqlens is None else len(image_cu_seqlens) - 1
-            is_blind = has_blind_rows(branches, image_group)
-            shape = Shape.with_room(n, page_table.shape[1], num_segments, len(prefix_lens), is_blind)
+            pages = -(-(max(map(add, lengths, counts)) - 1) // pool.page_size)  # the last token drawn gets no slot
+            is_blind = bool(self.view.cross_layers) and -1 in image_group
+            shape = Shape.with_room(n, pages, len(image_bounds) - 1, len(prefix_lens), is_blind)
             to, step = self._open(shape)
-            draws = [draw for row, slot in enumerate(slots) for draw in Draw.along(slot, row, (), self.tags)]
-            for buffer, values in zip(to.candidates, candidates(draws, torch.device("cpu"))):
-                _put(buffer[:n], values)
-            _put(to.token[:n], [branch.tokens[-1] for branch in branches])
-            _put(to.offset[:n], [branch.position_offset for branch in branches])
-            _put(to.left, [*counts, *[0] * (len(to.left) - n)])
-            _put(to.ends[:n], [self._ends(slot) for slot in slots])
+            to.wait()
+            host, seqs = to.inputs.arrays, [branch.seq for branch in branches]
+            if to.seqs != seqs:
+                self._put_parameters(host, slots)
+                to.seqs = seqs
+            host["token"][:n] = [branch.tokens[-1] for branch in branches]
+            host["position"][:n] = lengths
+            host["tag_state"][:n] = [branch.tag_state for branch in branches]
+            host["left"][:n] = counts
+            host["left"][n:] = 0
+            # As the pool has them: those of one branch after those of another.
+            host["slot_mapping"].T[:n][self._steps < np.array(counts)[:, None]] = slot_mapping.numpy()
+            pool.page_table(seqs, out=to.inputs.host_tensors["page_table"][:n])
+            host["prefix_group"][:n] = prefix_group
+            host["prefix_lens"][: len(prefix_lens)] = prefix_lens
+            host["image_group"][:n] = image_group
+            host["image_cu_seqlens"][: len(image_bounds)] = image_bounds
+            host["image_cu_seqlens"][len(image_bounds) :] = image_bounds[-1]
+            host["step"][:] = 0
+            to.inputs.upload()
             if self.view.canary is not None and to.trail is not None:
-                _put(to.trail.words[:n], self.view.canary.trail(_reads(branches)).words)
+                to.trail.words[:n] = self.view.canary.trail(_reads(branches)).words
                 to.trail.is_broken.zero_()
-            places = torch.full_like(to.slot_mapping, -1, device="cpu")
-            for row, of_branch in enumerate(slot_mapping.split(counts)):
-                places[: len(of_branch), row] = of_branch
-            _put(to.slot_mapping, places)
-            _put(to.page_table[:n, : page_table.shape[1]], page_table)
-            _put(to.prefix_group[:n], prefix_group)
-            _put(to.prefix_lens[: len(prefix_lens)], prefix_lens)
-            if image_group is not None and image_cu_seqlens is not None:
-                to.image_group[:n] = image_group
-                to.image_cu_seqlens[: num_segments + 1] = image_cu_seqlens
-                to.image_cu_seqlens[num_segments + 1 :] = image_cu_seqlens[-1:]
-            to.step.zero_()
-            for index in range(max(counts)):
+            for _ in range(max(counts)):
                 step()
-                for mark in to.marks[index : index + 1]:
-                    for host, drawn in zip(to.seen, to.drawn):
-                        host[index].copy_(drawn[index], non_blocking=True)
-                    mark.record()
+            if to.mark is not None:
+                for seen, drawn in zip(to.seen, to.drawn):
+                    seen.copy_(drawn, non_blocking=True)
+                to.mark.record()
         return to
+
+    def _put_parameters(self, host: dict[str, np.ndarray], slots: list[Slot]) -> None:
+        """Write what the rows of ``slots`` are given in every window."""
+        n, params = len(slots), [slot.request.params for slot in slots]
+        host["temperature"][:n] = [each.temperature for each in params]
+        host["top_k"][:n] = [each.top_k for each in params]
+        host["top_p"][:n] = [each.top_p for each in params]
+        host["min_p"][:n] = [each.min_p for each in params]
+        host["seed"][:n] = [slot.branch.seed for slot in slots]
+        host["offset"][:n] = [slot.branch.position_offset for slot in slots]
+        host["ends"][:n] = [self._ends(slot) for slot in slots]
 
     def _open(self, shape: Shape) -> tuple[StepBuffers, Step]:
         """Buffers of this shape, whose rows are all idle or stale, and what runs a step on them."""
@@ -356,37 +397,53 @@ class Window:
 
     def step(self, at: StepBuffers) -> None:
         """One forward pass and one draw, from these buffers into them; the host is neither asked nor waited for."""
-        alive, length = at.left > 0, at.candidates.position  # its last token included
+        slot_mapping, position, seq_lens, prefix_group, image_group, row = self._begin(at)
         batch = Batch(
-            slot_mapping=torch.where(alive, at.slot_mapping.index_select(0, at.step)[0], -1),
+            slot_mapping=slot_mapping,
             page_table=at.page_table,
-            seq_lens=torch.where(alive, length, 0).int(),
-            prefix_group=torch.where(alive, at.prefix_group, -1) if len(at.prefix_lens) else None,
+            seq_lens=seq_lens,
+            cu_seqlens_q=at.cu_seqlens_q,
+            prefix_group=prefix_group if len(at.prefix_lens) else None,
             prefix_lens=at.prefix_lens if len(at.prefix_lens) else None,
-            image_group=torch.where(alive, at.image_group, -1) if self.view.cross_layers else None,
+            image_group=image_group if self.view.cross_layers else None,
             image_cu_seqlens=at.image_cu_seqlens if self.view.cross_layers else None,
             has_blind_rows=at.has_blind_rows,
             trail=at.trail,
         )
-        logits = self.view.decode(at.token, length + at.offset - 1, batch)
-        drawn = draw(logits, at.candidates._replace(row=torch.where(alive, at.candidates.row, -1)), self.tags)
-        for buffer, new in zip(at.drawn, drawn):
-            buffer.index_copy_(0, at.step, new.unsqueeze(0))
-        token, tag_state, tag, _ = drawn.integers
-        ended = (token.unsqueeze(1) == self.eos_token_ids).any(1)
-        ended |= at.ends.gather(1, torch.where(tag < 0, self.num_tags, tag).unsqueeze(1)).squeeze(1)
-        at.left.copy_(torch.where(ended | (token < 0), 0, at.left - 1))
-        at.token.copy_(token.clamp(min=0))
-        at.candidates.tag_state.copy_(tag_state)
-        length.add_(1)
-        at.step.add_(1)
+        logits = self.view.decode(at.token, position, batch)
+        self._end(at, logits, row, self.tags, self.eos_token_ids)
+
+
+def _begin_step(at: StepBuffers) -> tuple[torch.Tensor, ...]:
+    """Where the rows of a step write, their rotary positions and lengths, what they share, and what they draw from."""
+    alive, length = at.left > 0, at.candidates.position  # its last token included
+    return (
+        torch.where(alive, at.slot_mapping.index_select(0, at.step)[0], -1),
+        length + at.offset - 1,
+        torch.where(alive, length, 0).int(),
+        torch.where(alive, at.prefix_group, -1),
+        torch.where(alive, at.image_group, -1),
+        torch.where(alive, at.candidates.row, -1),
+    )
+
+
+def _end_step(
+    at: StepBuffers, logits: torch.Tensor, row: torch.Tensor, tags: StageTags, eos_token_ids: torch.Tensor
+) -> None:
+    """Draw from the logits of ``row``, note what was drawn, and prepare the next step."""
+    drawn = draw(logits, at.candidates._replace(row=row), tags)
+    for buffer, new in zip(at.drawn, drawn):
+        buffer.index_copy_(0, at.step, new.unsqueeze(0))
+    token, tag_state, tag, _ = drawn.integers
+    ended = (token.unsqueeze(1) == eos_token_ids).any(1)
+    no_tag = at.ends.shape[1] - 1
+    ended |= at.ends.gather(1, torch.where(tag < 0, no_tag, tag).unsqueeze(1)).squeeze(1)
+    at.left.copy_(torch.where(ended | (token < 0), 0, at.left - 1))
+    at.token.copy_(token.clamp(min=0))
+    at.candidates.tag_state.copy_(tag_state)
+    torch._foreach_add_([at.candidates.position, at.step], 1)
 
 
 def _reads(branches: list[Branch]) -> list[Read]:
     """Branches whose last token has not been computed."""
     return [Read(branch, branch.length - 1) for branch in branches]
-
-
-def _put(buffer: torch.Tensor, values: Any) -> None:
-    host = torch.as_tensor(values, dtype=buffer.dtype)
-    buffer.copy_(host.pin_memory() if buffer.is_cuda else host, non_blocking=True)

@@ -17,7 +17,7 @@ from llava_cot.engine.attention import NAME
 from llava_cot.engine.batch import Batch, Masks
 from llava_cot.engine.cache import PagedCache
 from llava_cot.engine.canary import Canary
-from llava_cot.engine.compile import compile_layers
+from llava_cot.engine.compile import CompiledSteps, has_hooked_layers
 from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.fused import fuse_products
 from llava_cot.engine.images import ImageStore
@@ -72,7 +72,8 @@ class ModelView:
     The families differ in where a prompt's image goes, and so in parts of ``prefill``: decoding is the same for all.
 
     Raises:
-        ValueError: the model's family, its dtype or quantisation, or the kind of a layer is not supported.
+        ValueError: the model's family, its dtype or quantisation, or the kind of a layer is not supported. Or the
+            configuration wants layers compiled that have hooks.
     """
 
     def __init__(self, model: PreTrainedModel, config: EngineConfig) -> None:
@@ -91,12 +92,15 @@ class ModelView:
         if self._model.device.type == "cpu":
             use_kernel(self._model)
         page_size, num_pages = config.page_size, config.num_pages
-        if config.compile:
-            compile_layers(self._model, self._cache_parameter)
         text = model.config.text_config
         self.vocab_size = text.vocab_size
         self.max_length: int | None = getattr(text, "max_position_embeddings", None)  # tokens of prompt and answer
         self.dtype, self.device = model.dtype, model.device
+        is_hooked = has_hooked_layers(self._model)
+        if config.compile and is_hooked:
+            raise ValueError("model must have no hooks on its decoder layers with EngineConfig(compile=True)")
+        is_compiled = (self.device.type == "cuda" and not is_hooked) if config.compile is None else config.compile
+        self.compiled = CompiledSteps(self._model, self._cache_parameter) if is_compiled else None
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         heads = (text.num_key_value_heads, head_dim)
         num_cross = len(self.cross_layers)
@@ -105,7 +109,7 @@ class ModelView:
         token_bytes = 2 * heads[0] * heads[1] * self.dtype.itemsize  # of a layer
         page_bytes = num_self * page_size * token_bytes
         self.num_pages = max(1, for_pages // page_bytes) if num_pages is None else num_pages
-        shape = (2, num_self, self.num_pages, page_size, *heads)
+        shape = (2, num_self, self.num_pages + 1, page_size, *heads)  # slot -1, which is nowhere, is in the last page
         capacity = min(for_images // (num_cross * token_bytes), MAX_IMAGE_TOKENS) if num_cross else 0
         with _left_unwritten():
             try:
@@ -170,6 +174,8 @@ class ModelView:
     @torch.inference_mode()
     def _forward(self, cache: PagedCache, **inputs: object) -> torch.Tensor:
         inputs[self._cache_parameter] = cache
+        if self.compiled is not None:
+            self.compiled.is_step = cache.batch.is_step
         with self._without_autocast():
             return self._model(**inputs, use_cache=True, paged_batch=cache.batch, paged_layers=cache.layers).logits
 

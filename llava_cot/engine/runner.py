@@ -93,7 +93,7 @@ class ModelRunner:
             slot_mapping=slots.to(device),
             page_table=self.pool.page_table(seqs).to(device),
             seq_lens=column([start + count for start, count in zip(starts, counts)]),
-            cu_seqlens_q=column([0, *accumulate(counts)]) if any(count > 1 for count in counts) else None,
+            cu_seqlens_q=column([0, *accumulate(counts)]),
             prefix_group=column(prefix_group) if prefix_lens else None,
             prefix_lens=column(prefix_lens) if prefix_lens else None,
             image_group=group,
@@ -107,7 +107,7 @@ class ModelRunner:
             for index in range(count)
         ]
         read = torch.tensor([[token for new in tokens.values() for token in new], positions], device=device)
-        if self.replays and batch.cu_seqlens_q is None:
+        if self.replays and batch.is_step:
             logits = self.replay.decode(read[0], read[1], batch)
         else:
             logits = self.view.decode(read[0], read[1], batch, with_logits=with_logits)

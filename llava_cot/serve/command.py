@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,7 +12,7 @@ import uvicorn
 
 from llava_cot.engine.config import EngineConfig
 from llava_cot.generator import SwiresGenerator
-from llava_cot.scoring import Scorer
+from llava_cot.scoring import Scorer, resolve_scorer
 from llava_cot.serve.app import create_app
 from llava_cot.serve.auth import check_bind, read_keys
 from llava_cot.serve.fetch import Fetcher
@@ -59,6 +60,10 @@ def run(settings: ServeSettings) -> None:
     check_bind(settings.host, keys, settings.allow_no_key)
     name = settings.name or Path(settings.model).resolve().name
     Presets(name, settings.search)
+    loads_scorer = settings.scorer is not None and settings.scorer.startswith(REWARD)
+    if settings.scorer is not None and not loads_scorer:
+        resolve_scorer(settings.scorer)
+    check_free(settings.host, settings.port)
     fetcher = (
         Fetcher(settings.allow_image_hosts, limits.max_image_bytes, limits.max_fetch_seconds)
         if settings.allow_image_hosts
@@ -75,7 +80,7 @@ def run(settings: ServeSettings) -> None:
         engine=EngineConfig(num_pages=settings.num_pages, follow_model=False),  # nobody else has the model
     )
     scorers: dict[str, Scorer] = {}
-    if settings.scorer is not None and settings.scorer.startswith(REWARD):
+    if settings.scorer is not None and loads_scorer:
         scorers[settings.scorer] = load_scorer(settings.scorer)
     app = create_app(
         generator,
@@ -99,6 +104,23 @@ def run(settings: ServeSettings) -> None:
         timeout_graceful_shutdown=ABORT_SECONDS,
     )
     Server(config, app.state.gate, settings.drain).run()
+
+
+def check_free(host: str, port: int) -> None:
+    """Check that the server may listen there, which it does only once the weights are loaded.
+
+    Raises:
+        OSError: naming the host or the port.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as one:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            one.bind(address)
+    except socket.gaierror as error:
+        raise OSError(f"host must be an address or a name of this machine, got {host!r}: {error.strerror}") from None
+    except OSError as error:
+        raise OSError(f"port must be free for the server on {host}, got {port}: {error.strerror}") from None
 
 
 def read_limits(given: Sequence[str]) -> Limits:

@@ -41,7 +41,9 @@ def open_engine(random_model, how, monkeypatch):
         if how in ("replay", "window"):
             monkeypatch.setattr(runner, "open_recorder", Noting)
         steps_per_look = {"pass": 1, "replay": 1}.get(how, 4)
-        config = EngineConfig(page_size=PAGE, num_pages=200, steps_per_look=steps_per_look, canary=canary)
+        config = EngineConfig(
+            page_size=PAGE, num_pages=200, steps_per_look=steps_per_look, canary=canary, compile=False
+        )
         engine = Engine(model, TAGS, config=config)
         engine.view.kv_cache.fill_(1.0)  # as if all pages had been used: what was never written may be NaN, and show
         engine.runner.replays |= how == "replay"
@@ -75,8 +77,8 @@ class Fault:
         self.is_armed, self.pool, self.victims = False, engine.pool, set()
         find = getattr(engine.pool, method)
 
-        def spoilt(seqs, *args):
-            found = find(seqs, *args)
+        def spoilt(seqs, *args, **kwargs):
+            found = find(seqs, *args, **kwargs)
             changed = spoil(self, seqs, found) if self.is_armed else None
             return found if changed is None else changed
 

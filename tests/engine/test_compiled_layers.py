@@ -1,4 +1,4 @@
-"""Compiled decoder layers: the same tokens, one compilation for all layers of a kind, and no copy of the pages."""
+"""Compiled steps: the same tokens, one compilation for all blocks of layers, and no copy of the pages."""
 
 from pathlib import Path
 
@@ -6,9 +6,11 @@ import pytest
 import torch
 from helpers.jobs import Job, run
 from helpers.random_llava import FAMILIES
-from helpers.random_mllama import build_random_mllama, random_inputs
+from helpers.random_mllama import TINY_SHAPE, build_random_mllama, random_inputs
 
+from llava_cot.check.random_models import CONFIGS, build_model
 from llava_cot.core import Expand, Extend, SamplingParams
+from llava_cot.engine.compile import block_size
 from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.engine import Engine
 from llava_cot.prompt import split_rows
@@ -17,7 +19,7 @@ from llava_cot_kernels.stage_tags import StageTags
 WILD = SamplingParams(temperature=1.2)
 TAGS = StageTags([b"a", b"</x>"], ["</x>"])
 KINDS = ("mllama", "windowed")  # layers that attend to an image, to everything, and to a window
-DEEP = dict(hidden=32, layers=14, heads=4, kv_heads=2, cross=[2, 5, 8, 11], vocab=97)
+DEEP = dict(hidden=32, layers=8, heads=4, kv_heads=2, cross=[2, 6], vocab=97)
 
 
 def program(root):
@@ -63,5 +65,40 @@ def test_the_same_tokens(family, is_full):
         results.append([pair for job in jobs for pair in job.result])
     for (tokens, logprobs), (other, others) in zip(*results, strict=True):
         assert tokens == other and logprobs == pytest.approx(others, abs=1e-4)
-    assert 1 <= graphs <= 10, "two kinds of layer, for one row and for many, with shared prefixes and without"
+    assert 1 <= graphs <= 14, "what all blocks share and four small parts, for few numbers of rows and shared prefixes"
     assert grown < 1024, "the pages have 2 GiB of address space; copying them would make them resident"
+
+
+@pytest.mark.parametrize(
+    ("kinds", "size"),
+    [
+        ("a" * 32, 4),
+        ("a" * 3, 4),
+        ("aaaba" * 8, 5),
+        ("aab" * 4, 6),
+        ("aaaaab" * 4 + "aa", 6),
+        ("aaaaaaaaab" * 4, 1),
+    ],
+)
+def test_blocks_are_whole_periods(kinds, size):
+    assert block_size([*kinds]) == size
+
+
+def test_layers_with_hooks_are_not_compiled():
+    """A hook on a layer is called with what it gets and returns, which has no place within a block."""
+    model = build_random_mllama(**TINY_SHAPE, seed=0)
+    model(input_ids=torch.tensor([[5, 6]]), attention_mask=torch.ones(1, 2))  # leaves hooks of transformers' own
+    assert Engine(model, TAGS, config=EngineConfig(compile=True)).view.compiled is not None
+    hook = model.model.language_model.layers[1].register_forward_hook(lambda module, args, output: output + 1)
+    assert Engine(model, TAGS).view.compiled is None
+    with pytest.raises(
+        ValueError, match=r"model must have no hooks on its decoder layers with EngineConfig\(compile=T"
+    ):
+        Engine(model, TAGS, config=EngineConfig(compile=True))
+    hook.remove()
+    Engine(model, TAGS, config=EngineConfig(compile=True))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_layers_of_every_family_are_found(name):
+    assert Engine(build_model(name), TAGS, config=EngineConfig(compile=True)).view.compiled is not None

@@ -39,7 +39,7 @@ def test_greedy_tokens_are_those_of_generate(products):
     generator = SwiresGenerator(model, AutoProcessor.from_pretrained(tiny_path()))
     assert torch.equal(generator.generate(**inputs, search="greedy", max_new_tokens=NEW_TOKENS), expected)
     assert products.count((1, (1024, 512))) == 2 * 4 * (NEW_TOKENS - 1)  # gate and up of four layers
-    assert max(rows for rows, _ in products) <= most_rows(model.lm_head.weight)
+    assert max(rows for rows, _ in products) <= most_rows(torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -48,13 +48,23 @@ def test_the_kernel_is_for_few_rows_and_large_weights(products, dtype):
     assert small.weight.numel() < MIN_ELEMENTS == large.weight.numel()
     model = nn.ModuleList([large, small])
     use_kernel(model)
-    most = most_rows(large.weight)
+    most = most_rows(dtype)
     with torch.inference_mode():
         for x in (torch.randn(1, 3, 512), torch.randn(512), torch.randn(0, 512), torch.randn(2, most, 512)):
             for module in model:
                 got, expected = module(x.to(dtype)), nn.functional.linear(x.to(dtype), module.weight, module.bias)
                 torch.testing.assert_close(got, expected)
     assert products == [(3, (512, 512)), (1, (512, 512)), (0, (512, 512))]
+
+
+def test_it_compiles_as_one_graph():
+    module = nn.Linear(512, 512)
+    use_kernel(nn.ModuleList([module]))
+    compiled = torch.compile(lambda x: module(x) + 1, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.inference_mode():
+        for rows in (1, 3, 7):
+            x = torch.randn(rows, 512)
+            assert torch.equal(compiled(x), module(x) + 1)
 
 
 def test_it_follows_the_weight():

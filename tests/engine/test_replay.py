@@ -37,7 +37,8 @@ def mixed(seed):
 
 
 def run_mixed(model, inputs, replays):
-    engine = Engine(model, TAGS, config=EngineConfig(page_size=4, num_pages=400, steps_per_look=1, canary=replays))
+    config = EngineConfig(page_size=4, num_pages=400, steps_per_look=1, canary=replays, compile=False)
+    engine = Engine(model, TAGS, config=config)
     engine.runner.replays = replays
     jobs = [Job(split_rows(each, model.config)[0], mixed(seed)) for seed, each in enumerate(inputs)]
     run(engine, jobs)

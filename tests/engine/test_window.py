@@ -17,7 +17,7 @@ from llava_cot.core import Expand, Finish, Limit, SamplingParams, Usage
 from llava_cot.engine import graphs, runner
 from llava_cot.engine.branch import Branch
 from llava_cot.engine.config import EngineConfig
-from llava_cot.engine.draw import Row, grow
+from llava_cot.engine.draw import Row, Run, grow, grow_along
 from llava_cot.engine.engine import Engine
 from llava_cot.engine.graphs import Recorder, Shape, StepBuffers, Window
 from llava_cot.engine.model import ModelView
@@ -63,7 +63,12 @@ def job_of(model, program, seed: int = 0) -> Job:
 
 def run_all(model, tags, programs, steps_per_look: int) -> tuple[list[Job], Engine]:
     config = EngineConfig(
-        page_size=4, num_pages=400, steps_per_look=steps_per_look, draft_tokens=0, canary=steps_per_look > 1
+        page_size=4,
+        num_pages=400,
+        steps_per_look=steps_per_look,
+        draft_tokens=0,
+        canary=steps_per_look > 1,
+        compile=False,
     )
     engine = Engine(model, tags, config=config)
     jobs = [job_of(model, program, seed) for seed, program in enumerate(programs)]
@@ -193,6 +198,34 @@ def test_logits_without_a_largest_value_are_an_error(tags):
     with pytest.raises(ValueError, match="logits must have a finite largest value"):
         grow(slot, [nothing], frozenset(), tags)
     assert branch.tokens == []
+    run = Run(1, [7, -1, -1], [0] * 3, [-1] * 3, [0] * 3, [-0.5] * 3, [-0.25] * 3, [1.0] * 3, [2.0] * 3)
+    with pytest.raises(ValueError, match="others after 1 tokens of a candidate"):
+        grow_along(slot, run, frozenset(), tags)
+    assert (branch.tokens, branch.logprobs, branch.length) == ([7], [-0.5], 6)
+
+
+def test_the_same_buffers_serve_other_branches(random_model, tags):
+    """Their parameters, seeds and stops are those of the branches that have the rows now."""
+
+    def program(root):
+        found = []
+        for seed, params in enumerate(
+            [WILD, SamplingParams(temperature=0.0), SamplingParams(temperature=0.7, top_k=3)]
+        ):
+            stops = frozenset({0} if seed else ())
+            found += (yield [Expand(root.id, (3 * seed, 3 * seed + 1), params, 14, stops)])[0]
+        return found
+
+    engines = [
+        Engine(random_model, tags, config=EngineConfig(page_size=4, num_pages=400, steps_per_look=steps))
+        for steps in (1, 4)
+    ]
+    jobs = [job_of(random_model, program) for _ in engines]
+    for engine, job in zip(engines, jobs):
+        run(engine, [job])
+        assert job.error is None
+    assert engines[1].window.captured
+    assert_same(jobs[1].result, jobs[0].result)
 
 
 class _Watch(TorchDispatchMode):

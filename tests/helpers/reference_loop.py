@@ -92,16 +92,17 @@ class PublishedWay:
     def draw(self, prefix, seeds, params, limit, stop_at_tags=True):
         return [self._generate(prefix, [seed], params, limit, stop_at_tags, {})[0] for seed in seeds]
 
-    def _generate(self, prefix, seeds, params, limit, stop_at_tags, cache):
+    def _generate(self, prefix, seeds, params, limit, stop_at_tags, cache, **settings):
         drawn = torch.tensor([prefix], dtype=torch.int64, device=self.prompt.device)
-        ids = torch.cat([self.prompt, drawn], dim=1).expand(len(seeds), -1)
+        rows = len(seeds) // settings.get("num_return_sequences", 1)
+        ids = torch.cat([self.prompt, drawn], dim=1).expand(rows, -1)
         start = ids.shape[1]
         per_token = ("attention_mask", "cross_attention_mask", *KINDS)
         given = cache or {k: v for k, v in self.inputs.items() if k not in per_token}
         mask = self.inputs.get("cross_attention_mask")
         if mask is not None:  # what is drawn sees what the prompt's last token sees
             mask = torch.cat([mask, mask[:, -1:].expand(-1, start - mask.shape[1], -1, -1)], dim=1)
-            given["cross_attention_mask"] = mask.expand(len(seeds), -1, -1, -1)
+            given["cross_attention_mask"] = mask.expand(rows, -1, -1, -1)
         for name in KINDS & self.inputs.keys():  # and is text
             given[name] = torch.nn.functional.pad(self.inputs[name], (0, start - self.prompt.shape[1]))
         draw = SeededDraw(seeds, params, self.backend)
@@ -109,16 +110,14 @@ class PublishedWay:
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             **given,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
+            **{"do_sample": False, "temperature": None, "top_p": None, **settings},
             max_new_tokens=limit,
             logits_processor=[draw],
             stopping_criteria=[StopOnTags(self.tokenizer, start)] if stop_at_tags else [],
         )
         if not cache:
             self.counts.image_encodings += len(seeds)
-            self.counts.prefilled += ids.numel()
+            self.counts.prefilled += start * len(seeds)
         self.counts.decoded += (out.shape[1] - start - 1) * len(seeds)
         return [self._text(row, out[row, start:].tolist(), draw) for row in range(len(seeds))]
 

@@ -1,7 +1,11 @@
 """What ``llava-cot serve`` is given, and what it says of what is wrong."""
 
-import pytest
+import socket
 
+import pytest
+from typer.testing import CliRunner
+
+from llava_cot.cli import app
 from llava_cot.serve.command import read_limits
 from llava_cot.serve.presets import Presets
 
@@ -22,3 +26,21 @@ def test_a_wrong_limit_is_named(given, words):
 def test_a_model_has_a_name():
     with pytest.raises(ValueError, match="name must not be empty: give --name"):
         Presets("", "greedy")
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (["--scorer", "nice"], r"scorer must be one of \['by_stage', .*got 'nice'"),
+        (["--host", "no.such.host.invalid", "--allow-no-key"], "host must be an address or a name of this machine"),
+        (["--port", "{used}"], "port must be free for the server on 127.0.0.1, got [0-9]+: Address already in use"),
+    ],
+)
+def test_what_can_be_told_is_told_before_the_weights_are_loaded(given, words, monkeypatch):
+    from llava_cot.serve import command
+
+    monkeypatch.setattr(command.SwiresGenerator, "from_pretrained", lambda *args, **settings: pytest.fail("it loads"))
+    with socket.create_server(("127.0.0.1", 0)) as used:
+        given = [each.format(used=used.getsockname()[1]) for each in given]
+        with pytest.raises((ValueError, OSError), match=words):
+            CliRunner().invoke(app, ["serve", "--model", "tiny", *given], catch_exceptions=False, standalone_mode=False)
