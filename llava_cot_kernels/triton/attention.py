@@ -179,7 +179,7 @@ def _merge(
 ):  # fmt: skip
     """Fold the states of a row's splits in the order of the keys. Grid: queries, key heads, blocks of query heads.
 
-    The loads of ``_STATES`` splits are in flight at once. Folding what is behind the last split changes nothing.
+    The loads of ``_STATES`` splits do not wait for each other. Folding what is behind the last split changes nothing.
     """
     token = tl.program_id(0)
     if PAGED:
