@@ -153,7 +153,7 @@ class _Noting:
 
 
 def _key_blocks(keys: int, constants: dict[str, Any]) -> int:
-    split = constants["SPLIT_KEYS"] if "SPLIT_KEYS" in constants else constants["IMAGE_SPLIT_KEYS"]
+    split = constants["split_keys"] if "split_keys" in constants else constants["IMAGE_SPLIT_KEYS"]
     split = max(split, -(-keys // constants.get("IMAGE_SPLITS", keys)))
     return -(-(keys if constants["WALK"] else min(keys, split)) // constants["BLOCK_N"])
 

@@ -12,10 +12,12 @@ There are at most three launches: ``group_queries`` (which queries are stacked),
 groups there are two. If there are enough programs without splits, each program walks through all splits of its tile,
 and there is one launch.
 
-Splits, blocks within a split and the order in which states are folded depend only on the sequence (or image). The shape
-of a tile depends only on dtype, heads and head dim. Rows of a tile never mix. So batch, slot, group, hints and the
-number of launches do not change a bit of the result. Nothing is read back to the host. Grids and scratch depend only on
-shapes, so a captured graph can be replayed with other values.
+Splits of an image depend on the image alone. The length of a split of paged keys depends on the shape of a call: with
+few programs it is short, so that a single sequence keeps many multiprocessors busy. Blocks within a split and the order
+in which states are folded are fixed. The shape of a tile depends only on dtype, heads and head dim. Rows of a tile
+never mix. So slot, group, hints and the number of launches do not change a bit of the result. Neither does the batch,
+if the splits have the same length. Nothing is read back to the host. Grids, splits and scratch depend only on shapes,
+so a captured graph can be replayed with other values.
 """
 
 from typing import Any
@@ -27,7 +29,7 @@ from torch import Tensor
 
 from llava_cot_kernels.triton.attention_tile import fold, run_tile, store_result, tile_shape
 
-SPLIT_KEYS = 256  # paged: a split starts at each multiple, and a prefix is shared in whole splits
+SPLIT_KEYS = (256, 128, 64)  # of a split of paged keys, which starts at each multiple: the first with enough programs
 IMAGE_SPLITS = 16  # at most; with 8 key heads, about one program for each of the 132 multiprocessors of an H200
 IMAGE_SPLIT_KEYS = 128  # the least keys of a split
 
@@ -37,11 +39,13 @@ IMAGE_SPLIT_KEYS = 128  # the least keys of a split
 # published break-even points are higher. TensorRT-LLM #14396 loses at 128 tokens and wins 2.2x at 256 (128 beams, L20).
 # FlashInfer #595 loses at 8 x 4,000 with one key head and wins 2x with eight. vLLM requires 8 requests and 256 tokens.
 SHARING_PAYS = ((2, 4096), (4, 1024), (8, 512), (16, 256))
+FILLING_PROGRAMS = 132  # one for each multiprocessor of an H200; on every GPU, so that bits do not depend on it
 ENOUGH_PROGRAMS = 2 * 132  # this many keep an H200 busy without splits
 MAX_SCRATCH_BYTES = 256 << 20  # above it a program walks through the splits of its tile
-MERGE_VALUES = 512  # values that a program merges, in 16 registers of each thread and with four splits in flight
+MERGE_VALUES = 512  # values that a program merges, in 16 registers of each thread
 
 _SCAN = tl.constexpr(128)  # entries of an index that a program reads at once
+_STATES = tl.constexpr(8)  # splits whose states a program reads at once
 
 
 @triton.jit
@@ -69,15 +73,16 @@ def _image_split(num_keys, IMAGE_SPLITS: tl.constexpr, IMAGE_SPLIT_KEYS: tl.cons
 
 @triton.jit(
     do_not_specialize=[
-        "num_sequences", "num_groups", "num_group_slots", "num_states", "num_rows", "table_stride", "window"
+        "num_sequences", "num_groups", "num_group_slots", "num_states", "num_rows", "table_stride", "window",
+        "split_keys",
     ]
 )  # fmt: skip
 def _attend_paged(
     query, key_cache, value_cache, page_table, seq_lens, cu_seqlens_q, out, lse, max_states, sum_states, total_states,
     order, order_sequence, group_starts, leaders, shared_lens,
     num_sequences, num_groups, num_group_slots, num_states, num_rows, query_stride, query_head_stride, table_stride,
-    softmax_scale, window,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, SPLIT_KEYS: tl.constexpr,
+    softmax_scale, window, split_keys,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr,
     GROUPED: tl.constexpr, WALK: tl.constexpr, WINDOWED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -108,7 +113,7 @@ def _attend_paged(
         # A row is computed in its group's tile for the splits that it shares, and in its sequence's for all others.
         shared = tl.load(shared_lens + sequence, mask=valid, other=0)
         if not WINDOWED:
-            first_key = tl.program_id(2) * SPLIT_KEYS
+            first_key = tl.program_id(2) * split_keys
             valid &= tl.where(in_group, first_key < shared, first_key >= shared)
     after = tl.load(cu_seqlens_q + sequence + 1, mask=valid, other=0) - token
     limit = tl.where(valid, tl.load(seq_lens + sequence, mask=valid, other=0) - after + 1, 0)
@@ -125,7 +130,7 @@ def _attend_paged(
         query, key_cache, value_cache, out, lse, max_states, sum_states, total_states,
         query_stride, query_head_stride, stride, HEAD_DIM, stride, HEAD_DIM,
         page_table + owner.to(tl.int64) * table_stride, 0, token, valid, first, limit,
-        SPLIT_KEYS, num_states, num_rows, softmax_scale,
+        split_keys, num_states, num_rows, softmax_scale,
         HEADS, HEAD_DIM, PAGE_SIZE, WALK, WINDOWED, BLOCK_M, BLOCK_N, BLOCK_D, INTERPRETED,
     )  # fmt: skip
 
@@ -166,28 +171,28 @@ def _attend_image(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_segments", "num_states", "num_rows", "window"])
+@triton.jit(do_not_specialize=["num_segments", "num_states", "num_rows", "window", "split_keys"])
 def _merge(
     max_states, sum_states, total_states, lens, starts, group, out, lse, num_segments, num_states, num_rows, window,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGED: tl.constexpr, SPLIT_KEYS: tl.constexpr, WINDOWED: tl.constexpr,
+    split_keys, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PAGED: tl.constexpr, WINDOWED: tl.constexpr,
     IMAGE_SPLITS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """Fold the states of a row's splits in the order of the keys. Grid: queries, key heads, blocks of query heads."""
+    """Fold the states of a row's splits in the order of the keys. Grid: queries, key heads, blocks of query heads.
+
+    The loads of ``_STATES`` splits do not wait for each other. Folding what is behind the last split changes nothing.
+    """
     token = tl.program_id(0)
     if PAGED:
         sequence = _segment_of(starts, num_segments, token, 0)
         limit = tl.load(lens + sequence) - tl.load(starts + sequence + 1) + token + 1
-        split_keys = SPLIT_KEYS
     else:
         image = tl.load(group + token)
         real = (image >= 0) & (image < num_segments)
         limit = (tl.load(lens + image + 1, mask=real, other=0) - tl.load(lens + image, mask=real, other=0)).to(tl.int32)
-        split_keys = _image_split(limit, IMAGE_SPLITS, SPLIT_KEYS)
+        split_keys = _image_split(limit, IMAGE_SPLITS, split_keys)
     head, dims = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
     if BLOCK_H < HEADS:
         head += tl.program_id(2) * BLOCK_H
-    valid = head < HEADS
-    inside = valid[:, None] & (dims < HEAD_DIM)[None, :]
     row = (token.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * HEADS + head
     row_max = tl.full([BLOCK_H], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_H], tl.float32)
@@ -195,25 +200,30 @@ def _merge(
     begin = 0
     if WINDOWED:
         begin = tl.maximum(limit - window, 0) // split_keys
-    for split in tl.range(begin, tl.cdiv(tl.maximum(limit, 0), split_keys), loop_unroll_factor=4):
-        slot = split
-        if WINDOWED:
-            slot = split % num_states
-        state = slot * num_rows.to(tl.int64) + row
-        row_max, row_sum, total = fold(
-            row_max, row_sum, total,
-            tl.load(max_states + state, mask=valid, other=float("-inf")),
-            tl.load(sum_states + state, mask=valid, other=0.0),
-            tl.load(total_states + state[:, None] * HEAD_DIM + dims[None, :], mask=inside, other=0.0),
-        )  # fmt: skip
-    store_result(row_max, row_sum, total, out, lse, row, valid, HEAD_DIM, BLOCK_D, INTERPRETED)
+    stop = tl.cdiv(tl.maximum(limit, 0), split_keys)
+    for first in range(begin, stop, _STATES):
+        for i in tl.static_range(_STATES):
+            split = first + i
+            slot = split
+            if WINDOWED:
+                slot = split % num_states
+            state = slot * num_rows.to(tl.int64) + row
+            known = head < tl.where(split < stop, HEADS, 0)
+            inside = known[:, None] & (dims < HEAD_DIM)[None, :]
+            row_max, row_sum, total = fold(
+                row_max, row_sum, total,
+                tl.load(max_states + state, mask=known, other=float("-inf")),
+                tl.load(sum_states + state, mask=known, other=0.0),
+                tl.load(total_states + state[:, None] * HEAD_DIM + dims[None, :], mask=inside, other=-0.0),
+            )  # fmt: skip
+    store_result(row_max, row_sum, total, out, lse, row, head < HEADS, HEAD_DIM, BLOCK_D, INTERPRETED)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "num_groups", "table_stride"])
+@triton.jit(do_not_specialize=["num_sequences", "num_groups", "table_stride", "split_keys"])
 def _group_queries(
     group, cu_seqlens_q, order, group_starts, order_sequence, leaders, shared_lens, prefix_lens, page_table, seq_lens,
-    num_sequences, num_groups, table_stride,
-    PAGE_SIZE: tl.constexpr, SPLIT_KEYS: tl.constexpr, WINDOWED: tl.constexpr,
+    num_sequences, num_groups, table_stride, split_keys,
+    PAGE_SIZE: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """Sort queries by group and keep their order within a group. Group ``num_groups`` has all queries without one.
 
@@ -256,9 +266,9 @@ def _group_queries(
                 mine = tl.load(page_table + i.to(tl.int64) * table_stride + index, mask=inside, other=0)
                 theirs = tl.load(page_table + leader.to(tl.int64) * table_stride + index, mask=inside, other=0)
                 same = tl.minimum(same, tl.min(tl.where(inside & (mine != theirs), index, same)))
-            shared = tl.minimum(prefix, same * PAGE_SIZE) // SPLIT_KEYS * SPLIT_KEYS
+            shared = tl.minimum(prefix, same * PAGE_SIZE) // split_keys * split_keys
             if WINDOWED:
-                is_whole = shared == whole // SPLIT_KEYS * SPLIT_KEYS
+                is_whole = shared == whole // split_keys * split_keys
                 shared = tl.where(is_whole & (shared <= length - end + begin), shared, 0)
             tl.store(shared_lens + i, shared)
             tl.store(leaders + own, leader, mask=leader == i)
@@ -281,7 +291,7 @@ def paged_attention(
     out: Tensor,
     lse: Tensor,
 ) -> None:
-    """Run ``llava_cot_kernels::paged_attention``. A prefix is shared in whole splits of ``SPLIT_KEYS`` tokens."""
+    """Run ``llava_cot_kernels::paged_attention``. A prefix is shared in whole splits."""
     if not query.numel():
         return
     num_queries, num_sequences = query.shape[0], seq_lens.shape[0]
@@ -292,11 +302,12 @@ def paged_attention(
     max_keys = page_table.shape[1] * page_size
     window = window if window < max_keys else 0
     seen_keys = window or max_keys  # by one query
-    num_splits = max(1, triton.cdiv(seen_keys, SPLIT_KEYS))
+    split_keys = choose_split(num_slots * kv_heads, seen_keys)
+    num_splits = max(1, triton.cdiv(seen_keys, split_keys))
     num_states = num_programs = num_splits
     if window:  # it begins and ends within splits, that of a tile later than that of its first query
-        num_states = triton.cdiv(window - 1, SPLIT_KEYS) + 1
-        num_programs = triton.cdiv(window + shape["BLOCK_M"] // shape["HEADS"] - 2, SPLIT_KEYS) + 1
+        num_states = triton.cdiv(window - 1, split_keys) + 1
+        num_programs = triton.cdiv(window + shape["BLOCK_M"] // shape["HEADS"] - 2, split_keys) + 1
     num_groups = 0 if prefix_lens is None else prefix_lens.shape[0]
     grouped = sharing_pays(num_sequences, num_groups, seen_keys) and _fits(num_states, query)
     walk = not grouped and _walks(num_splits, num_slots * kv_heads, query)
@@ -310,21 +321,21 @@ def paged_attention(
             _group_queries[(max(num_sequences, num_groups + 2),)](
                 prefix_group, cu_seqlens_q, order, group_starts, order_sequence, leaders, shared_lens,
                 prefix_lens, page_table, seq_lens, num_sequences, num_groups, page_table.stride(0),
-                page_size, SPLIT_KEYS, window > 0, num_warps=1,
+                split_keys, page_size, window > 0, num_warps=1,
             )  # fmt: skip
         states = _new_states(query, 0 if walk else num_states)
         _attend_paged[(num_group_slots + num_slots, kv_heads, 1 if walk else num_programs)](
             query, key_cache, value_cache, page_table, seq_lens, cu_seqlens_q, out, lse, *states,
             order, order_sequence, group_starts, leaders, shared_lens,
             num_sequences, num_groups, num_group_slots, num_states, lse.numel(), query.stride(0), query.stride(1),
-            page_table.stride(0), softmax_scale, window,
-            PAGE_SIZE=page_size, SPLIT_KEYS=SPLIT_KEYS, GROUPED=grouped, WALK=walk, WINDOWED=window > 0, **shape,
+            page_table.stride(0), softmax_scale, window, split_keys=split_keys,
+            PAGE_SIZE=page_size, GROUPED=grouped, WALK=walk, WINDOWED=window > 0, **shape,
         )  # fmt: skip
         if not walk:
             merge = _merge_shape(shape)
             _merge[(num_queries, kv_heads, triton.cdiv(merge["HEADS"], merge["BLOCK_H"]))](
                 *states, seq_lens, cu_seqlens_q, seq_lens, out, lse, num_sequences, num_states, lse.numel(), window,
-                PAGED=True, SPLIT_KEYS=SPLIT_KEYS, WINDOWED=window > 0, IMAGE_SPLITS=0, **merge,
+                split_keys, PAGED=True, WINDOWED=window > 0, IMAGE_SPLITS=0, **merge,
             )  # fmt: skip
 
 
@@ -356,7 +367,7 @@ def shared_attention(
         if grouped:
             order, group_starts = torch.empty_like(group), group.new_empty(num_groups + 2)
             _group_queries[(max(num_queries, num_groups + 2),)](
-                group, group, order, group_starts, *[group] * 6, num_queries, num_groups, 0, 0, 1, False, num_warps=1
+                group, group, order, group_starts, *[group] * 6, num_queries, num_groups, 0, 1, 0, False, num_warps=1
             )
         states = _new_states(query, 0 if walk else num_splits)
         _attend_image[(num_slots, kv_heads, 1 if walk else num_splits)](
@@ -369,7 +380,7 @@ def shared_attention(
             merge = _merge_shape(shape)
             _merge[(num_queries, kv_heads, triton.cdiv(merge["HEADS"], merge["BLOCK_H"]))](
                 *states, cu_seqlens_k, cu_seqlens_k, group, out, lse, num_groups, 0, lse.numel(), 0,
-                PAGED=False, SPLIT_KEYS=IMAGE_SPLIT_KEYS, WINDOWED=False, IMAGE_SPLITS=IMAGE_SPLITS, **merge,
+                IMAGE_SPLIT_KEYS, PAGED=False, WINDOWED=False, IMAGE_SPLITS=IMAGE_SPLITS, **merge,
             )  # fmt: skip
 
 
@@ -377,6 +388,15 @@ def shared_attention(
 @shared_attention.register_fake
 def _(*_) -> None:
     return None
+
+
+def choose_split(num_programs: int, seen_keys: int) -> int:
+    """Return the most keys of a split with which ``num_programs`` for each split fill a GPU, else the fewest.
+
+    It depends on nothing but shapes. Groups are not counted: a hint, which may be wrong, must not change the result.
+    """
+    enough = (keys for keys in SPLIT_KEYS if num_programs * triton.cdiv(seen_keys, keys) >= FILLING_PROGRAMS)
+    return next(enough, SPLIT_KEYS[-1])
 
 
 def sharing_pays(num_sequences: int, num_groups: int, max_keys: int) -> bool:

@@ -23,7 +23,7 @@ interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="only the interpreter 
 @pytest.fixture
 def small(monkeypatch):
     """Splits of few keys, and groups at any size, so that small problems go through everything."""
-    monkeypatch.setattr(kernels, "SPLIT_KEYS", 32)
+    monkeypatch.setattr(kernels, "SPLIT_KEYS", (32,))
     monkeypatch.setattr(kernels, "IMAGE_SPLIT_KEYS", 32)
     monkeypatch.setattr(kernels, "SHARING_PAYS", ((1, 0),))
 
@@ -149,11 +149,11 @@ def test_launches(monkeypatch, launches):
     problem.run("triton")
     assert launches == ["_attend_paged", "_merge"]
     launches.clear()
-    problem.run("triton", 200, **hints)  # a window with too little to share, and of no more than one split
+    problem.run("triton", 60, **hints)  # a window with too little to share, and of no more than one split
     assert launches == ["_attend_paged"]
     launches.clear()
-    few = Problem.random([250] * 8, [1] * 8, prefix=240, heads=(2, 1), head_dim=8)
-    few.run("triton", prefix_group=int32(*[0] * 8), prefix_lens=int32(240))  # too little to share, and a single split
+    few = Problem.random([60] * 8, [1] * 8, prefix=48, heads=(2, 1), head_dim=8)
+    few.run("triton", prefix_group=int32(*[0] * 8), prefix_lens=int32(48))  # too little to share, and a single split
     assert launches == ["_attend_paged"]
     launches.clear()
     images = random_images([300, 20], [0, 1, 0])
@@ -162,6 +162,35 @@ def test_launches(monkeypatch, launches):
     launches.clear()
     run_shared(*random_images([300], [0, 0, -1]), softmax_scale=0.3, backend="triton")
     assert launches == ["_attend_image", "_merge"]
+
+
+@pytest.mark.parametrize(
+    ("num_tiles", "kv_heads", "max_keys", "split_keys"),
+    [
+        (1, 8, 768, 64),  # 96 programs
+        (1, 8, 4096, 128),  # 256
+        (1, 8, 8192, 256),  # 256
+        (3, 8, 768, 128),  # 144
+        (6, 8, 768, 256),  # 144
+        (1, 1, 0, 64),
+    ],
+)
+def test_few_tiles_have_short_splits(num_tiles, kv_heads, max_keys, split_keys):
+    assert kernels.choose_split(num_tiles * kv_heads, max_keys) == split_keys
+
+
+@pytest.mark.parametrize("window", [0, 300])
+@pytest.mark.parametrize("programs", [1, 6, 132])
+def test_every_length_of_a_split_is_right(monkeypatch, programs, window):
+    """By what would fill a GPU, the splits of these two sequences have 256, 128 or 64 keys."""
+    torch.manual_seed(14)
+    monkeypatch.setattr(kernels, "FILLING_PROGRAMS", programs)
+    problem = Problem.random([650, 250], [1, 1], prefix=208, heads=(2, 1), head_dim=8)
+    got = problem.run("triton", window)
+    torch.testing.assert_close(got, problem.run("reference", window), rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(kernels, "SHARING_PAYS", ((1, 0),))
+    hints = {"prefix_group": int32(0, 0), "prefix_lens": int32(208)}
+    assert same(problem.run("triton", window, **hints), got)
 
 
 def test_sharing_pays_from_the_table_on():
@@ -229,7 +258,7 @@ def test_a_sequence_alone_has_the_same_bits(small):
 def test_chunks_walks_through_splits_and_merges_of_few_heads_change_no_bit(small, monkeypatch, window):
     """The first sequence is a whole prompt, and the second a chunk of 5 queries behind 32 cached keys."""
     torch.manual_seed(6)
-    monkeypatch.setattr(kernels, "SPLIT_KEYS", 16)
+    monkeypatch.setattr(kernels, "SPLIT_KEYS", (16,))
     whole = Problem.random([37, 37], [37, 5], prefix=32, page_size=8, heads=(5, 1), head_dim=16, dtype=torch.bfloat16)
     expected = whole.run("triton", window)
     for name, value in {"ENOUGH_PROGRAMS": 1, "MAX_SCRATCH_BYTES": 0, "MERGE_VALUES": 32}.items():

@@ -22,9 +22,10 @@ pytest.importorskip("triton")
 
 NUM_ROWS = (16, 64, 2048)  # of linear_logprobs: a tile of its own for each
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # that a block may have
-# Of a thread that attends: tiles are made for Hopper, and what walks through splits spills a little. No other spills.
-STACK_BYTES = {("bfloat16", 80): 224, ("bfloat16", 90): 96, ("float32", 90): 16}
-WINDOW_BYTES = {("bfloat16", 80): 288, ("bfloat16", 90): 176, ("float32", 90): 16}  # with a window, likewise
+# Of a thread, where ptxas spills though it does not use all registers (64 query heads), and what Triton 3.6 leaves on
+# sm_80 where programs walk through splits or have windows. Nothing else spills.
+STACK_BYTES = {"90 float32": 8}
+STACK_BYTES_BEFORE_3_7 = {"80 bfloat16": 32, "80 float16": 32}
 
 
 class Built(NamedTuple):
@@ -210,23 +211,46 @@ def table() -> str:
     return "\n".join(text)
 
 
+def some_attention(dtype: torch.dtype) -> None:
+    """What one question launches, and the variants that need most registers: walks, windows and sorted rows."""
+    paged(dtype, False, False)
+    paged(dtype, False, True, 512)
+    paged(dtype, True, False, 512)
+    image(dtype, 2, True)
+
+
 def report(stem: str, capability: int, dtype: str) -> Iterator[Built]:
-    if stem == "attention":
-        yield from launches(lambda: attention(getattr(torch, dtype)), capability)
-        yield from launches(lambda: paged(getattr(torch, dtype), False, False, heads=64, kv_heads=1), capability)
+    """What a case of the test compiles. ``stem`` is a key of ``CASES`` or ``FULL_CASES``."""
+    if stem == "logprob":
+        for T in NUM_ROWS:
+            yield from launches(lambda T=T: logprob(getattr(torch, dtype), T), capability)
         return
-    for T in NUM_ROWS:
-        yield from launches(lambda T=T: logprob(getattr(torch, dtype), T), capability)
+    calls = some_attention if stem == "some attention" else attention
+    yield from launches(lambda: calls(getattr(torch, dtype)), capability)
+    yield from launches(lambda: paged(getattr(torch, dtype), False, False, heads=64, kv_heads=1), capability)
 
 
-@pytest.mark.parametrize(
-    ("stem", "cases"),
-    [
-        ("attention", ["80 bfloat16", "90 bfloat16", "90 float32"]),
-        ("logprob", ["90 bfloat16", "90 float32"]),
-    ],
-)
-def test_compiles_and_fits(stem, cases):
+CASES = {  # and the least number of kernels of a case
+    "some attention": (["80 bfloat16", "90 bfloat16", "90 float32"], 10),
+    "logprob": (["90 bfloat16", "90 float32"], 7 * len(NUM_ROWS)),
+}
+FULL_CASES = {"attention": (["80 bfloat16", "80 float16", "90 bfloat16", "90 float16", "90 float32"], 16)}
+
+
+@pytest.mark.parametrize("stem", [*CASES, *FULL_CASES])
+def test_compiles_and_fits(stem, is_full):
+    """A spill is a register of a thread that has no room and goes to memory, where ptxas reports a stack.
+
+    What is allowed stands in ``STACK_BYTES``. float32 on sm_80 is not a case.
+    """
+    import triton
+
+    stack_bytes = STACK_BYTES
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+        stack_bytes = stack_bytes | STACK_BYTES_BEFORE_3_7
+    if stem in FULL_CASES and not is_full:
+        pytest.skip("all variants of attention are compiled with --full")
+    cases, least = {**CASES, **FULL_CASES}[stem]
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, __file__, stem, *cases]  # one process: importing torch and Triton takes seconds
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -236,14 +260,12 @@ def test_compiles_and_fits(stem, cases):
         case, built = json.loads(line)
         lines[case].append(built)
     for case, launched in lines.items():
-        capability, dtype = int(case.split()[0]), case.split()[1]
-        assert len(launched) >= (16 if stem == "attention" else 7 * len(NUM_ROWS)), run.stdout
+        assert len(launched) >= least, run.stdout
         for built in launched:
             built = Built(*built)
+            assert built.shared <= SHARED_BYTES[int(case.split()[0])], (case, built)
             attends = built.kernel.startswith("_attend")
-            assert built.shared <= SHARED_BYTES[capability], (case, built)
-            most = WINDOW_BYTES if built.configuration.get("WINDOWED") else STACK_BYTES
-            assert built.stack <= (most[dtype, capability] if attends else 0), (case, built)
+            assert built.stack <= (stack_bytes.get(case, 0) if attends else 0), (case, built)
 
 
 if __name__ == "__main__":  # python tests/kernels/test_triton_build.py > benchmarks/results/triton_build.txt
