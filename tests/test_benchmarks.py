@@ -362,10 +362,12 @@ def test_figures_of_quantised_weights(name, tmp_path):
     build_random_mllama(**{**TINY_SHAPE, "hidden": 128}, seed=0).save_pretrained(tmp_path)
     figures = bench_quantize.measure(str(tmp_path), name, "bfloat16", "cpu", [1, 3], 5)
     config = AutoConfig.from_pretrained(tmp_path)
+    plan = memory_plan(config, quantize=None if name == "none" else name, dtype=torch.bfloat16)
     if name == "int4":  # matrices are padded on a GPU alone
         assert figures["weight_bytes"] < memory_plan(config, dtype=torch.bfloat16).weights / 2
+    elif name == "nf4":  # a CPU that multiplies bfloat16 has them packed anew, with fewer bytes
+        assert 0.9 * plan.weights < figures["weight_bytes"] <= plan.weights
     else:
-        plan = memory_plan(config, quantize=None if name == "none" else name, dtype=torch.bfloat16)
         assert figures["weight_bytes"] == plan.weights
     assert figures["peak_bytes"] > 0 and all(figures["ms"][n] > 0 for n in ("1", "3"))
 

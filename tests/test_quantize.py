@@ -129,7 +129,7 @@ def test_a_card_of_24_gb(name):
     config = AutoConfig.from_pretrained(LLAMA_11B)
     plan = memory_plan(config, quantize=name, candidates=16, prompt_tokens=512, new_tokens=2048)
     assert plan.fits(CARD) and plan.fits_by_default(CARD)
-    assert plan.parts["pages"] == (512 + 16 * 2048) * 131_072  # bytes a token in bfloat16
+    assert plan.parts["pages"] == (512 + 16 * 2048 + 16) * 131_072  # bytes a token in bfloat16; a page is spare
     plain = memory_plan(config, candidates=16, prompt_tokens=512, new_tokens=2048)
     assert not plain.fits(CARD) and plain.weights > 0.85 * CARD
     assert {part: plain.parts[part] for part in ("other weights", "pages", "image")} == {

@@ -134,7 +134,7 @@ def test_a_wrong_setting(tiny, search, name, values, message):
         (lambda: Budget(reserve=None), "reserve must be float, got None"),
         (lambda: EngineConfig(page_size=1.5), "page_size must be int, got 1.5"),
         (lambda: EngineConfig(steps_per_look=2.5), "steps_per_look must be int or None, got 2.5"),
-        (lambda: EngineConfig(compile=1), "compile must be bool, got 1"),
+        (lambda: EngineConfig(compile=1), "compile must be bool or None, got 1"),
         (lambda: Grammar(["A", "B"]), "follows must be a mapping whose keys are stages, got"),
         (lambda: Grammar({"A": None}), r"follows\['A'\] must be a sequence of stages, got None"),
         (lambda: Grammar({1: []}), "follows must be a mapping whose keys are names of stages, got 1"),
