@@ -9,27 +9,12 @@ from helpers.fused import NEW_TOKENS, Noting, attention, build, greedy, plain_gr
 from helpers.random_llava import FAMILIES
 from torch import nn
 
-from llava_cot.engine import fused
 from llava_cot.engine.fused import Part, fuse_products, gather_weights
 
+pytestmark = pytest.mark.usefixtures("as_on_cuda")
 EVERY_FAMILY = ["mllama", *FAMILIES, "qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe", "idefics3"]
 # fused products by layer: attention and MLP, but no keys and values of an image, no experts, nothing that is fused
 EXPECTED = {"mllama": 6, "qwen3_vl_moe": 3, "glm4v": 3}
-
-
-@pytest.fixture(autouse=True)
-def as_on_cuda(monkeypatch):
-    monkeypatch.setattr(fused, "DEVICES", {"cpu", "cuda"})
-
-
-@pytest.fixture
-def model():
-    return build("mllama")[0]
-
-
-@pytest.fixture
-def inputs():
-    return build("mllama")[1]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -13,24 +13,10 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.two_tensor import TwoTensor
 
-from llava_cot.engine import fused
 from llava_cot.engine.follow import state_of
 from llava_cot.engine.fused import gather_weights
 
-
-@pytest.fixture(autouse=True)
-def as_on_cuda(monkeypatch):
-    monkeypatch.setattr(fused, "DEVICES", {"cpu", "cuda"})
-
-
-@pytest.fixture
-def model():
-    return build("mllama")[0]
-
-
-@pytest.fixture
-def inputs():
-    return build("mllama")[1]
+pytestmark = pytest.mark.usefixtures("as_on_cuda")
 
 
 def test_nothing_moves_on_a_cpu(model, bare_generator, monkeypatch):
