@@ -115,10 +115,10 @@ void plan_unit(Plan& plan, const int64_t* begin, const int64_t* end, const int32
   const int64_t leader = *std::max_element(begin, end, [&](int64_t a, int64_t b) { return lens[a] < lens[b]; });
   Unit unit{static_cast<int64_t>(plan.queries.size()), 0, leader, 0};
   prefix_len = std::clamp<int64_t>(prefix_len, 0, lens[leader]);
-  int64_t common = round_up(prefix_len, page_size) / page_size;
+  int64_t common = ceil_div(prefix_len, page_size);
   for (; begin < end; ++begin) {
     const int64_t sequence = *begin, num_queries = starts[sequence + 1] - starts[sequence];
-    const int64_t used = std::min(common, round_up(lens[sequence], page_size) / page_size);
+    const int64_t used = std::min(common, ceil_div(lens[sequence], page_size));
     const int32_t* pages = plan.sequences[sequence].pages;
     const int64_t same = std::mismatch(pages, pages + used, plan.sequences[leader].pages).first - pages;
     if (same < used) common = same;

@@ -19,6 +19,9 @@ constexpr int LANES = 16;
 
 enum class Dtype { FLOAT32, BFLOAT16, FLOAT16 };
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t size, int64_t multiple) { return ceil_div(size, multiple) * multiple; }
+
 // ---- sampling ----
 
 constexpr int64_t BLOCK = 256;  // tokens that share one float32 sum and one integer mass
@@ -139,8 +142,6 @@ constexpr int MAX_SLABS = 4;
 struct alignas(64) Lanes {
   float of[LANES];
 };
-
-constexpr int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 
 struct KeyBlock {
   Dtype dtype;

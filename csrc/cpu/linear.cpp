@@ -19,13 +19,11 @@ using torch::stable::Tensor;
 constexpr int64_t kChunk = 64;       // rows of the weight
 constexpr int64_t kGrain = 1 << 18;  // multiply-adds below which a thread costs more than it saves
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // The rows as the loops read them: float32, or bfloat16 where that is multiplied; with zeros up to whole steps.
 class PaddedRows {
  public:
   PaddedRows(const Tensor& x, bool as_pairs)
-      : stride_(ceil_div(x.size(1), FEW_ROWS_STEP) * FEW_ROWS_STEP * (as_pairs ? 2 : 4)) {
+      : stride_(round_up(x.size(1), FEW_ROWS_STEP) * (as_pairs ? 2 : 4)) {
     const int64_t num_rows = x.size(0), depth = x.size(1);
     const Dtype dtype = dtype_of(x, "x");
     const char* source = static_cast<const char*>(x.const_data_ptr());

@@ -15,8 +15,6 @@ namespace {
 constexpr int64_t kLogitBytes = 2 << 20, kWeightBytes = 4 << 20;
 constexpr int64_t kReduced = 256;  // tokens that one float32 sum runs over
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // 64-byte aligned memory from the allocator of tensors.
 template <class T>
 class Buffer {
