@@ -85,8 +85,20 @@ def counted_steps(generator: SwiresGenerator):
         del view.decode
 
 
-def ask(generator: SwiresGenerator, samples: Sequence[Any], search: Any, seed: int = 0) -> list[Answer]:
-    return generator.answer_batch([s.image for s in samples], [s.question for s in samples], search, seed=seed)
+def ask(
+    generator: SwiresGenerator, samples: Sequence[Any], search: Any, seed: int = 0, **settings: Any
+) -> list[Answer]:
+    images, questions = [sample.image for sample in samples], [sample.question for sample in samples]
+    return generator.answer_batch(images, questions, search, seed=seed, **settings)
+
+
+def seconds_by_kind(watched: profile) -> dict[str, float]:
+    """Return the seconds of what was profiled: of matrix products, of our ops, and of other ops."""
+    seconds = dict.fromkeys(("matrix", *OWN_OPS.values(), "other_ops"), 0.0)
+    for event in watched.key_averages():
+        kind = "matrix" if event.key in MATRIX_OPS else OWN_OPS.get(event.key, "other_ops")
+        seconds[kind] += event.self_cpu_time_total / 1e6
+    return seconds
 
 
 def shares_of_steps(generator: SwiresGenerator, samples: Sequence[Any], search: Any) -> dict[str, float]:
@@ -105,10 +117,7 @@ def shares_of_steps(generator: SwiresGenerator, samples: Sequence[Any], search: 
     plain = min(run_steps(nullcontext()) for _ in range(2))
     watched = profile(activities=[ProfilerActivity.CPU])
     run_steps(watched)
-    shares = dict.fromkeys(("matrix", *OWN_OPS.values(), "other_ops"), 0.0)
-    for event in watched.key_averages():
-        kind = "matrix" if event.key in MATRIX_OPS else OWN_OPS.get(event.key, "other_ops")
-        shares[kind] += event.self_cpu_time_total / 1e6 / plain
+    shares = {kind: seconds / plain for kind, seconds in seconds_by_kind(watched).items()}
     return {**shares, "host": 1 - sum(shares.values())}
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_batch import ask
 from bench_search import environment
 from timing import MAX_GROWTH, Results, growth, memory_bytes
 
@@ -67,6 +68,21 @@ def bench_load(generator: SwiresGenerator, clients: int, seed: int) -> list[dict
     return rows
 
 
+def in_turns(
+    calls: dict[str, Callable[[], Any]], turns: int, look: Callable[[str, Any], None] = lambda name, found: None
+) -> dict[str, list[float]]:
+    """Return the seconds of each call in every turn but the first, the warm-up; ``look`` sees what a call returned."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(turns + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            found = call()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+            look(name, found)
+    return seconds
+
+
 def bench_mixed(generator: SwiresGenerator, served: Served, clients: int, turns: int) -> dict[str, Any]:
     """Return the row of many mixed requests, half of them as streams."""
     requests = [replace(request, seed=0) for request in asks(clients)]
@@ -80,8 +96,7 @@ def bench_mixed(generator: SwiresGenerator, served: Served, clients: int, turns:
     def by_batch() -> None:
         for search in searches:
             samples = [world(request.question) for request in requests if request.search == search]
-            images, questions = [sample.image for sample in samples], [sample.question for sample in samples]
-            generator.answer_batch(images, questions, search, **settings)
+            ask(generator, samples, search, **settings)
 
     async def answer_all() -> None:
         samples = [(world(request.question), request.search) for request in requests]
@@ -90,13 +105,7 @@ def bench_mixed(generator: SwiresGenerator, served: Served, clients: int, turns:
     calls: dict[str, Callable[[], None]] = {
         "server": by_server, "batch": by_batch, "together": lambda: asyncio.run(answer_all())
     }  # fmt: skip
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(turns + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if turn:  # the first one is the warm-up
-                seconds[name].append(time.perf_counter() - start)
+    seconds = in_turns(calls, turns)
     server, batch, together = (statistics.median(seconds[name]) for name in calls)
     print(
         f"| {clients} mixed | half | {server:.2f} | {batch:.2f} | {together:.2f} | {batch / server:.2f} |", flush=True
@@ -111,29 +120,31 @@ def bench_throughput(
     """Return the row of one search."""
     requests = [Ask(at, search, 0, stream) for at in range(questions)]
     samples = [world(at) for at in range(questions)]
-    images, texts = [sample.image for sample in samples], [sample.question for sample in samples]
 
     def by_server() -> list[Any]:
         outcome = asyncio.run(load(served.url, requests))
         return [outcome.replies[at] for at in range(questions)]
 
     def by_batch() -> list[Any]:
-        return generator.answer_batch(images, texts, search, seed=0, max_new_tokens=MAX_NEW_TOKENS)
+        return ask(generator, samples, search, max_new_tokens=MAX_NEW_TOKENS)
 
     calls: dict[str, Callable[[], list[Any]]] = {"server": by_server, "batch": by_batch}
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(turns + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            found = call()
-            if turn:  # the first one is the warm-up
-                seconds[name].append(time.perf_counter() - start)
-            if name == "server":
-                drawn = [read(reply)[0].drawn for reply in found]
-            elif drawn != [answer.usage.generated_tokens for answer in found]:
-                raise SystemExit(f"{search}: the server draws other tokens than answer_batch")
+    drawn: dict[str, list[int]] = {}
+
+    def look(name: str, found: list[Any]) -> None:
+        drawn[name] = [read(each)[0].drawn if name == "server" else each.usage.generated_tokens for each in found]
+        if name == "batch" and drawn["server"] != drawn["batch"]:
+            raise SystemExit(f"{search}: the server draws other tokens than answer_batch")
+
+    seconds = in_turns(calls, turns, look)
     server, batch = (statistics.median(seconds[name]) for name in calls)
-    row = {"part": "throughput", "search": search, "stream": stream, "questions": questions, "tokens": sum(drawn)}
+    row = {
+        "part": "throughput",
+        "search": search,
+        "stream": stream,
+        "questions": questions,
+        "tokens": sum(drawn["server"]),
+    }
     row |= {"seconds": seconds, "server": server, "batch": batch, "ratio": batch / server}
     way = "all" if stream else "none"
     print(

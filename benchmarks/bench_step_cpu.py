@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from bench_batch import MATRIX_OPS, OWN_OPS
+from bench_batch import seconds_by_kind
 from bench_decode import SAMPLING
 from bench_search import build_model, environment
 from helpers.random_mllama import random_inputs
@@ -63,10 +63,8 @@ def bench(engine: Engine, weight_bytes: int, candidates: int, steps: int) -> dic
     plain = median(times_of_steps(engine, drawing(engine, inputs, candidates, steps), nullcontext()))
     watched = profile(activities=[ProfilerActivity.CPU])
     count = len(times_of_steps(engine, drawing(engine, inputs, candidates, steps), watched))
-    parts = dict.fromkeys(("products", *OWN_OPS.values(), "other_ops"), 0.0)
-    for event in watched.key_averages():
-        kind = "products" if event.key in MATRIX_OPS else OWN_OPS.get(event.key, "other_ops")
-        parts[kind] += event.self_cpu_time_total / 1e3 / count
+    found = {kind: seconds * 1e3 / count for kind, seconds in seconds_by_kind(watched).items()}
+    parts = {"products": found.pop("matrix"), **found}
     parts["host"] = plain * 1e3 - sum(parts.values())
     return {"ms": plain * 1e3, "parts_ms": parts, "read_gb_s": weight_bytes / parts["products"] / 1e6}
 
