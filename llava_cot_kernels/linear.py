@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from llava_cot_kernels import _C
 from llava_cot_kernels.backend import OPS, choose
 from llava_cot_kernels.checks import FLOATS, USE_REFERENCE, Sizes, check_no_gradient
 from llava_cot_kernels.reference import linear as reference
+
+MOST_ROWS = 32  # for up to so many the kernel was measured to be faster than PyTorch, with AVX2 and with AVX-512
 
 
 def few_row_linear(
@@ -18,7 +19,7 @@ def few_row_linear(
     rows. So a row gives the same bits in every batch, and with any number of threads.
 
     Args:
-        x: [M, K], float32, bfloat16 or float16. For more than ``most_rows`` of them PyTorch's product is faster.
+        x: [M, K], float32, bfloat16 or float16. For more than ``MOST_ROWS`` of them PyTorch's product is faster.
         weight: [N, K], in the dtype of ``x``, or int8.
         scale: [N], float32, bfloat16 or float16, what a row of an int8 weight is multiplied with; else None.
         bias: [N], in the dtype of ``x``; None for none.
@@ -50,14 +51,6 @@ def few_row_linear(
     out = x.new_empty(sizes["M"], sizes["N"])
     OPS["native"].few_row_linear(x, weight, scale, bias, out)
     return out
-
-
-@torch.compiler.assume_constant_result
-def most_rows(dtype: torch.dtype) -> int:
-    """Return for how many rows and weights of ``dtype`` the kernel was measured to be faster on a CPU than PyTorch."""
-    if dtype == torch.float32 and not _C.isa().startswith("avx512"):
-        return 8
-    return 32
 
 
 @torch.library.register_fake("llava_cot_kernels::few_row_linear")

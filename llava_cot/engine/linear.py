@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import linear as plain_linear
 
 from llava_cot_kernels.checks import FLOATS
-from llava_cot_kernels.linear import few_row_linear, most_rows
+from llava_cot_kernels.linear import MOST_ROWS, few_row_linear
 
 MIN_ELEMENTS = 1 << 18  # of a weight; a smaller one stays in a cache, and calling the kernel takes longer than it saves
 
@@ -19,7 +19,7 @@ MIN_ELEMENTS = 1 << 18  # of a weight; a smaller one stays in a cache, and calli
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """As ``torch.nn.functional.linear``, which it calls where the kernel is not faster."""
     parts, num_rows = _readable(weight), x.shape[:-1].numel()
-    if parts is None or num_rows > most_rows(parts[0].dtype):
+    if parts is None or num_rows > MOST_ROWS:
         return plain_linear(x, weight, bias)
     out = few_row_linear(x.reshape(num_rows, x.shape[-1]), *parts, bias)
     return out.view(*x.shape[:-1], len(weight))

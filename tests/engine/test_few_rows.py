@@ -9,7 +9,7 @@ from transformers import AutoProcessor
 from llava_cot import SwiresGenerator, tiny_path
 from llava_cot.engine import linear as engine_linear
 from llava_cot.engine.linear import MIN_ELEMENTS, linear, use_kernel
-from llava_cot_kernels.linear import most_rows
+from llava_cot_kernels.linear import MOST_ROWS
 
 SHAPE = dict(hidden=512, layers=4, heads=8, kv_heads=8, cross=[1], vocab=600, ffn=1024)  # 512 * 512 is MIN_ELEMENTS
 NEW_TOKENS = 12
@@ -39,7 +39,7 @@ def test_greedy_tokens_are_those_of_generate(products):
     generator = SwiresGenerator(model, AutoProcessor.from_pretrained(tiny_path()))
     assert torch.equal(generator.generate(**inputs, search="greedy", max_new_tokens=NEW_TOKENS), expected)
     assert products.count((1, (1024, 512))) == 2 * 4 * (NEW_TOKENS - 1)  # gate and up of four layers
-    assert max(rows for rows, _ in products) <= most_rows(torch.float32)
+    assert max(rows for rows, _ in products) <= MOST_ROWS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -48,9 +48,8 @@ def test_the_kernel_is_for_few_rows_and_large_weights(products, dtype):
     assert small.weight.numel() < MIN_ELEMENTS == large.weight.numel()
     model = nn.ModuleList([large, small])
     use_kernel(model)
-    most = most_rows(dtype)
     with torch.inference_mode():
-        for x in (torch.randn(1, 3, 512), torch.randn(512), torch.randn(0, 512), torch.randn(2, most, 512)):
+        for x in (torch.randn(1, 3, 512), torch.randn(512), torch.randn(0, 512), torch.randn(2, MOST_ROWS, 512)):
             for module in model:
                 got, expected = module(x.to(dtype)), nn.functional.linear(x.to(dtype), module.weight, module.bias)
                 torch.testing.assert_close(got, expected)
