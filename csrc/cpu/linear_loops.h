@@ -8,11 +8,11 @@ namespace {
 
 // So many sums stay in registers, beside a vector of each row of the weight and one of x.
 #if VECTOR_BYTES == 64
-constexpr int TILE_ROWS = 4, TILE_X_ROWS = 6;
+constexpr int TILE_ROWS = 4, TILE_X_ROWS = 6, ONE_ROW_X_ROWS = 6;
 #elif VECTOR_BYTES == 32
-constexpr int TILE_ROWS = 2, TILE_X_ROWS = 3;
+constexpr int TILE_ROWS = 2, TILE_X_ROWS = 3, ONE_ROW_X_ROWS = 6;
 #else
-constexpr int TILE_ROWS = 1, TILE_X_ROWS = 3;
+constexpr int TILE_ROWS = 1, TILE_X_ROWS = 3, ONE_ROW_X_ROWS = 3;
 #endif
 // While x has no more bytes, it stays in L1 whichever row of the weight is next. One row at a time is then the fastest,
 // since the weight is read from one end to the other.
@@ -68,21 +68,20 @@ ALWAYS_INLINE void multiply_tile(const FewRows& p, int64_t row, int64_t x_row) {
   }
 }
 
+// size <= X_ROWS
+template <class Element, int ROWS, int X_ROWS>
+ALWAYS_INLINE void multiply_up_to(const FewRows& p, int64_t row, int64_t x_row, int64_t size) {
+  if (size == X_ROWS) return multiply_tile<Element, ROWS, X_ROWS>(p, row, x_row);
+  if constexpr (X_ROWS > 1) multiply_up_to<Element, ROWS, X_ROWS - 1>(p, row, x_row, size);
+}
+
 template <class Element, int ROWS>
 ALWAYS_INLINE void multiply_rows(const FewRows& p, int64_t row) {
+  constexpr int MOST = ROWS == 1 ? ONE_ROW_X_ROWS : TILE_X_ROWS;
   for (int64_t x_row = 0, size; x_row < p.num_x_rows; x_row += size) {
-    const int64_t left = p.num_x_rows - x_row, tiles = (left + TILE_X_ROWS - 1) / TILE_X_ROWS;
+    const int64_t left = p.num_x_rows - x_row, tiles = (left + MOST - 1) / MOST;
     size = (left + tiles - 1) / tiles;
-    switch (size) {
-      case 1: multiply_tile<Element, ROWS, 1>(p, row, x_row); break;
-      case 2: multiply_tile<Element, ROWS, 2>(p, row, x_row); break;
-      case 3: multiply_tile<Element, ROWS, 3>(p, row, x_row); break;
-#if VECTOR_BYTES == 64
-      case 4: multiply_tile<Element, ROWS, 4>(p, row, x_row); break;
-      case 5: multiply_tile<Element, ROWS, 5>(p, row, x_row); break;
-      case 6: multiply_tile<Element, ROWS, 6>(p, row, x_row); break;
-#endif
-    }
+    multiply_up_to<Element, ROWS, MOST>(p, row, x_row, size);
   }
 }
 
