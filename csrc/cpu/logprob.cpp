@@ -59,7 +59,7 @@ void token_logprobs(Tensor logits, Tensor targets, Tensor logprobs) {
   check_row_vector(logprobs, "logprobs", rows);
   const std::vector<int64_t> kept = kept_rows(targets, rows, vocab_size);
   const int64_t num_kept = static_cast<int64_t>(kept.size());
-  torch::stable::zero_(logprobs);
+  std::fill_n(logprobs.mutable_data_ptr<float>(), rows, 0.0f);
 
   const int64_t pieces_per_row = (vocab_size + kPiece - 1) / kPiece;
   std::vector<Piece> pieces(num_kept * pieces_per_row);
@@ -211,7 +211,7 @@ void linear_logprobs(Tensor hidden, Tensor weight, Tensor targets, double temper
   check_linear(hidden, weight, temperature);
   for (Tensor* out : {&logprobs, &lse, &entropy}) {
     check_row_vector(*out, "each output", hidden.size(0));
-    torch::stable::zero_(*out);
+    std::fill_n(out->mutable_data_ptr<float>(), hidden.size(0), 0.0f);
   }
   const std::vector<int64_t> kept = kept_rows(targets, hidden.size(0), weight.size(0));
   const StoredLogits stored(logits, hidden.size(0), weight.size(0));
