@@ -8,13 +8,16 @@ the rounds' median milliseconds of a step:
 - the engine in float32, in bfloat16 and with int8 weights;
 - mlx-vlm in float32, and with the weights of its language model in groups of 64 with 4 bits.
 
-The ways take turns. mlx-vlm stores no keys and values of the image. It computes them again for every token, for the
-three padding tiles too, and its decode steps do not mask those. So its rows have the share of transformers' greedy
-tokens in float32, up to the first that differs. For an image of four tiles, which has no padding, they are equal.
+The ways take turns. The wheel of ``mlx[cpu]`` brings the reference BLAS, with which a step takes many seconds.
+``--mlx-blas`` loads another one in its place, such as ``libmkl_rt.so`` of the package ``mkl``. mlx-vlm stores no keys
+and values of the image. It computes them again for every token, for the three padding tiles too, and its decode steps
+do not mask those. So its rows have the share of transformers' greedy tokens in float32, up to the first that differs.
+For an image of four tiles, which has no padding, they are equal.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -55,9 +58,13 @@ def run_engine(folder: Path, case: tuple[str, str], steps: int) -> dict[str, Any
     return {"ms": found["ms"]["1"]}
 
 
-def run_mlx(python: str, folder: Path, case: str, steps: int) -> dict[str, Any]:
+def run_mlx(python: str, blas: Path | None, folder: Path, case: str, steps: int) -> dict[str, Any]:
     script = str(Path(__file__).with_name("mlx_decode.py"))
-    run = subprocess.run([python, script, str(folder), INPUTS, case, str(steps)], capture_output=True, text=True)
+    given = dict(os.environ)
+    if blas:
+        given |= {"LD_PRELOAD": str(blas.resolve()), "LD_LIBRARY_PATH": str(blas.resolve().parent)}
+    command = [python, script, str(folder), INPUTS, case, str(steps)]
+    run = subprocess.run(command, env=given, capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError((run.stderr.splitlines() or [f"exit code {run.returncode}"])[-1])
     found = json.loads(run.stdout.splitlines()[-1])
@@ -67,6 +74,7 @@ def run_mlx(python: str, folder: Path, case: str, steps: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mlx-python", help="the Python of an environment with mlx-vlm and mlx[cpu]")
+    parser.add_argument("--mlx-blas", type=Path, help="a BLAS library for mlx in place of the one in its wheel")
     parser.add_argument("--steps", type=int, default=16, help="decode steps of a run, two of which are not counted")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
@@ -75,7 +83,8 @@ def main() -> None:
     if subprocess.run([python, "-c", "import mlx_vlm"], capture_output=True).returncode:
         print(f"{Path(sys.argv[0]).name} needs the package mlx-vlm, which {python} does not have: see --mlx-python")
         sys.exit(MISSING)
-    results = Results(args.json, machine=environment("cpu"), steps=args.steps, rounds=args.rounds)
+    blas = args.mlx_blas.name if args.mlx_blas else "of the wheel"
+    results = Results(args.json, machine=environment("cpu"), steps=args.steps, rounds=args.rounds, mlx_blas=blas)
     ways: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -84,7 +93,7 @@ def main() -> None:
             for case in ENGINE:
                 ways.setdefault(f"engine, {' '.join(case)}", []).append(run_engine(folder, case, args.steps))
             for kind in MLX:
-                ways.setdefault(f"mlx-vlm, {kind}", []).append(run_mlx(python, folder, kind, args.steps))
+                ways.setdefault(f"mlx-vlm, {kind}", []).append(run_mlx(python, args.mlx_blas, folder, kind, args.steps))
     print("| way | ms a step | tokens of transformers in float32 |\n| --- | --- | --- |")
     for way, rounds in ways.items():
         row = {**rounds[0], "way": way, "ms": median(each["ms"] for each in rounds)}
