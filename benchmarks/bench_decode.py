@@ -55,7 +55,7 @@ def step_bytes(model: MllamaForConditionalGeneration, n: int, tiles: int, text: 
     """Return the bytes that a step must read: weights, image and prompt once, and the keys and values of candidates."""
     settings = model.config.text_config
     weights = sum(
-        parameter.numel()
+        getattr(parameter, "qdata", parameter).nbytes  # of an int8 weight
         for name, parameter in model.named_parameters()
         if ("language_model.layers" in name or "lm_head" in name)
         and not name.endswith(("cross_attn.k_proj.weight", "cross_attn.v_proj.weight"))
@@ -66,7 +66,7 @@ def step_bytes(model: MllamaForConditionalGeneration, n: int, tiles: int, text: 
     head_dim = settings.hidden_size // settings.num_attention_heads
     per_token = 2 * settings.num_key_value_heads * head_dim
     keys = num_cross * image_tokens + (settings.num_hidden_layers - num_cross) * (text + n * private)
-    return (weights + per_token * keys) * model.dtype.itemsize
+    return weights + per_token * keys * model.dtype.itemsize
 
 
 def grow(engine: Engine, inputs: dict[str, torch.Tensor], n: int, tokens: int) -> Drive:

@@ -3,9 +3,9 @@
 ``python benchmarks/step_model.py --compile`` needs no GPU and measures nothing. The engine's own step runs on tensors
 without data, in an Mllama of the 11B model's shape. Every operator that would launch a kernel is counted. Triton's
 kernels are counted where the code launches them. With ``--compile`` they are counted in the code that Inductor writes
-for CUDA, too. The time of a kernel follows from the constants below. They are assumed until ``--floor FLOOR.json``,
-which bench_floor.py writes, replaces them. ``--measured DECODE.json``, which bench_decode.py writes, shows the measured
-time of a step beside the expected one.
+for CUDA, too. ``--quantize int8`` estimates the step with int8 weights. The time of a kernel follows from the constants
+below. They are assumed until ``--floor FLOOR.json``, which bench_floor.py writes, replaces them.
+``--measured DECODE.json``, which bench_decode.py writes, shows the measured time of a step beside the expected one.
 
 Copying the drawn tokens to the host is part of the bubble. The model leaves out two things: the kernels that cuBLAS
 adds when it splits a sum, and the second and later waves of programs of an attention kernel, which 64 candidates need.
@@ -30,11 +30,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, MllamaForConditionalGeneration
 from triton.runtime.jit import KernelInterface
 
-from llava_cot.engine import fused
+from llava_cot.engine import fused, linear
 from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.engine import CUDA_STEPS_PER_LOOK, Engine
 from llava_cot.engine.graphs import Shape, StepBuffers
 from llava_cot.engine.model import ModelView
+from llava_cot.quantize import decoder_matrices
 from llava_cot_kernels import backend
 from llava_cot_kernels.backend import available
 from llava_cot_kernels.stage_tags import StageTags
@@ -113,13 +114,14 @@ class Trace(TorchDispatchMode):
         if found is not NotImplemented:
             return found
         name = str(function).split(".")[1]
-        if function.namespace == "llava_cot_kernels_triton":
+        if name in ("mm", "few_row_linear"):
+            x, weight = args[:2]
+            (m, k), n = x.shape, weight.shape[1 if name == "mm" else 0]
+            self.kernels.append(Kernel("GEMMs", name, weight=weight, nbytes=weight.nbytes, shape=(n, k, m)))
+        elif function.namespace == "llava_cot_kernels_triton":
             return self._launch_noting(name, args)
-        if function.namespace == "llava_cot_kernels":
+        elif function.namespace == "llava_cot_kernels":
             self._note(name)
-        elif name == "mm":
-            (m, k), n = args[0].shape, args[1].shape[1]
-            self.kernels.append(Kernel("GEMMs", name, weight=args[1], nbytes=args[1].nbytes, shape=(n, k, m)))
         elif name in ONE_KERNEL or torch.Tag.pointwise in function.tags:
             self.kernels.append(Kernel("tiny kernels", name))
         elif name not in NO_KERNEL and not function.is_view:
@@ -169,7 +171,7 @@ def _parts(launch: str, of_op: dict[str, list[Kernel]]) -> list[str]:
     if launch.endswith(".run"):
         return ["tiny kernels"]
     names = launch.split(".")
-    if names[0] == "extern_kernels":
+    if names[0] == "extern_kernels" or names[3:4] == ["few_row_linear"]:
         return ["GEMMs"]
     if names[2] == "llava_cot_kernels_triton":
         return [kernel.part for kernel in of_op[names[3]]]
@@ -208,7 +210,9 @@ class Step:
         # Without data a part of a buffer is only known by the buffer's storage.
         same = {"alias": lambda part: part}
         may_move = patch.multiple(fused, DEVICES={"meta"}, _may_move=lambda parameter: fuse, **same)
-        with may_move, patch.object(backend, "available", _on_cuda):
+        reads_int8 = patch.object(linear, "INT8_DEVICES", {"meta"})
+        rows = patch.dict(linear.MOST_ROWS, meta=linear.MOST_ROWS["cuda"])
+        with may_move, reads_int8, rows, patch.object(backend, "available", _on_cuda):
             plain, view = cls._record(model, n, tiles, text, private, compile=False)
             compiled, codes = None, []
             if compile:
@@ -338,6 +342,14 @@ def read_floor(path: Path) -> dict[str, Card]:
     return {name: replace(assumed, copy_tb_s=found["copy_tb_s"], node_us=found["graph_node_us"], gemm_us=gemms)}
 
 
+def quantize_to_int8(model: MllamaForConditionalGeneration) -> None:
+    """Quantise the decoder layers of a model on the meta device as ``quantize="int8"`` does while it loads."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    chosen = {*decoder_matrices(model).values()}
+    quantize_(model, Int8WeightOnlyConfig(set_inductor_config=False), filter_fn=lambda module, name: module in chosen)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(ROOT / "configs/llama_3_2_11b_vision"), help="a folder with config.json")
@@ -346,6 +358,7 @@ def main() -> None:
     parser.add_argument("--text", type=int, default=600, help="tokens of the prompt")
     parser.add_argument("--private", type=int, default=75, help="tokens of each candidate")
     parser.add_argument("--compile", action="store_true", help="estimate the step with compiled decoder layers too")
+    parser.add_argument("--quantize", choices=["int8"], help="the weights of the decoder layers; else bfloat16")
     parser.add_argument("--floor", type=Path, nargs="+", default=[], help="the files of bench_floor.py, one per card")
     parser.add_argument("--measured", type=Path, help="the file of bench_decode.py: steps to compare, and their card")
     parser.add_argument("--profile", type=Path, help="the file of bench_decode.py --profile, for the same steps")
@@ -370,14 +383,17 @@ def main() -> None:
     with torch.device("meta"):
         settings = AutoConfig.from_pretrained(args.model)
         model = MllamaForConditionalGeneration._from_config(settings, dtype=torch.bfloat16).eval()
+    if args.quantize:
+        quantize_to_int8(model)
     steps = {
         (n, tiles): Step.trace(model, n, tiles, text, private, compile=any(kind for *_, kind, _ in asked))
         for n, tiles, *_ in asked
     }
     print("# The decode step on paper\n")
-    command = f"python benchmarks/step_model.py{' --compile' * args.compile}"
+    command = f"python benchmarks/step_model.py{' --compile' * args.compile}{' --quantize int8' * bool(args.quantize)}"
     print(f"An ESTIMATE by `{command}`, whose docstring says how; not a measurement of a step.")
-    print(f"{text} tokens of prompt, {private} of each candidate, bfloat16; the code of torch {torch.__version__} and")
+    weights = args.quantize or "bfloat16"
+    print(f"{text} tokens of prompt, {private} of each candidate, {weights}; the code of torch {torch.__version__} and")
     print(f"transformers {transformers.__version__}. Constants are assumed unless measured:\n")
     print("- a GEMM reads a weight of fewer MB than this at that share of the peak:", ACHIEVED)
     print()

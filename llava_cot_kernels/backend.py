@@ -16,6 +16,7 @@ _TRITON_MODULES: dict[str, str] = {  # op: module of llava_cot_kernels.triton th
     "paged_attention": "attention",
     "shared_attention": "attention",
     "linear_logprobs": "logprob",
+    "few_row_linear": "linear",
 }
 
 

@@ -7,7 +7,9 @@ from llava_cot_kernels.backend import OPS, choose
 from llava_cot_kernels.checks import FLOATS, USE_REFERENCE, Sizes, check_no_gradient
 from llava_cot_kernels.reference import linear as reference
 
-MOST_ROWS = 32  # for up to so many the kernel was measured to be faster than PyTorch, with AVX2 and with AVX-512
+MOST_ROWS = {"cpu": 32, "cuda": 64}
+"""For up to so many rows the kernel is faster than PyTorch. On CPUs that is measured, with AVX2 and with AVX-512. On a
+GPU nothing is measured yet: there the kernel reads an int8 weight once for so many rows."""
 
 
 def few_row_linear(
@@ -15,15 +17,16 @@ def few_row_linear(
 ) -> Tensor:
     """Return ``x @ (scale[:, None] * weight).T + bias``, reading the weight once and in order.
 
-    Sums are float32. The sum of an output runs over the columns in a fixed order, which does not depend on the other
-    rows. So a row gives the same bits in every batch, and with any number of threads.
+    Sums are float32. The sum of an output runs over the columns in a fixed order. On a CPU it does not depend on the
+    other rows: a row gives the same bits in every batch, and with any number of threads.
 
     Args:
         x: [M, K], float32, bfloat16 or float16. For more than ``MOST_ROWS`` of them PyTorch's product is faster.
         weight: [N, K], in the dtype of ``x``, or int8.
         scale: [N], float32, bfloat16 or float16, what a row of an int8 weight is multiplied with; else None.
         bias: [N], in the dtype of ``x``; None for none.
-        backend: ``"auto"``, ``"native"`` or ``"reference"``. On a GPU there is only the reference, which is cuBLAS.
+        backend: ``"auto"``, ``"native"``, ``"triton"`` or ``"reference"``. On a GPU ``"auto"`` is Triton for int8 and
+            else the reference, which is cuBLAS.
 
     Returns:
         [M, N], in the dtype of ``x``.
@@ -42,14 +45,17 @@ def few_row_linear(
         sizes.check("scale", scale, "N", FLOATS, x.device)
     if bias is not None:
         sizes.check("bias", bias, "N", x.dtype, x.device)
-    if choose("few_row_linear", x.device.type, backend) == "reference":
+    chosen = choose("few_row_linear", x.device.type, backend)
+    if backend == "auto" and chosen == "triton" and scale is None:
+        chosen = "reference"
+    if chosen == "reference":
         return reference.few_row_linear(x, weight, scale, bias)
     given = [("x", x), ("weight", weight), ("scale", scale), ("bias", bias)]
-    check_no_gradient("native few_row_linear", [(n, t) for n, t in given if t is not None], USE_REFERENCE)
+    check_no_gradient(f"{chosen} few_row_linear", [(n, t) for n, t in given if t is not None], USE_REFERENCE)
     x, weight = (matrix if matrix.stride(1) == 1 else matrix.contiguous() for matrix in (x, weight))
     scale, bias = (None if vector is None else vector.contiguous() for vector in (scale, bias))
     out = x.new_empty(sizes["M"], sizes["N"])
-    OPS["native"].few_row_linear(x, weight, scale, bias, out)
+    OPS[chosen].few_row_linear(x, weight, scale, bias, out)
     return out
 
 

@@ -200,7 +200,7 @@ def _check_targets(targets: torch.Tensor, vocab_size: int) -> None:
     if not can_read(targets) or not targets.numel():
         return
     smallest, largest = torch.aminmax(targets)
-    if 0 <= int(smallest) and int(largest) < vocab_size:  # one pass where no row is left out
+    if int(smallest) >= 0 and int(largest) < vocab_size:  # one pass where no row is left out
         return
     bad = (targets != IGNORE_INDEX) & ((targets < 0) | (targets >= vocab_size))
     if bad.any():

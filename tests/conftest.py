@@ -94,7 +94,7 @@ def _backends(item) -> set[str]:
     """Which back ends a test is about, by its parameters or else by the name of its file."""
     parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
     found = {value for value in parameters if isinstance(value, str)} & BACKENDS
-    of_triton = item.path.stem in ("test_triton_attention", "test_logprob_triton")
+    of_triton = item.path.stem in ("test_triton_attention", "test_logprob_triton", "test_linear_triton")
     return found or ({"triton"} if of_triton else set())
 
 

@@ -89,8 +89,7 @@ class ModelView:
         self._model.set_attn_implementation({"text_config": NAME})
         fuse_products(self._model)
         self._cache_parameter = cache_parameter(self._model)
-        if self._model.device.type == "cpu":
-            use_kernel(self._model)
+        use_kernel(self._model)
         page_size, num_pages = config.page_size, config.num_pages
         text = model.config.text_config
         self.vocab_size = text.vocab_size

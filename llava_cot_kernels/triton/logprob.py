@@ -24,9 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from llava_cot_kernels.reference.logprob import IGNORE_INDEX
+from llava_cot_kernels.triton.dot import dot
 
 IGNORED = tl.constexpr(IGNORE_INDEX)
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 INF = tl.constexpr(float("inf"))
 GROUP = tl.constexpr(16)  # row tiles that go through the columns together
 
@@ -77,15 +77,6 @@ def grad_hidden_tile(num_rows: int, dtype: torch.dtype) -> Tile:
 
 
 @triton.jit
-def _dot(a, b, sum):
-    """Return sum + a @ b in float32. The interpreter by itself would multiply the bits of bfloat16."""
-    if INTERPRETED:
-        a = a.to(tl.float32)
-        b = b.to(tl.float32)
-    return tl.dot(a, b, sum, input_precision="ieee")
-
-
-@triton.jit
 def _bounded(d):
     """Bound ``d`` as a factor of exp(d). Where exp(d) is 0, 0 * -88 is 0 and 0 * -inf would be NaN. A NaN stays."""
     return tl.where(d < -88.0, -88.0, d)
@@ -115,7 +106,7 @@ def _logits(
         inside = h < H - start
         x = tl.load(x_at, mask=inside[None, :], other=0.0)
         w = tl.load(w_at, mask=inside[:, None], other=0.0)
-        logits = _dot(x, w, logits)
+        logits = dot(x, w, logits)
         x_at += DEPTH
         w_at += DEPTH
     return logits
@@ -302,7 +293,7 @@ def _grad_weight_kernel(
         d = tl.load(d_at, mask=kept[None, :] & (column < dlogits_stride)[:, None], other=0.0)
         x_at = hidden + row[:, None] * hidden_stride + h[None, :]
         x = tl.load(x_at, mask=kept[:, None] & (h < H)[None, :], other=0.0)
-        sum = _dot(d, x, sum)
+        sum = dot(d, x, sum)
     at = grad_weight + (first_token + column).to(tl.int64)[:, None] * H + h[None, :]
     tl.store(at, sum.to(grad_weight.dtype.element_ty), mask=(column < num_tokens)[:, None] & (h < H)[None, :])
 
@@ -329,7 +320,7 @@ def _add_grad_hidden_kernel(
         d = tl.load(d_at, mask=kept[:, None], other=0.0)
         w_at = weight + (first_token + column).to(tl.int64)[:, None] * weight_stride + h[None, :]
         w = tl.load(w_at, mask=(column < end)[:, None] & (h < H)[None, :], other=0.0)
-        sum = _dot(d, w, sum)
+        sum = dot(d, w, sum)
     row = tl.load(rows + k, mask=kept, other=0)
     at = parts + (part.to(tl.int64) * T + row)[:, None] * H + h[None, :]
     inside = kept[:, None] & (h < H)[None, :]

@@ -65,7 +65,8 @@ def test_the_same_tokens(family, is_full):
         results.append([pair for job in jobs for pair in job.result])
     for (tokens, logprobs), (other, others) in zip(*results, strict=True):
         assert tokens == other and logprobs == pytest.approx(others, abs=1e-4)
-    assert 1 <= graphs <= 14, "what all blocks share and four small parts, for few numbers of rows and shared prefixes"
+    most = 15 if family == "gemma3" else 14  # it has rotary positions of two kinds
+    assert 1 <= graphs <= most, "what blocks share and four small parts, for few numbers of rows and shared prefixes"
     assert grown < 1024, "the pages have 2 GiB of address space; copying them would make them resident"
 
 

@@ -11,7 +11,7 @@ from helpers.random_mllama import build_random_mllama
 
 pytest.importorskip("triton")
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-from step_model import PAGE_SIZE, Step
+from step_model import PAGE_SIZE, Step, quantize_to_int8
 
 TEXT, PRIVATE, TILES = 600, 75, 4
 SHAPE = dict(hidden=512, ffn=1024, heads=4, kv_heads=2, vocab=128_256)  # the vocabulary of the 11B model
@@ -51,3 +51,19 @@ def test_no_page_is_copied(step):
     assert len(pages) == 4 and all(name.startswith("arg") for pair in pages for name in pair)
     for name in (name for pair in pages for name in pair):
         assert re.search(rf"triton_\w+\.run\([^)]*\b{name}\b", block.call), "a kernel must write into it"
+
+
+def test_int8_weights_are_read_as_they_are():
+    """By the project's kernel alone: nothing widens a weight in memory, and all blocks of layers share their code."""
+    pytest.importorskip("torchao")
+    torch._dynamo.reset()
+    with torch.device("meta"):
+        model = build_random_mllama(**SHAPE | {"kv_heads": 4}, layers=40, cross=[*range(3, 40, 5)], seed=0)
+    quantize_to_int8(model := model.to(torch.bfloat16))
+    step = Step.trace(model, 1, TILES, TEXT, PRIVATE, compile=True)
+    assert sorted(code.runs for code in step.codes) == [1, 1, 1, 1, 8]
+    (block,) = (code for code in step.codes if code.runs == 8)
+    assert block.launches["torch.ops.llava_cot_kernels_triton.few_row_linear.default"] == 4 * 7 + 5
+    assert not any("mm" in name for name in block.launches)
+    nodes = step.nodes(compiled=True)
+    assert nodes["GEMMs"] == 32 * 7 + 8 * 5 + 1 and nodes.total() <= 520, nodes

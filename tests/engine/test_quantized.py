@@ -99,6 +99,27 @@ def test_token_beams_are_generate(case, bare_generator):
         assert torch.equal(generator.generate(**inputs, search="token_beam", num_beams=3, max_new_tokens=10), expected)
 
 
+@pytest.mark.parametrize(("name", "dtype"), CASES)
+@torch._inductor.config.patch(compile_threads=1)
+def test_compiled_steps_draw_the_same_tokens(name, dtype, tmp_path, bare_generator, is_full):
+    """The int8 weights are large enough for the kernel that reads them as they are."""
+    if not is_full and (name, dtype) != CASES[0]:
+        pytest.skip("one kind of quantised weights is compiled, and the others with --full")
+    large = SHAPE | dict(hidden=512, ffn=512) if name == "int8" else SHAPE
+    build_random_mllama(**large, seed=0, std=0.15).save_pretrained(tmp_path)
+    model = load(tmp_path, name, dtype)
+    inputs = random_inputs(model, length=17, ratio_id=6, seed=17)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain, compiled = (
+        bare_generator(model, page_size=4, compile=compile).generate(**inputs, search="greedy", max_new_tokens=20)
+        for compile in (False, True)
+    )
+    assert torch.equal(plain, compiled)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
 def test_forks_have_the_log_probs_of_the_model(case, bare_generator):
     """Eight candidates in one pass, against one forward pass of the model over each whole continuation."""
     model, untouched = case

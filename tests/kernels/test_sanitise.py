@@ -6,6 +6,7 @@ import torch
 from llava_cot_kernels import (
     StageTags,
     copy_pages,
+    few_row_linear,
     linear_logprobs,
     paged_attention,
     sample,
@@ -39,4 +40,5 @@ def test_every_op_on_cuda():
         token_logprobs(logits, seed)
         hidden, weight = torch.randn(3, 33, requires_grad=True), torch.randn(1003, 33, requires_grad=True)
         linear_logprobs(hidden, weight, seed).sum().backward()
+        few_row_linear(hidden.detach(), weight.detach().to(torch.int8), torch.rand(1003))
     torch.cuda.synchronize()

@@ -113,6 +113,20 @@ def logprob(dtype: torch.dtype, T: int, H: int = 4096, V: int = 128256, chunk: i
     logprob.linear_logprobs_backward(*rows[3:], hidden, weight, targets, *rows[1:3], 1.0, grad_hidden, grad_weight)
 
 
+def linear(dtype: torch.dtype, rows: int, outputs: int = 4096) -> None:
+    """few_row_linear of int8 weights with 4096 columns."""
+    from llava_cot_kernels.triton import linear as kernels
+
+    x, weight = torch.empty(rows, 4096, dtype=dtype), torch.empty(outputs, 4096, dtype=torch.int8)
+    kernels.few_row_linear(x, weight, torch.empty(outputs), None, torch.empty(rows, outputs, dtype=dtype))
+
+
+def linears(dtype: torch.dtype) -> None:
+    """Every tile."""
+    for rows, outputs in product((16, 32, 64), (1024, 4096)):
+        linear(dtype, rows, outputs)
+
+
 def paged(
     dtype: torch.dtype, grouped: bool, walk: bool, window: int = 0,
     heads: int = 32, kv_heads: int = 8, head_dim: int = 128, page_size: int = 16, offset: int = 0,
@@ -159,6 +173,7 @@ def everything() -> Iterator[Callable[[], None]]:
 
     Attention: every tile with 4 query heads to a key head, as the 11B model has, and the tiles of its head dim with 1,
     8 and 64. linear_logprobs: the least rows of each choice of tiles, and every number of spans to be merged.
+    few_row_linear: every tile.
     """
     from llava_cot_kernels.triton import logprob as kernels
     from llava_cot_kernels.triton.attention_tile import TILES
@@ -169,6 +184,7 @@ def everything() -> Iterator[Callable[[], None]]:
             yield partial(attention, dtype, heads=4, kv_heads=1, head_dim=head_dim)
         for heads in (1, 8, 64):
             yield partial(attention, dtype, heads=heads, kv_heads=1)
+        yield partial(linears, dtype)
         tiles: dict[tuple, int] = {}
         for T in range(1, 4097):
             choices = kernels.logits_tile, kernels.grad_weight_tile, kernels.grad_hidden_tile
@@ -225,6 +241,9 @@ def report(stem: str, capability: int, dtype: str) -> Iterator[Built]:
         for T in NUM_ROWS:
             yield from launches(lambda T=T: logprob(getattr(torch, dtype), T), capability)
         return
+    if stem == "linear":
+        yield from launches(lambda: linears(getattr(torch, dtype)), capability)
+        return
     calls = some_attention if stem == "some attention" else attention
     yield from launches(lambda: calls(getattr(torch, dtype)), capability)
     yield from launches(lambda: paged(getattr(torch, dtype), False, False, heads=64, kv_heads=1), capability)
@@ -233,6 +252,7 @@ def report(stem: str, capability: int, dtype: str) -> Iterator[Built]:
 CASES = {  # and the least number of kernels of a case
     "some attention": (["80 bfloat16", "90 bfloat16", "90 float32"], 10),
     "logprob": (["90 bfloat16", "90 float32"], 7 * len(NUM_ROWS)),
+    "linear": (["80 bfloat16", "80 float32", "90 bfloat16", "90 float16", "90 float32"], 6),
 }
 FULL_CASES = {"attention": (["80 bfloat16", "80 float16", "90 bfloat16", "90 float16", "90 float32"], 16)}
 
