@@ -1,7 +1,7 @@
 """The matrix products of the decoder: those of few rows with a large weight are our kernel's.
 
 A decode step reads every weight for the sake of a few rows. On a CPU the kernel reads weights faster than PyTorch's
-products do. On a GPU it reads those of int8, which PyTorch would first widen in memory.
+products do. On a GPU it reads those of int8, which PyTorch would widen in memory, or read again for each row.
 """
 
 from typing import Any
