@@ -20,7 +20,7 @@ MIN_ELEMENTS = 1 << 18  # of a weight; a smaller one stays in a cache, and calli
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """As ``torch.nn.functional.linear``, which it calls where the kernel is not faster."""
     parts, num_rows = _readable(weight), x.shape[:-1].numel()
-    if parts is None or num_rows > MOST_ROWS[x.device.type]:
+    if parts is None or num_rows > MOST_ROWS.get(x.device.type, 0):
         return plain_linear(x, weight, bias)
     out = few_row_linear(x.reshape(num_rows, x.shape[-1]), *parts, bias)
     return out.view(*x.shape[:-1], len(weight))
@@ -46,12 +46,14 @@ def _readable(weight: Any) -> tuple[torch.Tensor, torch.Tensor | None] | None:
     None if the weight is small, or of a kind or on a device for which PyTorch's product is taken.
     """
     if type(weight).__name__ == "Int8Tensor" and weight.act_quant_kwargs is None and weight.act_pre_scale is None:
-        data, scale = weight.qdata, weight.scale.flatten()
+        data, scale = weight.qdata, weight.scale
+        if scale.shape != (len(data), 1):  # a scale for each block
+            return None
+        scale = scale[:, 0]
     elif type(weight) in (torch.Tensor, nn.Parameter) and weight.dtype in FLOATS:
         data, scale = weight, None
     else:
         return None
-    has_scales = scale is None or len(scale) == len(data)
     is_large = data.numel() >= MIN_ELEMENTS
     is_here = data.device.type in (DEVICES if scale is None else INT8_DEVICES)
-    return (data, scale) if is_here and data.stride(-1) == 1 and is_large and has_scales else None
+    return (data, scale) if is_here and data.stride(-1) == 1 and is_large else None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llava_cot_kernels.triton.dot import dot
 
-MAX_ROWS = 64  # of a program; more rows read the weight again
+MAX_ROWS = 64  # of a program
 
 
 @triton.jit
@@ -19,11 +19,12 @@ def _few_row_linear_kernel(
     x, weight, scale, bias, out, M, N, K, x_stride, weight_stride,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    num_row_tiles = tl.cdiv(M, ROWS)  # those that read the same rows of the weight run side by side
+    row = tl.program_id(0) % num_row_tiles * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) // num_row_tiles * COLUMNS + tl.arange(0, COLUMNS)
     k = tl.arange(0, DEPTH)
     is_row, is_column = row < M, column < N
-    x_at = x + row[:, None] * x_stride + k[None, :]
+    x_at = x + row[:, None].to(tl.int64) * x_stride + k[None, :]
     w_at = weight + column[None, :].to(tl.int64) * weight_stride + k[:, None]
     product = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, K, DEPTH):
@@ -58,7 +59,7 @@ def few_row_linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor
     if 0 in (M, N):
         return
     chosen = tile(M, N, x.dtype)
-    grid = triton.cdiv(N, chosen["COLUMNS"]), triton.cdiv(M, chosen["ROWS"])
+    grid = (triton.cdiv(N, chosen["COLUMNS"]) * triton.cdiv(M, chosen["ROWS"]),)
     with torch.cuda.device_of(x):
         _few_row_linear_kernel[grid](
             x, weight, scale, bias, out, M, N, K, x.stride(0), weight.stride(0), **chosen

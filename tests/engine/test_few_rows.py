@@ -115,6 +115,24 @@ def test_weights_of_int8_are_read_as_they_are(products):
     assert products == [(3, (700, 512))] * 2
 
 
+def test_weights_with_a_scale_for_each_block_are_left_to_torchao(products):
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8Tensor, PerBlock, PerRow
+
+    x, weight = torch.randn(2, 512), torch.randn(512, 512) + 0.5
+    for granularity, count in ((PerBlock([2, 256]), 0), (PerRow(), 1)):
+        quantized = Int8Tensor.from_hp(weight, granularity)
+        torch.testing.assert_close(linear(x, quantized, None), nn.functional.linear(x, quantized), rtol=1e-4, atol=1e-4)
+        assert len(products) == count
+
+
+def test_rows_without_data_are_left_to_torch(products):
+    module = nn.Linear(512, 512, device="meta")
+    assert linear(torch.empty(2, 512, device="meta"), module.weight, None).is_meta
+    assert linear(torch.empty(2, 512, device="meta"), nn.Linear(512, 512).weight, None).is_meta
+    assert not products
+
+
 def test_triton_draws_the_same_tokens(monkeypatch):
     """What a GPU does with int8 weights, in the interpreter."""
     if "triton" not in available("few_row_linear", "cpu"):

@@ -40,6 +40,14 @@ def test_other_weights_too(dtype):
     assert_close(few_row_linear(x, weight, None, bias, backend="triton"), x, weight, None, bias)
 
 
+def test_rows_may_be_far_apart():
+    """Further than 32 bits count; the memory between them is never touched."""
+    stride = 1 << 26
+    x = torch.empty(39 * stride + 8, dtype=torch.float16, device=DEVICE).as_strided((40, 8), (stride, 1)).fill_(1)
+    weight = torch.ones(3, 8, dtype=torch.int8, device=DEVICE)
+    assert (few_row_linear(x, weight, torch.ones(3, device=DEVICE), backend="triton") == 8).all()
+
+
 def test_a_row_does_not_depend_on_the_others():
     x, weight, scale, bias = on_device(random_case(9, 50, 300, torch.int8, torch.bfloat16))
     together = few_row_linear(x, weight, scale, bias, backend="triton")
