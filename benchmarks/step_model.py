@@ -35,7 +35,7 @@ from llava_cot.engine.config import EngineConfig
 from llava_cot.engine.engine import CUDA_STEPS_PER_LOOK, Engine
 from llava_cot.engine.graphs import Shape, StepBuffers
 from llava_cot.engine.model import ModelView
-from llava_cot.quantize import decoder_matrices
+from llava_cot.quantize import decoder_matrices, quantization
 from llava_cot_kernels import backend
 from llava_cot_kernels.backend import available
 from llava_cot_kernels.stage_tags import StageTags
@@ -344,10 +344,11 @@ def read_floor(path: Path) -> dict[str, Card]:
 
 def quantize_to_int8(model: MllamaForConditionalGeneration) -> None:
     """Quantise the decoder layers of a model on the meta device as ``quantize="int8"`` does while it loads."""
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    from torchao.quantization import quantize_
 
     chosen = {*decoder_matrices(model).values()}
-    quantize_(model, Int8WeightOnlyConfig(set_inductor_config=False), filter_fn=lambda module, name: module in chosen)
+    config = quantization("int8").config(model.device, model.dtype).quant_type
+    quantize_(model, config, filter_fn=lambda module, name: module in chosen)
 
 
 def main() -> None:

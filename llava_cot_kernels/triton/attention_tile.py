@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llava_cot_kernels.triton.dot import dot
+
 INTERPRETED = triton.knobs.runtime.interpret
 
 
@@ -56,14 +58,6 @@ def _narrow(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _dot(a, b, INTERPRETED: tl.constexpr):
-    """Multiply with float32 sums. The interpreter by itself would multiply the bits of bfloat16."""
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    return tl.dot(a, b, input_precision="ieee")
-
-
-@triton.jit
 def fold(row_max, row_sum, total, next_max, next_sum, next_total):
     """Combine the states of two runs of keys: max and sum of a row's weights, and sum of the weighted values.
 
@@ -108,7 +102,7 @@ def _attend_split(
         # Keys that no row may see are not read: their slots may hold NaN, and 0 * NaN is NaN.
         readable = inside[:, None] & (dims < HEAD_DIM)[None, :]
         keys = tl.load(key + token[:, None] * key_stride + dims[None, :], mask=readable, other=0.0)
-        scores = _dot(q, tl.trans(keys), INTERPRETED) * softmax_scale
+        scores = dot(q, tl.trans(keys)) * softmax_scale
         visible = inside[None, :] & (index[None, :] < limit[:, None])
         if WINDOWED:
             visible &= index[None, :] >= first[:, None]
@@ -122,7 +116,7 @@ def _attend_split(
         # rounded. Each weight is off by half an eps, so ``out`` is off by less than half an eps of the largest value.
         rounded = _narrow(weights, value.dtype.element_ty, INTERPRETED)
         row_sum = tl.fma(row_sum, keep, tl.sum(weights, 1))
-        total = total * keep[:, None] + _dot(rounded, values, INTERPRETED)
+        total = total * keep[:, None] + dot(rounded, values)
         row_max = new_max
     return row_max, row_sum, total
 

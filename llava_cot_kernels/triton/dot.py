@@ -7,8 +7,8 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def dot(a, b, sum):
-    """Return sum + a @ b in float32. ``b`` has the dtype of ``a``, or it is int8.
+def dot(a, b, sum=None):
+    """Return a @ b in float32, plus ``sum`` if it is given. ``b`` has the dtype of ``a``, or it is int8.
 
     The interpreter by itself would multiply the bits of bfloat16.
     """
